@@ -1,0 +1,170 @@
+"""What every checkpoint reader gives: config, lazily mapped tensors, tokenizer, template, defaults.
+
+Readers subclass `Checkpoint`. Canonical names and shapes are those of `ModelConfig.tensor_shapes`;
+rotary layout is half-split (a reader of an interleaved format permutes on read).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanocupy.config import ModelConfig
+from nanocupy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nanocupy.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class GroupedInt8:
+    """An int8 matrix with one float32 scale for each `group_size` consecutive elements, row-major.
+
+    values [rows, cols] int8; scales [rows * cols / group_size] float32; w = values * scale.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dequantize(self) -> np.ndarray:
+        """The matrix in float32, [rows, cols]."""
+        groups = self.values.reshape(-1, self.group_size).astype(np.float32)
+        groups *= self.scales.reshape(-1, 1)
+        return groups.reshape(self.values.shape)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as it is stored: canonical name, shape, storage dtype, bytes in the file.
+
+    dtype is the storage's own name: float32, float16, bfloat16, int8 (grouped), or a GGUF type
+    such as q4_1; `nbytes` counts scales too.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Sampling settings a model's author recommends; None where the checkpoint says nothing."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    do_sample: bool | None = None  # False: the author decodes greedily
+
+
+class Checkpoint(ABC):
+    """An opened model. Opening checks the whole header; tensors are read when asked for.
+
+    Attributes
+    path             the file or folder
+    format           "nanoinfer-legacy-A" … "-D", "nanoinfer-2", "huggingface" or "gguf"
+    config           the architecture, validated
+    tensors          canonical name -> TensorInfo, exactly the names of config.tensor_shapes()
+    chat_template    Jinja2 source, or None
+    generation_defaults   the author's sampling settings
+    metadata         free facts for `inspect` (license, source, …), JSON-able
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    chat_template: str | None = None
+    generation_defaults: GenerationDefaults = GenerationDefaults()
+    metadata: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray | GroupedInt8:
+        """The tensor in half-split layout: a view of the mapped file where the stored bytes are
+        already that, else a new array (float32 for GGUF's quantised types). Grouped int8 comes as
+        `GroupedInt8`, still quantised. Raises CheckpointError for a name not in `tensors`."""
+
+    @abstractmethod
+    def _load_tokenizer(self) -> Tokenizer | None: ...
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer the checkpoint carries, built on first use; None where it has none.
+        Raises TokenizerError where it is broken."""
+        tokenizer = self._load_tokenizer()
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding only "
+                f"{self.config.vocab_size} rows; the files belong to different models"
+            )
+        return tokenizer
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Check the content tensor by tensor: yields (name, None) or (name, what is wrong).
+
+        Readers whose format has checksums check those too. By default every value must be finite.
+        """
+        for name in self.tensors:
+            tensor = self.read(name)
+            values = tensor.scales if isinstance(tensor, GroupedInt8) else tensor
+            finite = bool(np.isfinite(np.asarray(values, dtype=np.float32)).all())
+            yield name, None if finite else "holds NaN or infinite values"
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Let go of the mapped file. Arrays that `read` gave may become invalid."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def dequantized(tensor: np.ndarray | GroupedInt8) -> np.ndarray:
+    """`tensor` as a floating-point array, dequantised where it is grouped int8."""
+    return tensor.dequantize() if isinstance(tensor, GroupedInt8) else tensor
+
+
+def check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError unless `tensors` are exactly those of `config`, in name and shape."""
+    expected = config.tensor_shapes()
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor {name} {list(shape)} is missing")
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(tensors[name].shape)}, "
+                f"the config says {list(shape)}"
+            )
+    for name in tensors:
+        if name not in expected:
+            raise CheckpointError(f"{path}: tensor {name} does not belong to this architecture")
+
+
+def split_to_interleaved(tensor: np.ndarray, head_size: int) -> np.ndarray:
+    """Rows of a q/k projection (or bias, or q/k norm) from half-split to interleaved rotary layout.
+
+    tensor [n * head_size, ...]; a copy comes back. Source: NanoInfer and GGUF's llama layout store
+    the rotated pairs as rows (2i, 2i + 1) of a head.
+    """
+    heads = tensor.reshape(-1, 2, head_size // 2, *tensor.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+def interleaved_to_split(tensor: np.ndarray, head_size: int) -> np.ndarray:
+    """The inverse of `split_to_interleaved`; a copy comes back."""
+    heads = tensor.reshape(-1, head_size // 2, 2, *tensor.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(tensor.shape)
