@@ -1,0 +1,1 @@
+"""Converters from other checkpoints to NanoInfer files."""

@@ -1,0 +1,1 @@
+"""CUDA sources of the kernels, read through importlib.resources."""

@@ -1,0 +1,1 @@
+"""nanocupy: a from-scratch LLM inference runtime in Python on CuPy."""
