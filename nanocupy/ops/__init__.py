@@ -1,0 +1,1 @@
+"""The ops a model is written over: one interface, one implementation a backend."""

@@ -1,0 +1,242 @@
+"""The ops in NumPy: the reference of every kernel, and what runs where there is no GPU.
+
+Arithmetic is done in `compute` (float32 when running, float64 as an oracle); storage dtypes are
+those of the buffers, so 16-bit storage is rounded here as it is on a device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nanocupy.ops import philox
+from nanocupy.ops.interface import Ops
+
+# Scores of one tile of attention, in elements: bounds the temporary memory of a long prefill.
+MAX_SCORE_ELEMENTS = 1 << 24
+
+
+class NumpyOps(Ops):
+    """See `Ops` for the meaning of every argument; arrays are numpy arrays with any strides."""
+
+    def __init__(self, compute: type[np.floating] = np.float32) -> None:
+        self.compute = np.dtype(compute)
+
+    # ----------------------------------------------------------------- helpers
+
+    def _up(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(self.compute, copy=False)
+
+    def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """`array` as it reads after being stored in `dtype` (float32 compute: a no-op there)."""
+        if dtype.itemsize >= 4:
+            return array
+        return array.astype(dtype).astype(self.compute)
+
+    def _rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        x = self._up(x)
+        mean_square = np.einsum("...i,...i->...", x, x) / x.shape[-1]
+        inverse = 1 / np.sqrt(mean_square + self.compute.type(eps))
+        return x * inverse[..., None] * self._up(weight)
+
+    def _product(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        y = x @ self._up(weight).T
+        if bias is not None:
+            y += self._up(bias)
+        return y
+
+    # ----------------------------------------------------------------- the ops
+
+    def embed(self, token_ids, table, out) -> None:
+        out[...] = table[token_ids]
+
+    def rope_table(
+        self, positions, rope_lens, inv_freq, ntk_factor, ntk_context, attention_factor, out
+    ) -> None:
+        if rope_lens is not None:
+            half = len(inv_freq)
+            stretch = ntk_factor * rope_lens.astype(np.float64) / ntk_context - (ntk_factor - 1)
+            stretch = np.where(rope_lens > ntk_context, np.maximum(stretch, 1), 1)
+            exponents = np.arange(half) * (-2.0 / max(2 * half - 2, 1))
+            inv_freq = (inv_freq * stretch[:, None] ** exponents).astype(np.float32)
+        angles = self._up(positions.astype(np.float32)[:, None] * inv_freq)
+        out[:, 0] = np.cos(angles) * attention_factor
+        out[:, 1] = np.sin(angles) * attention_factor
+
+    def norm_linear(self, x, norm_weight, eps, weight, bias, out) -> None:
+        normed = self._rounded(self._rms_norm(x, norm_weight, eps), out.dtype)
+        out[...] = self._product(normed, weight, bias)
+
+    def rope_write_kv(
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_out
+    ) -> None:
+        num_tokens, num_heads, head_size = q_out.shape
+        num_kv_heads, block_size = key_cache.shape[1:3]
+        heads = self._up(qkv.reshape(num_tokens, num_heads + 2 * num_kv_heads, head_size))
+        q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+        if q_norm is not None:
+            q = self._rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = self._rms_norm(k, k_norm, eps)
+        cos, sin = self._up(rope[:, None, 0]), self._up(rope[:, None, 1])  # [T, 1, d/2]
+        blocks, rows = slots // block_size, slots % block_size
+        _rotate(q, cos, sin, q_out)
+        rotated = np.empty(k.shape, self.compute)
+        _rotate(k, cos, sin, rotated)
+        key_cache[blocks, :, rows] = rotated
+        value_cache[blocks, :, rows] = heads[:, num_heads + num_kv_heads :]
+
+    def attention(
+        self, q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
+    ) -> None:
+        num_queries = np.diff(query_starts)
+        single = np.flatnonzero(num_queries == 1)
+        if len(single) > 1:
+            self._attend_single(
+                q, key_cache, value_cache, query_starts[single], kv_lens[single],
+                block_tables[single], scale, out,
+            )  # fmt: skip
+        for b in np.flatnonzero(num_queries > (1 if len(single) > 1 else 0)):
+            rows = slice(query_starts[b], query_starts[b + 1])
+            self._attend_sequence(
+                q[rows], key_cache, value_cache, int(kv_lens[b]), block_tables[b], scale, out[rows]
+            )
+
+    def _attend_sequence(self, q, key_cache, value_cache, kv_len, blocks, scale, out) -> None:
+        """One sequence, any number of queries, in tiles of queries."""
+        num_queries, num_heads, head_size = q.shape
+        num_kv_heads = key_cache.shape[1]
+        keys = self._up(_gather_sequence(key_cache, blocks, kv_len))  # [G, L, d]
+        values = self._up(_gather_sequence(value_cache, blocks, kv_len))
+        grouped = self._up(q).reshape(num_queries, num_kv_heads, -1, head_size)
+        grouped = grouped.transpose(1, 2, 0, 3) * self.compute.type(scale)  # [G, H/G, Tq, d]
+        first = kv_len - num_queries  # position of the first query
+        tile = max(1, MAX_SCORE_ELEMENTS // (num_heads * kv_len))
+        for start in range(0, num_queries, tile):
+            queries = grouped[:, :, start : start + tile]
+            num = queries.shape[2]
+            end = first + start + num  # keys beyond are in every query's future
+            flat = queries.reshape(num_kv_heads, -1, head_size)
+            scores = flat @ keys[:, :end].swapaxes(1, 2)  # [G, H/G * num, end]
+            if num > 1:
+                future = np.arange(end) > (first + start + np.arange(num))[:, None]
+                scores.reshape(num_kv_heads, -1, num, end)[:, :, future] = -np.inf
+            weighted = _softmax(scores) @ values[:, :end]
+            weighted = weighted.reshape(num_heads, num, head_size).swapaxes(0, 1)
+            out[start : start + tile] = weighted
+
+    def _attend_single(self, q, key_cache, value_cache, tokens, kv_lens, tables, scale, out) -> None:
+        """Many sequences with one query each, at once; shorter ones are padded and masked."""
+        num_kv_heads, block_size, head_size = key_cache.shape[1:]
+        num_blocks = -(-int(kv_lens.max()) // block_size)
+        beyond = np.arange(num_blocks * block_size) >= kv_lens[:, None]  # [B, L]
+        # Columns past a sequence's own blocks may hold anything: the null block stands in.
+        used = np.arange(num_blocks) * block_size < kv_lens[:, None]
+        tables = np.where(used, tables[:, :num_blocks], 0)
+        keys = self._up(_gather_many(key_cache, tables))  # [B, G, L, d]
+        values = self._up(_gather_many(value_cache, tables))
+        values = np.where(beyond[:, None, :, None], 0, values)  # 0 * NaN would be NaN
+        queries = self._up(q[tokens]).reshape(len(tokens), num_kv_heads, -1, head_size)
+        scores = (queries * self.compute.type(scale)) @ keys.swapaxes(2, 3)  # [B, G, H/G, L]
+        scores = np.where(beyond[:, None, None], -np.inf, scores)
+        out[tokens] = (_softmax(scores) @ values).reshape(len(tokens), -1, head_size)
+
+    def linear_add(self, x, weight, bias, residual) -> None:
+        residual[...] = self._up(residual) + self._product(self._up(x), weight, bias)
+
+    def norm_swiglu(self, x, norm_weight, eps, weight, bias, out) -> None:
+        normed = self._rounded(self._rms_norm(x, norm_weight, eps), out.dtype)
+        gate_up = self._rounded(self._product(normed, weight, bias), out.dtype)
+        size = out.shape[-1]
+        gate, up = gate_up[:, :size], gate_up[:, size:]
+        with np.errstate(over="ignore"):  # exp overflows to inf, and the quotient is the right 0
+            out[...] = gate / (1 + np.exp(-gate)) * up
+
+    def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
+        normed = self._rounded(self._rms_norm(x[rows], norm_weight, eps), x.dtype)
+        weight = self._up(weight)
+        if out.dtype == self.compute:
+            np.matmul(normed, weight.T, out=out)
+        else:
+            out[...] = normed @ weight.T
+
+    def penalize(
+        self, logits, entry_starts, token_ids, output_counts, in_context, bias,
+        repetition, presence, frequency,
+    ) -> None:  # fmt: skip
+        rows = np.repeat(np.arange(len(logits)), np.diff(entry_starts))
+        values = self._up(logits[rows, token_ids]) + bias
+        factor = np.where(in_context, self._up(repetition)[rows], 1)
+        values = np.where(values > 0, values / factor, values * factor)
+        values -= self._up(presence)[rows] * (output_counts > 0)
+        values -= self._up(frequency)[rows] * output_counts
+        logits[rows, token_ids] = values
+
+    def sample(self, logits, temperature, top_k, top_p, min_p, seeds, counters, out) -> None:
+        draws = philox.uniforms(seeds, counters)
+        for s, row in enumerate(logits):
+            if temperature[s] == 0:
+                out[s] = row.argmax()
+            else:
+                probabilities = kept_probabilities(
+                    row, float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s])
+                )
+                cumulative = np.cumsum(probabilities)
+                pick = np.searchsorted(cumulative, draws[s] * cumulative[-1], side="right")
+                # Rounding can carry the draw to the very end: take the last token with weight.
+                out[s] = min(pick, np.flatnonzero(probabilities)[-1])
+
+
+def kept_probabilities(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> np.ndarray:
+    """Unnormalised float64 weights [V] after temperature, min-p, top-k and top-p; 0 = cut.
+
+    logits float32 [V], temperature > 0. The largest weight is 1.
+    """
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    threshold = min_p
+    if 0 < top_k < len(weights):
+        threshold = max(threshold, np.partition(weights, -top_k)[-top_k])
+    weights[weights < threshold] = 0
+    if top_p < 1:
+        descending = np.sort(weights[weights > 0])[::-1]
+        mass_before = np.cumsum(descending) - descending
+        # A token stays while the mass of those above it is short of top_p; the first always does.
+        num_kept = max(1, np.count_nonzero(mass_before < top_p * descending.sum()))
+        weights[weights < descending[num_kept - 1]] = 0
+    return weights
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
+    """Rotate the pairs (i, i + d/2): x, out [T, heads, d]; cos, sin [T, 1, d/2]."""
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., half:]
+    out[..., :half] = low * cos - high * sin
+    out[..., half:] = high * cos + low * sin
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in place."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def _gather_sequence(cache: np.ndarray, blocks: np.ndarray, kv_len: int) -> np.ndarray:
+    """Cache [N, G, P, d] of one sequence -> [G, kv_len, d]; a view where its blocks lie in a row."""
+    num_kv_heads, block_size, head_size = cache.shape[1:]
+    blocks = blocks[: -(-kv_len // block_size)]
+    heads_first = cache.swapaxes(0, 1)
+    if len(blocks) == 1 or (np.diff(blocks) == 1).all():
+        gathered = heads_first[:, blocks[0] : blocks[0] + len(blocks)]
+    else:
+        gathered = heads_first[:, blocks]
+    return gathered.reshape(num_kv_heads, -1, head_size)[:, :kv_len]
+
+
+def _gather_many(cache: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Cache [N, G, P, d], tables [B, M] -> [B, G, M * P, d]."""
+    num_kv_heads, _, head_size = cache.shape[1:]
+    gathered = cache.swapaxes(0, 1)[:, tables]  # [G, B, M, P, d]
+    return gathered.swapaxes(0, 1).reshape(len(tables), num_kv_heads, -1, head_size)
