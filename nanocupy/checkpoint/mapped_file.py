@@ -36,9 +36,7 @@ class MappedFile:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
                     raise CheckpointError(f"{self.path}: the file is empty")
-                self._map: mmap.mmap | None = mmap.mmap(
-                    file.fileno(), 0, access=mmap.ACCESS_READ
-                )
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self.size = len(self._map)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: no such file") from None
