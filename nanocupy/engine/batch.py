@@ -1,0 +1,140 @@
+"""A schedule as flat arrays: what a runner puts before the forward. Host side, NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanocupy.engine.request import Request
+from nanocupy.engine.scheduler import ScheduledRequest
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The inputs of `model.forward.decoder_forward`, by the same names; all int32.
+
+    token_ids, positions, slots, rope_lens [T]; query_starts [B + 1]; kv_lens [B];
+    block_tables [B, M], zero beyond a sequence's own blocks; sample_rows [S].
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    rope_lens: np.ndarray
+    query_starts: np.ndarray
+    kv_lens: np.ndarray
+    block_tables: np.ndarray
+    sample_rows: np.ndarray
+
+
+def build_batch(
+    schedule: Sequence[ScheduledRequest], *, block_size: int, table_width: int
+) -> ForwardBatch:
+    """Lay the schedule's requests one behind the other, in its order."""
+    num_tokens = [s.num_tokens for s in schedule]
+    starts = np.array([s.request.num_computed_tokens for s in schedule], np.int32)
+    query_starts = np.zeros(len(schedule) + 1, np.int32)
+    np.cumsum(num_tokens, out=query_starts[1:])
+    token_ids: list[int] = []
+    block_tables = np.zeros((len(schedule), table_width), np.int32)
+    for b, item in enumerate(schedule):
+        first = item.request.num_computed_tokens
+        token_ids += item.request.token_slice(first, first + item.num_tokens)
+        block_tables[b, : len(item.request.block_ids)] = item.request.block_ids
+    sequence = np.repeat(np.arange(len(schedule)), num_tokens)
+    positions = np.arange(len(token_ids), dtype=np.int32) + (starts - query_starts[:-1])[sequence]
+    blocks = block_tables[sequence, positions // block_size]
+    prompt_lens = np.array([s.request.num_prompt_tokens for s in schedule], np.int32)
+    return ForwardBatch(
+        token_ids=np.array(token_ids, np.int32),
+        positions=positions,
+        slots=blocks * block_size + positions % block_size,
+        # Dynamic NTK: a prompt token turns by the prompt's length, a generated one by its own.
+        rope_lens=np.maximum(prompt_lens[sequence], positions + 1),
+        query_starts=query_starts,
+        kv_lens=starts + np.array(num_tokens, np.int32),
+        block_tables=block_tables,
+        sample_rows=(query_starts[1:] - 1)[[s.samples for s in schedule]],
+    )
+
+
+@dataclass(frozen=True)
+class SamplerBatch:
+    """The parameters of the sampled rows, as the ops `penalize` and `sample` take them."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    counters: np.ndarray
+
+
+@dataclass(frozen=True)
+class PenaltyBatch:
+    """The penalised entries of the sampled rows, as the op `penalize` takes them."""
+
+    entry_starts: np.ndarray
+    token_ids: np.ndarray
+    output_counts: np.ndarray
+    in_context: np.ndarray
+    bias: np.ndarray
+    repetition: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+
+
+def build_sampler_batch(requests: Sequence[Request]) -> SamplerBatch:
+    """Parameters of the rows that are sampled, in the order of the rows."""
+    params = [r.params for r in requests]
+    return SamplerBatch(
+        temperature=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([p.top_k for p in params], np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        seeds=np.array([r.seed for r in requests], np.uint64),
+        counters=np.array([(r.num_tokens, 0) for r in requests], np.uint32).reshape(-1, 2),
+    )
+
+
+def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> PenaltyBatch | None:
+    """Entries of every row with penalties, a bias, or banned ids; None where no row has any.
+
+    banned: ids a row must not yield while it is short of its min_tokens (the ends of text).
+    """
+    starts = [0]
+    token_ids: list[int] = []
+    counts: list[int] = []
+    in_context: list[bool] = []
+    bias: list[float] = []
+    for request in requests:
+        p = request.params
+        entries: dict[int, float] = dict(p.logit_bias)
+        context: set[int] = set()
+        if p.repetition_penalty != 1:
+            context = set(request.prompt_ids)
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+            context |= request.output_counts.keys()
+        if len(request.output_ids) < p.min_tokens:
+            entries |= dict.fromkeys([*banned, *p.stop_token_ids], -np.inf)
+        entries = dict.fromkeys(context, 0.0) | entries
+        token_ids += entries
+        bias += entries.values()
+        counts += [request.output_counts[t] for t in entries]
+        in_context += [t in context for t in entries]
+        starts.append(len(token_ids))
+    if not token_ids:
+        return None
+    params = [r.params for r in requests]
+    return PenaltyBatch(
+        entry_starts=np.array(starts, np.int32),
+        token_ids=np.array(token_ids, np.int32),
+        output_counts=np.array(counts, np.int32),
+        in_context=np.array(in_context, bool),
+        bias=np.array(bias, np.float32),
+        repetition=np.array([p.repetition_penalty for p in params], np.float32),
+        presence=np.array([p.presence_penalty for p in params], np.float32),
+        frequency=np.array([p.frequency_penalty for p in params], np.float32),
+    )

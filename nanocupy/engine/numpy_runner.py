@@ -1,0 +1,134 @@
+"""The runner on the CPU: binds the forward's op calls to NumPy buffers and runs them in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nanocupy.config import ModelConfig
+from nanocupy.engine.batch import (
+    ForwardBatch,
+    build_batch,
+    build_penalty_batch,
+    build_sampler_batch,
+)
+from nanocupy.engine.runner import Runner, RunnerLimits
+from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.model.forward import Buffer, OpCall, WeightRef, decoder_forward
+from nanocupy.model.rope import rope_parameters
+from nanocupy.ops.numpy_ops import NumpyOps
+
+
+class NumpyRunner(Runner):
+    """Runs `config` with `weights` (name in `weight_layout` -> array) on NumPy.
+
+    Activations and cache are of `dtype` (float32; float64 makes an oracle, with float64 compute).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, np.ndarray],
+        limits: RunnerLimits,
+        dtype: type[np.floating] = np.float32,
+    ) -> None:
+        self.config = config
+        self.limits = limits
+        self.weights = weights
+        self.ops = NumpyOps(dtype)
+        self.dtype = np.dtype(dtype)
+        self.table_width = -(-limits.max_context // limits.block_size)
+        rope = rope_parameters(config)
+        self.forward = decoder_forward(config, rope, self.table_width)
+        self._dims = {
+            "T": limits.max_step_tokens,
+            "B": limits.max_num_seqs,
+            "B+1": limits.max_num_seqs + 1,
+            "S": limits.max_step_tokens,
+            "N": limits.num_blocks,
+            "P": limits.block_size,
+        }
+        self._memory = self._allocate()
+        self._memory["inv_freq"] = rope.inv_freq
+        # The steps' shapes repeat (decode: always the same): their bound calls are kept.
+        self._bound: dict[tuple[int, int, int], list[Callable[[], None]]] = {}
+
+    def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
+        batch = build_batch(
+            schedule, block_size=self.limits.block_size, table_width=self.table_width
+        )
+        logits = self.logits(batch)
+        requests = [s.request for s in schedule if s.samples]
+        return self._sample(requests, logits) if requests else []
+
+    def logits(self, batch: ForwardBatch) -> np.ndarray:
+        """Logits [S, V] of the batch's sampled rows, float32 (or the oracle's dtype); the array is
+        overwritten by the next step."""
+        key = (len(batch.token_ids), len(batch.kv_lens), len(batch.sample_rows))
+        for name, values in vars(batch).items():
+            if name in self._memory:
+                self._view(name, values.shape)[...] = values
+        for call in self._bind(*key):
+            call()
+        return self._view("logits", (key[2], self.config.vocab_size))
+
+    def _sample(self, requests: Sequence[Any], logits: np.ndarray) -> list[int]:
+        penalties = build_penalty_batch(requests, self.config.eos_ids)
+        if penalties is not None:
+            self.ops.penalize(logits, **vars(penalties))
+        ids = np.empty(len(requests), np.int32)
+        self.ops.sample(logits, **vars(build_sampler_batch(requests)), out=ids)
+        return ids.tolist()
+
+    # ----------------------------------------------------------------- binding
+
+    def _bind(self, num_tokens: int, num_seqs: int, num_rows: int) -> list[Callable[[], None]]:
+        key = (num_tokens, num_seqs, num_rows)
+        if key not in self._bound:
+            if len(self._bound) >= 64:
+                self._bound.clear()
+            dims = self._dims | {
+                "T": num_tokens, "B": num_seqs, "B+1": num_seqs + 1, "S": num_rows,
+            }  # fmt: skip
+            self._bound[key] = [
+                self._bind_call(call, dims)
+                for call in self.forward
+                if call.op != "lm_head" or num_rows  # a chunk that isn't the last has no logits
+            ]
+        return self._bound[key]
+
+    def _bind_call(self, call: OpCall, dims: Mapping[str, int]) -> Callable[[], None]:
+        arguments: dict[str, Any] = {}
+        for name, value in call.arguments.items():
+            if isinstance(value, Buffer):
+                value = self._view(value.name, tuple(dims.get(n, n) for n in value.shape))
+            elif isinstance(value, WeightRef):
+                value = self.weights[value.name]
+            arguments[name] = value
+        return partial(getattr(self.ops, call.op), **arguments)
+
+    def _allocate(self) -> dict[str, np.ndarray]:
+        """Every buffer of the forward at its largest; the system commits pages as they are used."""
+        memory: dict[str, np.ndarray] = {}
+        buffers = (v for c in self.forward for v in c.arguments.values() if isinstance(v, Buffer))
+        for buffer in buffers:
+            shape = tuple(self._dims.get(n, n) for n in buffer.shape)
+            dtype = np.dtype(np.int32) if buffer.dtype == "int32" else self.dtype
+            if buffer.dtype == "cache":
+                # Heads first in memory: the blocks of one head, where they lie in a row, are then
+                # one matrix that BLAS takes without a copy.
+                num_blocks, num_heads, block_size, head_size = shape
+                flat = np.zeros((num_heads, num_blocks, block_size, head_size), dtype)
+                memory[buffer.name] = flat.swapaxes(0, 1)
+            elif buffer.name not in memory:
+                memory[buffer.name] = np.zeros(math.prod(shape), dtype)
+        return memory
+
+    def _view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The start of the buffer `name`, in `shape`; a cache is always whole."""
+        memory = self._memory[name]
+        return memory if memory.ndim == 4 else memory[: math.prod(shape)].reshape(shape)

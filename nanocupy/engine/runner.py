@@ -1,0 +1,35 @@
+"""What executes a schedule. The engine knows runners by this interface alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanocupy.engine.scheduler import ScheduledRequest
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What a runner is built for, fixed for its life.
+
+    num_blocks counts the null block; block_size is in tokens; max_context is the longest sequence
+    in tokens, max_step_tokens the most tokens of one step, max_num_seqs the most sequences.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_context: int
+    max_step_tokens: int
+    max_num_seqs: int
+
+
+class Runner(ABC):
+    """Turns a schedule into one sampled id for each of its requests that samples."""
+
+    limits: RunnerLimits
+
+    @abstractmethod
+    def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
+        """Execute one step. Returns the ids of the requests that sample, in the schedule's order.
+        The requests themselves are left as they are."""

@@ -1,0 +1,53 @@
+"""Reads a checkpoint's tensors into the arrays the NumPy backend runs on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from nanocupy.checkpoint.base import Checkpoint, dequantized
+from nanocupy.errors import CapacityError
+from nanocupy.model.weights import Weight, weight_layout
+
+
+def load_numpy_weights(
+    checkpoint: Checkpoint,
+    dtype: type[np.floating] = np.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """All weights in `dtype`, by the names of `weight_layout`. A tensor already stored so is not
+    copied: it stays a view of the mapped file.
+
+    progress is called with (done, total) tensors. Raises CheckpointError, CapacityError.
+    """
+    layout = list(weight_layout(checkpoint.config))
+
+    def load(weight: Weight) -> np.ndarray:
+        if len(weight.sources) == 1:
+            return dequantized(checkpoint.read(weight.sources[0])).astype(dtype, copy=False)
+        stacked = np.empty(weight.shape, dtype)
+        row = 0
+        for source in weight.sources:
+            part = dequantized(checkpoint.read(source))
+            stacked[row : row + len(part)] = part
+            row += len(part)
+        return stacked
+
+    loaded: dict[str, np.ndarray] = {}
+    # Conversions let go of the interpreter lock, and pages of the file arrive in parallel.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for weight, array in zip(layout, pool.map(load, layout), strict=True):
+                loaded[weight.name] = array
+                if progress is not None:
+                    progress(len(loaded), len(layout))
+        except MemoryError:
+            gigabytes = checkpoint.config.num_parameters * np.dtype(dtype).itemsize / 1e9
+            raise CapacityError(
+                f"{checkpoint.path}: its weights need {gigabytes:.1f} GB of memory in "
+                f"{np.dtype(dtype).name}, which this machine could not give"
+            ) from None
+    return loaded
