@@ -63,7 +63,7 @@ class LegacyCheckpoint(Checkpoint):
         tokenizer_path: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._tokenizer_path = None if tokenizer_path is None else Path(tokenizer_path)
+        self.tokenizer_path = None if tokenizer_path is None else Path(tokenizer_path)
         if layout is not None and layout not in (*legacy.SIZED_LAYOUTS, "D"):
             self._fail(f"--format is {shown(layout)}; it must be A, B, C or D")
         if kind is not None and kind not in legacy.KINDS:
@@ -235,11 +235,11 @@ class LegacyCheckpoint(Checkpoint):
         return GroupedInt8(values, scales, group_size)
 
     def _load_tokenizer(self) -> Tokenizer | None:
-        if self._tokenizer_path is None:
+        if self.tokenizer_path is None:
             return None
         from nanocupy.tokenizer import load_tokenizer
 
-        return load_tokenizer(self._tokenizer_path)
+        return load_tokenizer(self.tokenizer_path)
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """As `Checkpoint.verify`; also that no int8 value is -128, and that layout A's tables of

@@ -1,0 +1,204 @@
+"""Writes NanoInfer 2 files from any checkpoint, one tensor in memory at a time.
+
+Owns the order of writing and the choice of each tensor's type. The bytes themselves are defined in
+`nanocupy.checkpoint.nanoinfer2_layout`; what a source looks like is its reader's business.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nanocupy.checkpoint import nanoinfer2_layout as layout
+from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, dequantized
+from nanocupy.checkpoint.nanoinfer2_layout import Entry, align
+from nanocupy.checkpoint.strict_json import parse_object
+from nanocupy.errors import CheckpointError
+from nanocupy.exporters.conversion import Progress, check_dtype, converted, read_checked
+from nanocupy.exporters.output_file import output_file
+
+
+def write_nanoinfer2(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write `checkpoint` as the NanoInfer 2 file `out`, which appears whole or not at all.
+
+    dtype      float32, float16 or bfloat16 for all matrices; vectors (norms, biases) keep their
+               stored type. None: matrices keep theirs as well; GGUF's quantised types become
+               float16, grouped int8 stays as it is.
+    progress   called with (weights written, all weights) after each piece
+
+    Raises CheckpointError: a value that float16 cannot hold, NaN or infinite weights, `out` is the
+    source, the disk is full; TokenizerError where the source's tokenizer is broken.
+    """
+    check_dtype(dtype)
+    sections = _sections(checkpoint)
+    names = list(checkpoint.tensors)
+    directory_bytes = sum(
+        layout.entry_bytes(name, len(checkpoint.tensors[name].shape)) for name in names
+    )
+    # The header's size does not hang on the tensors' contents, so these are written first.
+    header_bytes = len(_header(checkpoint, sections, bytes(directory_bytes), 0))
+    total = checkpoint.config.num_parameters
+    with output_file(Path(out), checkpoint) as file:
+        tensors = _TensorWriter(file, header_bytes, progress, total)
+        for name in names:
+            tensors.write(checkpoint, name, dtype)
+        file_bytes = tensors.end
+        directory = b"".join(layout.pack_entry(entry) for entry in tensors.entries)
+        file.seek(0)
+        file.write(_header(checkpoint, sections, directory, file_bytes))
+
+
+class _TensorWriter:
+    """Writes tensors one after the other, aligned, and keeps their directory entries."""
+
+    def __init__(
+        self, file: BinaryIO, header_bytes: int, progress: Progress | None, total: int
+    ) -> None:
+        self.entries: list[Entry] = []
+        self.end = header_bytes
+        self._file = file
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._checksum = 0
+
+    def write(self, checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
+        tensor = read_checked(checkpoint, name)
+        self._pad()
+        offset, self._checksum = self.end, 0
+        if isinstance(tensor, GroupedInt8) and dtype is None:
+            stored, group_size = "int8", tensor.group_size
+            self._write_int8(tensor, name)
+        else:
+            array = dequantized(tensor)
+            stored, group_size = _stored_dtype(array, checkpoint.tensors[name].dtype, dtype), 0
+            for piece in converted(array, stored, name):
+                self._put(piece)
+                self._advance(piece.size)
+        self.entries.append(
+            Entry(
+                name,
+                stored,
+                tuple(tensor.shape),
+                group_size,
+                offset,
+                self.end - offset,
+                self._checksum,
+            )
+        )
+
+    def _write_int8(self, tensor: GroupedInt8, name: str) -> None:
+        if not np.isfinite(tensor.scales).all():
+            raise CheckpointError(f"tensor {name} holds NaN or infinite scales")
+        self._put(tensor.values)
+        self._pad()
+        self._put(tensor.scales.astype("<f4", copy=False))
+        self._advance(tensor.values.size)
+
+    def _put(self, array: np.ndarray) -> None:
+        # A view of bytes: bfloat16 has no buffer format of its own.
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._file.write(data)
+        self._checksum = zlib.crc32(data, self._checksum)
+        self.end += data.size
+
+    def _pad(self) -> None:
+        """Zeros up to the alignment; before the first tensor this also leaves the header's room."""
+        padding = bytes(align(self.end, layout.TENSOR_ALIGNMENT) - self.end)
+        self._file.seek(self.end)
+        self._file.write(padding)
+        self._checksum = zlib.crc32(padding, self._checksum)
+        self.end += len(padding)
+
+    def _advance(self, num_weights: int) -> None:
+        self._done += num_weights
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _stored_dtype(array: np.ndarray, source_dtype: str, dtype: str | None) -> str:
+    """The type to store `array` in, which a checkpoint gave for a tensor kept in source_dtype."""
+    is_matrix = array.ndim == 2
+    if is_matrix and dtype is not None:
+        return dtype
+    if source_dtype in layout.ITEM_BYTES:
+        return source_dtype
+    return "float16" if is_matrix else "float32"
+
+
+def _sections(checkpoint: Checkpoint) -> dict[int, bytes]:
+    """The sections of the header but the directory, in file order; empty ones are left out."""
+    sections = {layout.CONFIG: _json(checkpoint.config.to_dict(), "config")}
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is not None:
+        sections[layout.TOKENIZER] = tokenizer.to_bytes()
+    if checkpoint.chat_template is not None:
+        try:
+            sections[layout.CHAT_TEMPLATE] = checkpoint.chat_template.encode()
+        except UnicodeEncodeError as exc:
+            raise CheckpointError(f"{checkpoint.path}: chat template is not Unicode") from exc
+    stated = {k: v for k, v in asdict(checkpoint.generation_defaults).items() if v is not None}
+    if stated:
+        sections[layout.GENERATION] = _json(stated, "generation defaults")
+    metadata = {"exported_from": checkpoint.format, **checkpoint.metadata}
+    sections[layout.METADATA] = _json(metadata, "metadata")
+    for kind, data in sections.items():
+        if len(data) > layout.MAX_SECTION_BYTES[kind]:
+            raise CheckpointError(
+                f"{checkpoint.path}: its {layout.SECTION_NAMES[kind]} takes {len(data)} bytes; "
+                f"a NanoInfer 2 file holds at most {layout.MAX_SECTION_BYTES[kind]}"
+            )
+    return sections
+
+
+def _json(values: Mapping[str, Any], what: str) -> bytes:
+    try:
+        data = json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as exc:
+        raise CheckpointError(f"{what} cannot be written as JSON: {exc}") from exc
+    parse_object(data, what)  # nothing is written that the reader would refuse
+    return data
+
+
+def _header(
+    checkpoint: Checkpoint, sections: Mapping[int, bytes], directory: bytes, file_bytes: int
+) -> bytes:
+    """The whole header, with its checksum; its size is that of its sections alone."""
+    contents = {**sections, layout.DIRECTORY: directory}
+    position = layout.FIXED.size + len(contents) * layout.SECTION.size
+    table, body = b"", b""
+    for kind, data in contents.items():
+        required = layout.SECTION_REQUIRED if kind in (layout.CONFIG, layout.DIRECTORY) else 0
+        table += layout.SECTION.pack(kind, required, position, len(data))
+        padded = data.ljust(align(len(data), layout.SECTION_ALIGNMENT), b"\0")
+        body += padded
+        position += len(padded)
+    fixed = [
+        layout.MAGIC,
+        layout.VERSION,
+        layout.MINOR_VERSION,
+        layout.FIXED.size,
+        layout.config_flags(checkpoint.config),
+        layout.TENSOR_ALIGNMENT,
+        len(contents),
+        len(checkpoint.tensors),
+        0,  # the checksum counts as zero in the bytes that it covers
+        position,
+        align(position, layout.TENSOR_ALIGNMENT),
+        file_bytes,
+        bytes(16),
+    ]
+    fixed[8] = zlib.crc32(layout.FIXED.pack(*fixed) + table + body)
+    return layout.FIXED.pack(*fixed) + table + body
