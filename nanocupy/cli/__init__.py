@@ -109,14 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tolerate_narrow_terminals()
     _end_on_signals()
     try:
-        code = cli.main(
-            args=None if argv is None else list(argv),
-            prog_name=PROGRAM,
-            obj=invocation,
-            standalone_mode=False,
-        )
+        code = _invoke(list(sys.argv[1:] if argv is None else argv), invocation)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return code
     except (KeyboardInterrupt, click.Abort):
         return 130
     except BrokenPipeError:
@@ -135,6 +130,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = _describe(exc, invocation.debug)
         _print_error(message)
         return code
+
+
+def _invoke(args: list[str], invocation: _Invocation) -> int:
+    """click's own `main` less its handling of Ctrl-C and broken pipes, which is ours."""
+    if "_NANOCUPY_COMPLETE" in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(
+            cli, {}, PROGRAM, "_NANOCUPY_COMPLETE", os.environ["_NANOCUPY_COMPLETE"]
+        )
+    try:
+        with cli.make_context(PROGRAM, args, obj=invocation) as ctx:
+            code = cli.invoke(ctx)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    return code if isinstance(code, int) else 0
 
 
 def _describe(exc: Exception, debug: bool) -> tuple[str, int]:

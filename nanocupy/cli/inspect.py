@@ -37,12 +37,24 @@ _MAX_SHOWN_DAMAGE = 20
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", "show_template", is_flag=True, help="Print the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--format", "legacy_format", type=click.Choice(["A", "B", "C", "D"]),
-              help="Layout of a legacy NanoInfer file, where its size fits two.")
-@click.option("--kind", "legacy_kind", type=click.Choice(["llama2", "llama3", "qwen3"]),
-              help="Model family of a legacy NanoInfer file.")
-@click.option("--tokenizer", "tokenizer_path", type=click.Path(),
-              help="Tokenizer file of a legacy NanoInfer file.")
+@click.option(
+    "--format",
+    "legacy_format",
+    type=click.Choice(["A", "B", "C", "D"]),
+    help="Layout of a legacy NanoInfer file, where its size fits two.",
+)
+@click.option(
+    "--kind",
+    "legacy_kind",
+    type=click.Choice(["llama2", "llama3", "qwen3"]),
+    help="Model family of a legacy NanoInfer file.",
+)
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    type=click.Path(),
+    help="Tokenizer file of a legacy NanoInfer file.",
+)
 def inspect(
     model: str,
     verify: bool,
@@ -155,7 +167,7 @@ def _fail(checkpoint: Checkpoint, damage: dict[str, str]) -> None:
 
     first, problem = next(iter(damage.items()))
     raise CheckpointError(
-        f"{checkpoint.path}: {len(damage)} of {counted(len(checkpoint.tensors), 'tensor')} damaged, "
+        f"{checkpoint.path}: {len(damage)} of {len(checkpoint.tensors)} tensors damaged, "
         f"first {first}: {problem}; fetch or export the model again"
     )
 

@@ -42,8 +42,10 @@ def num_cpus() -> int:
 def memory_bytes() -> tuple[int, int] | None:
     """(total, available) of the machine, or of the container where that is less."""
     info = _read("/proc/meminfo")
-    found = [re.search(rf"^{key}:\s*(\d+) kB", info, re.MULTILINE) for key in
-             ("MemTotal", "MemAvailable")]
+    found = [
+        re.search(rf"^{key}:\s*(\d+) kB", info, re.MULTILINE)
+        for key in ("MemTotal", "MemAvailable")
+    ]
     if not all(found):
         return None
     total, available = (int(match[1]) * 1024 for match in found if match)

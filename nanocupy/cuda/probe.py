@@ -235,9 +235,7 @@ def probe_cupy(driver: DriverStatus | None = None) -> CupyStatus:
     return CupyStatus(installed, True, runtime, nvrtc, cublas, problem)
 
 
-def _import_problem(
-    exc: Exception, name: str, cuda_version: tuple[int, int] | None
-) -> Problem:
+def _import_problem(exc: Exception, name: str, cuda_version: tuple[int, int] | None) -> Problem:
     text = " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
     if isinstance(exc, OSError):
         mend = "set CUPY_CACHE_DIR to a folder you can write to"

@@ -21,6 +21,8 @@ def resolve_model(name: str | os.PathLike[str], *, progress: bool = True) -> Pat
     ConfigError (a name we do not know), DownloadError, CapacityError.
     """
     text = os.fspath(name)
+    if not text:
+        raise ConfigError("the model's name is empty; give a path, an alias or owner/name")
     path = Path(text).expanduser()
     if _exists(path):
         return path
@@ -56,8 +58,9 @@ def _unknown(name: str, aliases: list[str]) -> str:
 
     near = get_close_matches(name.lower(), aliases, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = repr(name if len(name) <= 200 else name[:200] + "…")
     return (
-        f"no model {name!r}: it is no file or folder here, and no name we know "
+        f"no model {shown}{_nearby(Path(name))}: it is no file or folder here, and no name we know "
         f"({', '.join(aliases)}). {hint}A model of a Hugging Face hub is written owner/name"
     )
 

