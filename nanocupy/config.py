@@ -186,7 +186,8 @@ class ModelConfig:
         """Plain JSON-able form; `from_dict` reads it back to an equal config."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["eos_ids"] = list(self.eos_ids)
-        data["rope_scaling"] = {f.name: getattr(self.rope_scaling, f.name) for f in fields(RopeScaling)}
+        scaling = self.rope_scaling
+        data["rope_scaling"] = {f.name: getattr(scaling, f.name) for f in fields(scaling)}
         return data
 
     @classmethod
@@ -208,10 +209,16 @@ class ModelConfig:
             )
             values["eos_ids"] = tuple(eos_ids)
             for name in (
-                "tied_lm_head", "has_qkv_bias", "has_o_bias", "has_mlp_bias", "has_qk_norm",
+                "tied_lm_head",
+                "has_qkv_bias",
+                "has_o_bias",
+                "has_mlp_bias",
+                "has_qk_norm",
             ):
                 if not isinstance(values.get(name, False), bool):
-                    raise ConfigError(f"model config: {name} is {values[name]!r}, not true or false")
+                    raise ConfigError(
+                        f"model config: {name} is {values[name]!r}; it must be true or false"
+                    )
             return cls(**values)
         except TypeError as exc:
             raise ConfigError(f"model config: {exc}") from exc

@@ -1,25 +1,27 @@
 """The Python API: a model that takes text and gives text.
 
-    from nanocupy import LLM, SamplingParams
-    llm = LLM("smollm2-135m")
-    print(llm.generate("The capital of France is", SamplingParams(max_tokens=8)).text)
+from nanocupy import LLM, SamplingParams
+llm = LLM("smollm2-135m")
+print(llm.generate("The capital of France is", SamplingParams(max_tokens=8)).text)
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, overload
+from weakref import WeakValueDictionary
 
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_runner
-from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.engine import LLMEngine, StepOutput
 from nanocupy.engine.stops import StopMatcher
-from nanocupy.errors import RequestError, TokenizerError
+from nanocupy.errors import TokenizerError
 from nanocupy.sampling_params import SamplingParams
-from nanocupy.tokenizer import StreamDecoder, Tokenizer, stream_decoder
+from nanocupy.tokenizer import Tokenizer, stream_decoder
 from nanocupy.tokenizer.chat import ChatTemplate
 
 Prompt = str | Sequence[int]
@@ -52,29 +54,68 @@ class Completion:
     total_time: float
 
 
-@dataclass
-class _Answer:
-    """A request's text as it grows."""
+class Answer(Iterator[TextChunk]):
+    """An answer in the making: iterate over its chunks. Close or drop it to end it early."""
 
-    stream: StreamDecoder
-    stops: StopMatcher
-    num_prompt_tokens: int
-    started: float
-    token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-    first_token_at: float = 0.0
-    finished_at: float = 0.0
+    def __init__(
+        self, llm: LLM, request_id: str, num_prompt_tokens: int, params: SamplingParams
+    ) -> None:
+        self._llm = llm
+        self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._stream = stream_decoder(llm.tokenizer)
+        self._stops = StopMatcher(params.stop)
+        self._pieces: list[str] = []
+        self._chunks: deque[TextChunk] = deque()
+        self._started = self._first_token_at = self._finished_at = time.perf_counter()
+
+    def __next__(self) -> TextChunk:
+        while not self._chunks:
+            if self.finish_reason is not None:
+                raise StopIteration
+            self._llm._step()
+        return self._chunks.popleft()
+
+    def close(self) -> None:
+        """End the answer now, with what it has."""
+        if self.finish_reason is None:
+            self.finish_reason = "abort"
+            self._finished_at = time.perf_counter()
+            self._llm._end(self)
+
+    def __del__(self) -> None:
+        self.close()
 
     def completion(self) -> Completion:
+        """The answer so far; the whole one once the iteration has ended."""
         return Completion(
-            text="".join(self.pieces),
-            token_ids=self.token_ids,
+            text="".join(self._pieces),
+            token_ids=list(self.token_ids),
             finish_reason=self.finish_reason or "abort",
             num_prompt_tokens=self.num_prompt_tokens,
-            time_to_first_token=self.first_token_at - self.started,
-            total_time=self.finished_at - self.started,
+            time_to_first_token=self._first_token_at - self._started,
+            total_time=self._finished_at - self._started,
         )
+
+    def _extend(self, output: StepOutput) -> None:
+        """Take in a new token."""
+        now = time.perf_counter()
+        if not self.token_ids:
+            self._first_token_at = now
+        self.token_ids.append(output.token_id)
+        reason = output.finish_reason
+        # The id that ends a text is not part of it.
+        text = "" if reason == "stop" else self._stream.push(output.token_id)
+        shown = self._stops.push(text)
+        if reason is not None:
+            shown += self._stops.push(self._stream.finish()) + self._stops.finish()
+        if self._stops.stopped_by is not None:
+            reason = "stop"
+        self.finish_reason, self._finished_at = reason, now
+        self._pieces.append(shown)
+        self._chunks.append(TextChunk(shown, output.token_id, reason))
 
 
 class LLM:
@@ -86,6 +127,8 @@ class LLM:
     max_context  tokens a sequence may have at most; None = what the model was made for
     max_num_seqs sequences that run at once
     chunk_size   tokens of prompt computed in one step
+    progress     show a bar on stderr while a model is fetched or loaded
+    Other keywords go to `open_checkpoint` (a legacy file's tokenizer_path, say).
     Raises a NanocupyError that says what is wrong.
     """
 
@@ -111,10 +154,13 @@ class LLM:
             max_context=max_context,
             max_num_seqs=max_num_seqs,
             chunk_size=chunk_size,
+            progress=progress,
         )
         self.device = runner.device
         self._engine = LLMEngine(self.config, runner)
         self._num_requests = 0
+        # Weak, so that an answer nobody holds any more ends.
+        self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()
         self._chat_template: ChatTemplate | None = None
 
     @property
@@ -187,82 +233,60 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
-    ) -> Iterator[TextChunk]:
+    ) -> Answer:
         """The answer piece by piece, as it comes. The prompt is text, token ids, or a
-        conversation. An abandoned iterator ends its request."""
+        conversation. Several can be read in turns: they run in one batch."""
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
             ids = self.encode_chat(prompt)  # type: ignore[arg-type]
         else:
             ids = list(prompt)  # type: ignore[arg-type]
-        answers = self._add([ids], params)
-        return self._stream(answers)
-
-    def _stream(self, answers: dict[str, _Answer]) -> Iterator[TextChunk]:
-        try:
-            while self._engine.has_unfinished:
-                for _, chunk in self._step(answers):
-                    yield chunk
-        finally:
-            self._abort(answers)
+        return self._add([ids], params)[0]
 
     def _complete(self, prompts: Sequence[list[int]], params: Any) -> list[Completion]:
         answers = self._add(prompts, params)
         try:
-            while any(a.finish_reason is None for a in answers.values()):
-                for _ in self._step(answers):
-                    pass
+            while any(answer.finish_reason is None for answer in answers):
+                self._step()
         finally:
-            self._abort(answers)
-        return [answer.completion() for answer in answers.values()]
+            for answer in answers:
+                answer.close()
+        return [answer.completion() for answer in answers]
 
-    def _add(self, prompts: Sequence[list[int]], params: Any) -> dict[str, _Answer]:
+    def _add(self, prompts: Sequence[list[int]], params: SamplingParams | None) -> list[Answer]:
+        """Queue all prompts, or none of them."""
         params = params if params is not None else self.default_params()
-        answers: dict[str, _Answer] = {}
+        added: list[Answer] = []
         try:
             for ids in prompts:
                 self._num_requests += 1
                 request_id = str(self._num_requests)
+                answer = Answer(self, request_id, len(ids), params)
                 self._engine.add_request(request_id, ids, params)
-                answers[request_id] = _Answer(
-                    stream=stream_decoder(self.tokenizer),
-                    stops=StopMatcher(params.stop),
-                    num_prompt_tokens=len(ids),
-                    started=time.perf_counter(),
-                )
-        except BaseException:
-            self._abort(answers)
+                self._answers[request_id] = answer
+                added.append(answer)
+        except BaseException:  # Ctrl-C included
+            for answer in added:
+                answer.close()
             raise
-        return answers
+        return added
 
-    def _abort(self, answers: Mapping[str, _Answer]) -> None:
-        for request_id, answer in answers.items():
-            if answer.finish_reason is None:
-                self._engine.abort(request_id)
-
-    def _step(self, answers: Mapping[str, _Answer]) -> Iterator[tuple[str, TextChunk]]:
+    def _step(self) -> None:
+        """One step of the engine; every answer it brought forward takes in its token."""
         for output in self._engine.step():
-            answer = answers.get(output.request_id)
-            if answer is None:
-                raise RequestError("another answer of this model is being streamed; finish it first")
-            if not answer.token_ids:
-                answer.first_token_at = time.perf_counter()
-            answer.token_ids.append(output.token_id)
-            reason = output.finish_reason
-            # The id that ends a text is not part of it.
-            text = "" if reason == "stop" else answer.stream.push(output.token_id)
-            shown = answer.stops.push(text)
-            if reason is not None:
-                shown += answer.stops.push(answer.stream.finish()) + answer.stops.finish()
-            elif answer.stops.stopped_by is not None:
+            answer = self._answers.get(output.request_id)
+            if answer is None:  # dropped unread, and not collected in time
                 self._engine.abort(output.request_id)
-                reason = "stop"
-            if reason is not None:
-                answer.finish_reason = reason
-                answer.finished_at = time.perf_counter()
-            answer.pieces.append(shown)
-            yield output.request_id, TextChunk(shown, output.token_id, reason)
+                continue
+            answer._extend(output)
+            if answer.finish_reason is not None:
+                self._end(answer)
+
+    def _end(self, answer: Answer) -> None:
+        """Forget an answer that has ended; the engine may not know yet (a stop string)."""
+        self._answers.pop(answer.request_id, None)
+        self._engine.abort(answer.request_id)
 
 
 def _author_settings(defaults: GenerationDefaults) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nanocupy.checkpoint import Checkpoint
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError, DeviceError
+from nanocupy.hub.progress import byte_progress
 
 BLOCK_SIZE = 16  # tokens
 # The share of the machine's memory that the key/value cache may grow to on the CPU.
@@ -18,6 +19,7 @@ def make_runner(
     max_context: int | None,
     max_num_seqs: int,
     chunk_size: int,
+    progress: bool = False,
 ) -> Runner:
     """A runner for `checkpoint` on `device` ("auto", "cuda" or "cpu").
 
@@ -35,15 +37,22 @@ def make_runner(
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device is {device!r}; it must be auto, cuda or cpu")
     if device == "cuda":
+        from nanocupy.cuda.probe import find_cuda
+
+        find_cuda().require()
         raise DeviceError(
-            "this version of nanocupy runs on the CPU only, its CUDA backend is not finished; "
+            "a usable GPU is here, but this version of nanocupy computes on the CPU only; "
             "use --device cpu"
         )
-    return _cpu_runner(checkpoint, max_context, max_num_seqs, chunk_size)
+    return _cpu_runner(checkpoint, max_context, max_num_seqs, chunk_size, progress)
 
 
 def _cpu_runner(
-    checkpoint: Checkpoint, max_context: int | None, max_num_seqs: int, chunk_size: int
+    checkpoint: Checkpoint,
+    max_context: int | None,
+    max_num_seqs: int,
+    chunk_size: int,
+    progress: bool,
 ) -> Runner:
     from nanocupy.engine.numpy_runner import NumpyRunner
     from nanocupy.model.load import load_numpy_weights
@@ -61,7 +70,9 @@ def _cpu_runner(
         max_step_tokens=max(chunk_size, max_num_seqs),
         max_num_seqs=max_num_seqs,
     )
-    return NumpyRunner(config, load_numpy_weights(checkpoint), limits)
+    with byte_progress("loading", progress) as report:
+        weights = load_numpy_weights(checkpoint, progress=report)
+    return NumpyRunner(config, weights, limits)
 
 
 def _machine_memory() -> int:

@@ -1,6 +1,6 @@
-"""The engine: requests are added, `step` is called, tokens come out. It knows no text and no arrays.
+"""The engine: requests are added, `step` is called, tokens come out. It knows no text, no arrays.
 
-    schedule  →  run  →  append each sampled id  →  finish what has ended
+A step: schedule → run → append each sampled id → finish what has ended.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class NumpyRunner(Runner):
         limits: RunnerLimits,
         dtype: type[np.floating] = np.float32,
     ) -> None:
+        self.device = "cpu"
         self.config = config
         self.limits = limits
         self.weights = weights

@@ -28,6 +28,7 @@ class Runner(ABC):
     """Turns a schedule into one sampled id for each of its requests that samples."""
 
     limits: RunnerLimits
+    device: str  # a name for people: "cpu", "NVIDIA H100"
 
     @abstractmethod
     def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:

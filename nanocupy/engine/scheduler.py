@@ -51,8 +51,9 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
             if request.state is RequestState.RUNNING:  # else preempted by one before it
                 budget -= self._schedule_one(request, budget, scheduled, may_preempt=True)
-        nobody_preempted = len(self.running) == num_running  # else there is no room for more
-        while nobody_preempted and self.waiting and budget and len(self.running) < self.max_num_seqs:
+        if len(self.running) < num_running:  # somebody was preempted: there is no room for more
+            return scheduled
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             num_tokens = self._schedule_one(request, budget, scheduled, may_preempt=False)
             if not num_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ def load_numpy_weights(
     """All weights in `dtype`, by the names of `weight_layout`. A tensor already stored so is not
     copied: it stays a view of the mapped file.
 
-    progress is called with (done, total) tensors. Raises CheckpointError, CapacityError.
+    progress is called with (done, total) bytes. Raises CheckpointError, CapacityError.
     """
     layout = list(weight_layout(checkpoint.config))
 
@@ -36,18 +37,21 @@ def load_numpy_weights(
             row += len(part)
         return stacked
 
+    itemsize = np.dtype(dtype).itemsize
+    total_bytes = sum(math.prod(weight.shape) for weight in layout) * itemsize
+    done_bytes = 0
     loaded: dict[str, np.ndarray] = {}
     # Conversions let go of the interpreter lock, and pages of the file arrive in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for weight, array in zip(layout, pool.map(load, layout), strict=True):
                 loaded[weight.name] = array
+                done_bytes += array.nbytes
                 if progress is not None:
-                    progress(len(loaded), len(layout))
+                    progress(done_bytes, total_bytes)
         except MemoryError:
-            gigabytes = checkpoint.config.num_parameters * np.dtype(dtype).itemsize / 1e9
             raise CapacityError(
-                f"{checkpoint.path}: its weights need {gigabytes:.1f} GB of memory in "
+                f"{checkpoint.path}: its weights need {total_bytes / 1e9:.1f} GB of memory in "
                 f"{np.dtype(dtype).name}, which this machine could not give"
             ) from None
     return loaded

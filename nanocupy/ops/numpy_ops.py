@@ -124,7 +124,9 @@ class NumpyOps(Ops):
             weighted = weighted.reshape(num_heads, num, head_size).swapaxes(0, 1)
             out[start : start + tile] = weighted
 
-    def _attend_single(self, q, key_cache, value_cache, tokens, kv_lens, tables, scale, out) -> None:
+    def _attend_single(
+        self, q, key_cache, value_cache, tokens, kv_lens, tables, scale, out
+    ) -> None:
         """Many sequences with one query each, at once; shorter ones are padded and masked."""
         num_kv_heads, block_size, head_size = key_cache.shape[1:]
         num_blocks = -(-int(kv_lens.max()) // block_size)
@@ -224,7 +226,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def _gather_sequence(cache: np.ndarray, blocks: np.ndarray, kv_len: int) -> np.ndarray:
-    """Cache [N, G, P, d] of one sequence -> [G, kv_len, d]; a view where its blocks lie in a row."""
+    """Cache [N, G, P, d] of one sequence -> [G, kv_len, d]; a view if its blocks lie in a row."""
     num_kv_heads, block_size, head_size = cache.shape[1:]
     blocks = blocks[: -(-kv_len // block_size)]
     heads_first = cache.swapaxes(0, 1)

@@ -15,7 +15,7 @@ _32 = np.uint64(32)
 
 
 def philox4x32(counters: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Four random words for each counter: counters uint32 [n, 4], seeds uint64 [n] -> uint32 [n, 4].
+    """Four random words a row: counters uint32 [n, 4], seeds uint64 [n] -> uint32 [n, 4].
 
     The low half of the seed is the first key word.
     """

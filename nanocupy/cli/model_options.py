@@ -1,0 +1,161 @@
+"""What `generate` and `chat` share: options of the model and the sampler, loading, statistics."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanocupy.errors import NanocupyError
+
+if TYPE_CHECKING:
+    from nanocupy.llm import LLM, Completion
+    from nanocupy.sampling_params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 512
+
+_OPTIONS: list[Callable[..., Any]] = [
+    click.option(
+        "--model",
+        "-m",
+        required=True,
+        metavar="MODEL",
+        help="A NanoInfer or GGUF file, a Hugging Face folder, smollm2-135m, or OWNER/NAME.",
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(1),
+        default=DEFAULT_MAX_TOKENS,
+        show_default=True,
+        help="Tokens of an answer at most.",
+    ),
+    click.option(
+        "--temperature",
+        type=float,
+        help="0 = always the likeliest token. [default: the model's, else 1]",
+    ),
+    click.option(
+        "--top-k", type=int, help="Only the k likeliest tokens; -1 = all. [default: the model's]"
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        help="Only the likeliest tokens that hold this share. [default: the model's, else 1]",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        help="Only tokens at least this likely beside the likeliest. [default: the model's]",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        help="Above 1 discourages repeating. [default: the model's, else 1]",
+    ),
+    click.option("--seed", type=int, help="The same seed gives the same text. [default: random]"),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given often."
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cuda", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute; auto takes the GPU where one is usable.",
+    ),
+    click.option(
+        "--max-context",
+        type=click.IntRange(2),
+        help="Tokens of prompt and answer at most. [default: the model's]",
+    ),
+    click.option(
+        "--format",
+        "legacy_format",
+        type=click.Choice(["A", "B", "C", "D"]),
+        help="Layout of a legacy NanoInfer file, where its size fits two.",
+    ),
+    click.option(
+        "--kind",
+        "legacy_kind",
+        type=click.Choice(["llama2", "llama3", "qwen3"]),
+        help="Model family of a legacy NanoInfer file.",
+    ),
+    click.option(
+        "--tokenizer",
+        "tokenizer_path",
+        type=click.Path(),
+        help="Tokenizer file of a legacy NanoInfer file.",
+    ),
+]
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options above, in their order."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def load_model(options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
+    """Load the model that `options` (of `model_options`) name; its sampling parameters too."""
+    # Wrong numbers are refused before a model is fetched or loaded.
+    changes: dict[str, Any] = {
+        name: options[name]
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        if options[name] is not None
+    }
+    changes |= {"max_tokens": options["max_tokens"], "stop": options["stop"]}
+    from nanocupy.sampling_params import SamplingParams
+
+    SamplingParams(**changes)
+
+    from nanocupy.llm import LLM
+
+    model_settings = ("device", "max_context", "legacy_format", "legacy_kind", "tokenizer_path")
+    llm = LLM(
+        options["model"],
+        max_num_seqs=1,
+        progress=True,
+        **{name: options[name] for name in model_settings},
+    )
+    return llm, llm.default_params(**changes)
+
+
+def statistics_line(llm: LLM, completion: Completion, load_time: float) -> str:
+    """One line about an answer: tokens, times and rates."""
+    num_output = len(completion.token_ids)
+    decode_time = completion.total_time - completion.time_to_first_token
+    parts = [
+        f"{completion.num_prompt_tokens} prompt + {num_output} output tokens on {llm.device}",
+        f"load {load_time:.2f} s",
+        f"first token {completion.time_to_first_token:.2f} s",
+    ]
+    if num_output > 1 and decode_time > 0:
+        parts.append(f"{(num_output - 1) / decode_time:.1f} tokens/s")
+    if completion.finish_reason == "length":
+        parts.append("cut at the token limit")
+    return "; ".join(parts)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def read_stdin() -> str:
+    """All of stdin as text; NanocupyError where it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise NanocupyError(
+            f"stdin: byte {exc.start} is not UTF-8 text; convert it (iconv -t utf-8)"
+        ) from None
