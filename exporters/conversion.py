@@ -14,7 +14,7 @@ import numpy as np
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8
 from nanocupy.errors import CheckpointError
 
-# done weights, all weights
+# bytes written, bytes the file will have about
 Progress = Callable[[int, int], None]
 
 DTYPES: dict[str, np.dtype[Any]] = {

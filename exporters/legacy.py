@@ -40,28 +40,28 @@ def write_legacy(
 
     layout     A (LLaMA float32), B (LLaMA int8 in groups of 64), C (Qwen3 float32), D1 or D2
                (llama2.c float32, int8). B and D2 halve the group until it divides every row.
-    progress   called with (weights written, all weights)
+    progress   called with (bytes written, all bytes) after each tensor
 
     Returns what a reader of the file cannot know, a sentence each. Raises CheckpointError with the
     reason where the layout cannot express the model, and as `write_nanoinfer2` does.
     """
     kind, dims = plan(checkpoint.config, layout)
     runs = legacy.runs(layout, dims)
-    total = sum(run.repeat * math.prod(run.shape) for run in runs)
-    done = 0
+    file_bytes = legacy.file_bytes(layout, dims)
     with output_file(Path(out), checkpoint) as file:
         file.write(legacy.pack_header(layout, dims))
         for run in runs:
-            if run.name == legacy.ROPE_TABLES:
-                _write_rope_tables(file, checkpoint.config)
-                done += math.prod(run.shape)
-                continue
             for name in run.names():
-                _write_tensor(file, checkpoint, name, run, dims)
-                done += math.prod(run.shape)
+                if name == legacy.ROPE_TABLES:
+                    _write_rope_tables(file, checkpoint.config)
+                else:
+                    _write_tensor(file, checkpoint, name, run, dims)
                 if progress is not None:
-                    progress(done, total)
-    return _notes(checkpoint.config, layout, kind, dims)
+                    progress(file.tell(), file_bytes)
+        assert file.tell() == file_bytes
+        file.seek(0)
+        start = file.read(legacy.LLAMA2C_HEADER_BYTES)
+    return _notes(checkpoint.config, layout, kind, dims, start)
 
 
 def plan(config: ModelConfig, layout: str) -> tuple[str, Dimensions]:
@@ -209,8 +209,10 @@ def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.nda
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _notes(config: ModelConfig, layout: str, kind: str, dims: Dimensions) -> list[str]:
-    """What a reader of the file has to be told, or will get wrong."""
+def _notes(
+    config: ModelConfig, layout: str, kind: str, dims: Dimensions, start: bytes
+) -> list[str]:
+    """What a reader of the file, which begins with `start`, must be told or will get wrong."""
     notes = ["a legacy file carries no tokenizer; name one with --tokenizer"]
     guessed = "llama3" if dims.vocab == legacy.LLAMA3_VOCAB_SIZE else "llama2"
     if layout != "C" and kind != guessed:
@@ -222,9 +224,9 @@ def _notes(config: ModelConfig, layout: str, kind: str, dims: Dimensions) -> lis
             f"{', '.join(map(str, implied.eos_ids))}"
         )
     if layout in legacy.SIZED_LAYOUTS:
-        header, size = legacy.pack_header(layout, dims), legacy.file_bytes(layout, dims)
+        size = legacy.file_bytes(layout, dims)
         for other in legacy.SIZED_LAYOUTS:
-            misread = legacy.parse_header(other, header)
+            misread = legacy.parse_header(other, start)
             if (
                 other != layout
                 and isinstance(misread, Dimensions)

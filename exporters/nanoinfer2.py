@@ -7,6 +7,7 @@ Owns the order of writing and the choice of each tensor's type. The bytes themse
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nanocupy.checkpoint import nanoinfer2_layout as layout
-from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, dequantized
+from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, dequantized
 from nanocupy.checkpoint.nanoinfer2_layout import Entry, align
 from nanocupy.checkpoint.strict_json import parse_object
 from nanocupy.errors import CheckpointError
@@ -36,7 +37,7 @@ def write_nanoinfer2(
     dtype      float32, float16 or bfloat16 for all matrices; vectors (norms, biases) keep their
                stored type. None: matrices keep theirs as well; GGUF's quantised types become
                float16, grouped int8 stays as it is.
-    progress   called with (weights written, all weights) after each piece
+    progress   called with (bytes written, all bytes) after each piece, as planned beforehand
 
     Raises CheckpointError: a value that float16 cannot hold, NaN or infinite weights, `out` is the
     source, the disk is full; TokenizerError where the source's tokenizer is broken.
@@ -49,9 +50,9 @@ def write_nanoinfer2(
     )
     # The header's size does not hang on the tensors' contents, so these are written first.
     header_bytes = len(_header(checkpoint, sections, bytes(directory_bytes), 0))
-    total = checkpoint.config.num_parameters
+    planned = {name: _planned_bytes(checkpoint.tensors[name], dtype) for name in names}
     with output_file(Path(out), checkpoint) as file:
-        tensors = _TensorWriter(file, header_bytes, progress, total)
+        tensors = _TensorWriter(file, header_bytes, progress, planned)
         for name in names:
             tensors.write(checkpoint, name, dtype)
         file_bytes = tensors.end
@@ -64,14 +65,19 @@ class _TensorWriter:
     """Writes tensors one after the other, aligned, and keeps their directory entries."""
 
     def __init__(
-        self, file: BinaryIO, header_bytes: int, progress: Progress | None, total: int
+        self,
+        file: BinaryIO,
+        header_bytes: int,
+        progress: Progress | None,
+        planned: Mapping[str, int],
     ) -> None:
         self.entries: list[Entry] = []
         self.end = header_bytes
         self._file = file
         self._progress = progress
-        self._total = total
-        self._done = 0
+        self._planned = planned
+        self._total = sum(planned.values())
+        self._done = 0  # bytes of finished tensors, as planned
         self._checksum = 0
 
     def write(self, checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
@@ -83,10 +89,14 @@ class _TensorWriter:
             self._write_int8(tensor, name)
         else:
             array = dequantized(tensor)
-            stored, group_size = _stored_dtype(array, checkpoint.tensors[name].dtype, dtype), 0
+            stored, group_size = _stored_dtype(checkpoint.tensors[name], dtype), 0
+            num_done = 0
             for piece in converted(array, stored, name):
                 self._put(piece)
-                self._advance(piece.size)
+                num_done += piece.size
+                self._report(self._planned[name] * num_done // array.size)
+        self._done += self._planned[name]
+        self._report(0)
         self.entries.append(
             Entry(
                 name,
@@ -105,7 +115,6 @@ class _TensorWriter:
         self._put(tensor.values)
         self._pad()
         self._put(tensor.scales.astype("<f4", copy=False))
-        self._advance(tensor.values.size)
 
     def _put(self, array: np.ndarray) -> None:
         # A view of bytes: bfloat16 has no buffer format of its own.
@@ -122,20 +131,26 @@ class _TensorWriter:
         self._checksum = zlib.crc32(padding, self._checksum)
         self.end += len(padding)
 
-    def _advance(self, num_weights: int) -> None:
-        self._done += num_weights
+    def _report(self, num_bytes_of_tensor: int) -> None:
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._done + num_bytes_of_tensor, self._total)
 
 
-def _stored_dtype(array: np.ndarray, source_dtype: str, dtype: str | None) -> str:
-    """The type to store `array` in, which a checkpoint gave for a tensor kept in source_dtype."""
-    is_matrix = array.ndim == 2
+def _stored_dtype(info: TensorInfo, dtype: str | None) -> str:
+    """The type to store a tensor in that does not stay grouped int8."""
+    is_matrix = len(info.shape) == 2
     if is_matrix and dtype is not None:
         return dtype
-    if source_dtype in layout.ITEM_BYTES:
-        return source_dtype
+    if info.dtype in layout.ITEM_BYTES:
+        return info.dtype
     return "float16" if is_matrix else "float32"
+
+
+def _planned_bytes(info: TensorInfo, dtype: str | None) -> int:
+    """About what the tensor will take in the file."""
+    if info.dtype == "int8" and dtype is None:
+        return info.nbytes
+    return math.prod(info.shape) * layout.ITEM_BYTES[_stored_dtype(info, dtype)]
 
 
 def _sections(checkpoint: Checkpoint) -> dict[int, bytes]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanocupy.config import MAX_DIMENSION, MAX_LAYERS, RopeScaling
+from nanocupy.errors import ConfigError
 
 LLAMA2C_MAGIC = 0x616B3432
 LLAMA2C_HEADER_BYTES = 256
@@ -218,3 +219,22 @@ def pack_header(layout: str, dims: Dimensions) -> bytes:
     if layout == "D2":
         header += struct.pack("<i", dims.group_size)
     return header.ljust(LLAMA2C_HEADER_BYTES, b"\0")
+
+
+def parse_rope_scaling(text: str) -> RopeScaling:
+    """What `--rope-scaling` names: "none", "linear:FACTOR" or "llama3:FACTOR" (low 1, high 4,
+    original context 8192, which all of LLaMA 3.1 and 3.2 share). Raises ConfigError."""
+    kind, _, factor_text = text.partition(":")
+    if text == "none":
+        return RopeScaling()
+    try:
+        factor = float(factor_text)
+    except ValueError:
+        factor = None
+    if kind not in ("linear", "llama3") or factor is None:
+        raise ConfigError(
+            f"--rope-scaling is {text!r}; it must be none, linear:FACTOR or llama3:FACTOR"
+        )
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    return replace(KINDS["llama3"].rope_scaling, factor=factor)
