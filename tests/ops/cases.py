@@ -1,0 +1,399 @@
+"""Seeded calls of every op, shared by all backends: arguments, which of them are written, poison.
+
+Owns the shapes and values that the ops are tried on. Knows nothing of any backend: everything here
+is a NumPy array that a test puts where its backend wants it, inside `guarded` buffers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "float64": np.dtype(np.float64),  # not a storage type: for the reference alone
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+GUARD_ROWS = 16  # keeps a buffer's start a multiple of 32 bytes, whatever its width
+GUARD_VALUE = 113
+FAR_BLOCK = 1 << 30  # fills block-table columns that no sequence owns: must not be followed
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: every argument by name in the interface's order; `written` are the outputs, which
+    hold NaN (-1 where they are integers) or, if the op updates in place, what is there before.
+
+    `ignored` masks elements of an output whose value means nothing (the null block)."""
+
+    arguments: dict[str, Any]
+    written: tuple[str, ...]
+    ignored: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named call of one op; `build(storage)` gives it in a storage dtype."""
+
+    op: str
+    name: str
+    make: Callable[[np.random.Generator, np.dtype], Call]
+
+    def build(self, storage: np.dtype) -> Call:
+        return self.make(np.random.default_rng(zlib.crc32(f"{self.op} {self}".encode())), storage)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def guarded(array: np.ndarray, fill: float = GUARD_VALUE) -> np.ndarray:
+    """`array` with GUARD_ROWS rows of `fill` before and after it: use `inner` of it."""
+    rows = np.full((GUARD_ROWS, *array.shape[1:]), fill).astype(array.dtype)
+    return np.concatenate([rows, array, rows])
+
+
+def inner(whole: Any) -> Any:
+    """The part of a guarded buffer (of any array library) that is the argument itself."""
+    return whole[GUARD_ROWS : len(whole) - GUARD_ROWS]
+
+
+def guards_intact(whole: np.ndarray, fill: float = GUARD_VALUE) -> bool:
+    """Whether nothing was written outside `inner`."""
+    rows = np.concatenate([whole[:GUARD_ROWS], whole[len(whole) - GUARD_ROWS :]])
+    return bool((rows == np.asarray(fill).astype(whole.dtype)).all())
+
+
+def _nan(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    return np.full(shape, np.nan).astype(dtype)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, std: float = 1.0):
+    return (rng.standard_normal(shape) * std).astype(dtype)
+
+
+def _norm_weight(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarray:
+    return rng.uniform(0.5, 1.5, size).astype(dtype)
+
+
+def _int32(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)
+
+
+# ------------------------------------------------------------------------------ embed, rope_table
+
+
+def _embed(num_tokens: int, vocab: int, hidden: int) -> Callable[..., Call]:
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        arguments = {
+            "token_ids": _int32(rng.integers(0, vocab, num_tokens)),
+            "table": _normal(rng, (vocab, hidden), storage),
+            "out": _nan((num_tokens, hidden), storage),
+        }
+        if num_tokens > 1:
+            arguments["token_ids"][:2] = vocab - 1, 0
+        return Call(arguments, ("out",))
+
+    return make
+
+
+def _rope_table(
+    positions: list[int], head_size: int, rope_lens: list[int] | None = None, attention=1.0
+) -> Callable[..., Call]:
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        half = head_size // 2
+        inv_freq = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
+        arguments = {
+            "positions": _int32(positions),
+            "rope_lens": None if rope_lens is None else _int32(rope_lens),
+            "inv_freq": inv_freq,
+            "ntk_factor": 4.0 if rope_lens is not None else 1.0,
+            "ntk_context": 32,
+            "attention_factor": attention,
+            "out": _nan((len(positions), 2, half), np.float32),
+        }
+        return Call(arguments, ("out",))
+
+    return make
+
+
+# ------------------------------------------------------------------------------ products
+
+
+def _product(
+    op: str,
+    num_tokens: int,
+    inputs: int,
+    outputs: int,
+    bias: bool = False,
+    wide: bool = False,
+    x_scale: float = 1.0,
+) -> Callable[..., Call]:
+    """norm_linear, linear_add, norm_swiglu; `wide`: the residual stream is float32."""
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        residual_dtype = np.dtype(np.float32) if wide and storage.itemsize < 4 else storage
+        rows = 2 * outputs if op == "norm_swiglu" else outputs
+        weight = _normal(rng, (rows, inputs), storage, 1 / np.sqrt(inputs))
+        bias_array = _normal(rng, (rows,), storage) if bias else None
+        if op == "linear_add":
+            arguments = {
+                "x": _normal(rng, (num_tokens, inputs), storage, x_scale),
+                "weight": weight,
+                "bias": bias_array,
+                "residual": _normal(rng, (num_tokens, outputs), residual_dtype),
+            }
+            return Call(arguments, ("residual",))
+        arguments = {
+            "x": _normal(rng, (num_tokens, inputs), residual_dtype, x_scale),
+            "norm_weight": _norm_weight(rng, inputs, storage),
+            "eps": 1e-5,
+            "weight": weight,
+            "bias": bias_array,
+            "out": _nan((num_tokens, outputs), storage),
+        }
+        return Call(arguments, ("out",))
+
+    return make
+
+
+def _lm_head(
+    num_tokens: int, rows: list[int], hidden: int, vocab: int, wide: bool = False
+) -> Callable[..., Call]:
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        x_dtype = np.dtype(np.float32) if wide and storage.itemsize < 4 else storage
+        x = _normal(rng, (num_tokens, hidden), x_dtype)
+        x[[t for t in range(num_tokens) if t not in rows]] = np.nan  # rows nobody asked for
+        arguments = {
+            "x": x,
+            "rows": _int32(rows),
+            "norm_weight": _norm_weight(rng, hidden, storage),
+            "eps": 1e-6,
+            "weight": _normal(rng, (vocab, hidden), storage, 1 / np.sqrt(hidden)),
+            "out": _nan((len(rows), vocab), np.float32),
+        }
+        return Call(arguments, ("out",))
+
+    return make
+
+
+# ------------------------------------------------------------------------------ the paged cache
+
+
+def _rope_write_kv(
+    num_tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    block_size: int = 16,
+    norms: str = "",
+    padding: int = 0,
+) -> Callable[..., Call]:
+    """`norms`: letters of "qk" that have a norm; `padding`: tokens at the end that are none."""
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        half, num_blocks = head_size // 2, 3 + num_tokens // block_size
+        slots = rng.permutation(np.arange(block_size, num_blocks * block_size))[:num_tokens]
+        slots[num_tokens - padding :] = rng.integers(0, block_size, padding)
+        angles = rng.uniform(0, 2 * np.pi, (num_tokens, half))
+        cache_shape = (num_blocks, kv_heads, block_size, head_size)
+        null_block = np.zeros(cache_shape, bool)
+        null_block[0] = True
+        arguments = {
+            "qkv": _normal(rng, (num_tokens, (heads + 2 * kv_heads) * head_size), storage),
+            "q_norm": _norm_weight(rng, head_size, storage) if "q" in norms else None,
+            "k_norm": _norm_weight(rng, head_size, storage) if "k" in norms else None,
+            "eps": 1e-6,
+            "rope": (1.25 * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.float32),
+            "slots": _int32(slots),
+            "key_cache": _normal(rng, cache_shape, storage),
+            "value_cache": _normal(rng, cache_shape, storage),
+            "q_out": _nan((num_tokens, heads, head_size), storage),
+        }
+        return Call(
+            arguments,
+            ("key_cache", "value_cache", "q_out"),
+            {"key_cache": null_block, "value_cache": null_block},
+        )
+
+    return make
+
+
+def _attention(
+    sequences: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    block_size: int = 16,
+    shuffled: bool = True,
+    q_scale: float = 1.0,
+) -> Callable[..., Call]:
+    """`sequences`: (queries, kv length) of each. Whatever lies behind a length is NaN."""
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        needed = [-(-kv_len // block_size) for _, kv_len in sequences]
+        num_blocks, num_columns = 3 + sum(needed), 2 + max(needed, default=0)
+        ids = np.arange(1, num_blocks)
+        if shuffled:
+            ids = rng.permutation(ids)
+        cache_shape = (num_blocks, kv_heads, block_size, head_size)
+        key_cache, value_cache = _nan(cache_shape, storage), _nan(cache_shape, storage)
+        tables = np.full((len(sequences), num_columns), FAR_BLOCK, np.int32)
+        for b, (_, kv_len) in enumerate(sequences):
+            first = sum(needed[:b])
+            tables[b, : needed[b]] = ids[first : first + needed[b]]
+            for position in range(kv_len):
+                block, row = tables[b, position // block_size], position % block_size
+                key_cache[block, :, row] = _normal(rng, (kv_heads, head_size), storage)
+                value_cache[block, :, row] = _normal(rng, (kv_heads, head_size), storage)
+        num_tokens = sum(queries for queries, _ in sequences)
+        arguments = {
+            "q": _normal(rng, (num_tokens, heads, head_size), storage, q_scale),
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "query_starts": _int32(np.cumsum([0] + [queries for queries, _ in sequences])),
+            "kv_lens": _int32([kv_len for _, kv_len in sequences]),
+            "block_tables": tables,
+            "scale": head_size**-0.5,
+            "out": _nan((num_tokens, heads, head_size), storage),
+        }
+        return Call(arguments, ("out",))
+
+    return make
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+def _penalize(entries: list[int], vocab: int) -> Callable[..., Call]:
+    """`entries`: how many tokens of each row are touched."""
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        rows, total = len(entries), sum(entries)
+        ids = [rng.permutation(vocab)[:count] for count in entries]
+        counts = rng.integers(0, 4, total)
+        arguments = {
+            "logits": _normal(rng, (rows, vocab), np.float32, 3.0),
+            "entry_starts": _int32(np.cumsum([0, *entries])),
+            "token_ids": _int32(np.concatenate([*ids, []])),
+            "output_counts": _int32(counts),
+            # What stands in the output stands in the context; some entries carry a bias alone.
+            "in_context": (counts > 0) | (rng.random(total) < 0.5),
+            "bias": np.where(rng.random(total) < 0.5, rng.normal(size=total) * 5, 0).astype("f4"),
+            "repetition": rng.uniform(0.7, 1.8, rows).astype(np.float32),
+            "presence": rng.uniform(-1, 2, rows).astype(np.float32),
+            "frequency": rng.uniform(-0.5, 1, rows).astype(np.float32),
+        }
+        return Call(arguments, ("logits",))
+
+    return make
+
+
+def _sample(rows: int, vocab: int, **fixed: float) -> Callable[..., Call]:
+    """Every row has parameters of its own, unless `fixed` names one for all."""
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        logits = _normal(rng, (rows, vocab), np.float32, 2.0)
+        if vocab > 8:
+            logits[:, rng.integers(0, vocab, vocab // 8)] = -np.inf  # as a grammar masks
+            logits[:, 3] = logits[:, 5]  # a tie, which top-k must keep whole
+        parameters = {
+            "temperature": rng.choice([0.0, 0.5, 1.0, 1.7], rows),
+            "top_k": rng.choice([-1, 1, 2, 5, vocab, vocab + 7], rows),
+            "top_p": rng.choice([1.0, 0.9, 0.5, 0.05], rows),
+            "min_p": rng.choice([0.0, 0.05, 0.4, 1.0], rows),
+        }
+        for name, value in fixed.items():
+            parameters[name] = np.full(rows, value)
+        arguments = {
+            "logits": logits,
+            **{k: v.astype(np.int32 if k == "top_k" else "f4") for k, v in parameters.items()},
+            "seeds": rng.integers(0, 2**64, rows, dtype=np.uint64),
+            "counters": rng.integers(0, 2**32, (rows, 2), dtype=np.uint32),
+            "out": np.full(rows, -1, np.int32),
+        }
+        return Call(arguments, ("out",))
+
+    return make
+
+
+# ------------------------------------------------------------------------------ the table
+
+
+def _all() -> Iterator[tuple[str, str, Callable[..., Call]]]:
+    for tokens, vocab, hidden in ((0, 5, 8), (1, 1, 1), (5, 11, 7), (19, 40, 64)):
+        yield "embed", f"t{tokens}-d{hidden}", _embed(tokens, vocab, hidden)
+
+    yield "rope_table", "empty", _rope_table([], 8)
+    yield "rope_table", "d2", _rope_table([0, 1, 7], 2)
+    yield "rope_table", "d80", _rope_table([5, 0, 4095, 131071], 80)
+    yield "rope_table", "attention-factor", _rope_table([0, 3, 900], 16, attention=1.25)
+    lens = [1, 31, 32, 33, 70, 71, 640]
+    yield "rope_table", "dynamic", _rope_table([0, 30, 31, 5, 69, 70, 639], 24, lens)
+    yield "rope_table", "dynamic-d2", _rope_table([3, 50], 2, [4, 60])
+    for op in ("norm_linear", "linear_add", "norm_swiglu"):
+        for tokens, inputs, outputs, bias in (
+            (0, 16, 8, True),
+            (1, 1, 1, False),
+            (1, 33, 17, True),
+            (3, 64, 5, False),
+            (17, 7, 31, True),
+        ):
+            name = f"t{tokens}-{inputs}x{outputs}" + ("-bias" if bias else "")
+            yield op, name, _product(op, tokens, inputs, outputs, bias)
+        yield op, "wide-residual", _product(op, 4, 29, 12, True, wide=True)
+        yield op, "large", _product(op, 2, 24, 9, x_scale=300.0)
+        yield op, "tiny", _product(op, 2, 24, 9, True, x_scale=1e-4)
+
+    yield "lm_head", "none", _lm_head(3, [], 16, 9)
+    yield "lm_head", "one", _lm_head(1, [0], 1, 1)
+    yield "lm_head", "shuffled", _lm_head(9, [7, 2, 3], 35, 41)
+    yield "lm_head", "wide-residual", _lm_head(4, [3, 1], 48, 21, wide=True)
+    for heads, kv_heads, head_size in ((1, 1, 2), (3, 3, 64), (4, 1, 80), (8, 1, 96), (8, 2, 128)):
+        for norms in ("", "qk"):
+            name = f"h{heads}-g{kv_heads}-d{head_size}" + ("-norms" if norms else "")
+            yield "rope_write_kv", name, _rope_write_kv(5, heads, kv_heads, head_size, norms=norms)
+    yield "rope_write_kv", "d256", _rope_write_kv(2, 2, 1, 256, norms="qk")
+    yield "rope_write_kv", "empty", _rope_write_kv(0, 4, 2, 8)
+    yield "rope_write_kv", "padding", _rope_write_kv(7, 4, 2, 8, norms="qk", padding=3)
+    yield "rope_write_kv", "many-blocks", _rope_write_kv(37, 2, 1, 6, block_size=4, norms="k")
+
+    around = [(1, n) for n in (1, 15, 16, 17, 33, 70)]
+    whole = [(n, n) for n in (1, 15, 16, 17, 35)]
+    mixed = [(1, 17), (5, 5), (0, 12), (7, 40), (1, 1), (16, 48), (0, 0), (1, 31)]
+    for heads, kv_heads in ((2, 2), (4, 1), (8, 1), (8, 2)):
+        name = f"h{heads}-g{kv_heads}"
+        yield "attention", f"decode-{name}", _attention(around, heads, kv_heads, 12)
+        yield "attention", f"prefill-{name}", _attention(whole, heads, kv_heads, 10)
+        yield "attention", f"mixed-{name}", _attention(mixed, heads, kv_heads, 6)
+    for head_size in (2, 64, 80, 96, 128, 256):
+        lens = [(1, 5), (3, 9), (1, 17)]
+        yield "attention", f"d{head_size}", _attention(lens, 4, 2, head_size)
+    for block_size in (1, 8, 32):
+        yield "attention", f"block-{block_size}", _attention(mixed, 4, 2, 6, block_size)
+    yield "attention", "blocks-in-a-row", _attention(mixed, 4, 2, 6, 4, shuffled=False)
+    yield "attention", "alone", _attention([(1, 45)], 4, 1, 16)
+    yield "attention", "many-blocks", _attention([(1, 203), (2, 150)], 2, 1, 4, 8)
+    yield "attention", "peaked", _attention(around, 4, 2, 8, q_scale=30.0)
+    yield "attention", "empty", _attention([], 4, 2, 8)
+    yield "attention", "no-queries", _attention([(0, 9), (0, 3)], 4, 2, 8)
+    yield "penalize", "empty", _penalize([], 10)
+    yield "penalize", "ragged", _penalize([0, 7, 1, 40, 0], 40)
+    yield "penalize", "untouched", _penalize([0, 0], 5)
+    yield "sample", "empty", _sample(0, 10)
+    yield "sample", "one-token", _sample(4, 1)
+    yield "sample", "mixed", _sample(120, 50)
+    yield "sample", "plain", _sample(60, 33, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    yield "sample", "greedy", _sample(9, 33, temperature=0.0)
+    yield "sample", "top-k", _sample(40, 64, temperature=1.5, top_k=5, top_p=1.0, min_p=0.0)
+    yield "sample", "top-p", _sample(40, 64, temperature=1.5, top_k=-1, top_p=0.6, min_p=0.0)
+    yield "sample", "min-p", _sample(40, 64, temperature=1.5, top_k=-1, top_p=1.0, min_p=0.2)
+
+
+CASES: tuple[Case, ...] = tuple(Case(*parts) for parts in _all())
