@@ -146,7 +146,7 @@ def _describe_template(template: str | None) -> dict[str, Any] | None:
 
 def _verify(checkpoint: Checkpoint, *, progress: bool) -> dict[str, str]:
     """Name -> what is wrong, of every damaged tensor."""
-    from nanocupy.hub.progress import byte_progress
+    from nanocupy.progress import byte_progress
 
     damage: dict[str, str] = {}
     total = sum(info.nbytes for info in checkpoint.tensors.values())

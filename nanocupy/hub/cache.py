@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanocupy.errors import CapacityError, ConfigError
-from nanocupy.hub.progress import human_bytes, say
+from nanocupy.progress import human_bytes, say
 
 _SCRATCH = ".scratch-"
 

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from nanocupy.errors import CapacityError, ConfigError, DownloadError
 from nanocupy.hub.cache import cache_dir, make_folder, model_lock, require_space
 from nanocupy.hub.http import HttpClient
-from nanocupy.hub.progress import Report, byte_progress
+from nanocupy.progress import Report, byte_progress
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
 

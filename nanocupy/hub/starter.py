@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanocupy.errors import CapacityError, DownloadError
 from nanocupy.hub.cache import cache_dir, model_lock, require_space, scratch_folder
-from nanocupy.hub.progress import Report, byte_progress
+from nanocupy.progress import Report, byte_progress
 
 _CHUNK_BYTES = 1 << 20
 _PROGRESS_LINE = re.compile(r"Progress (\d{1,15}) of (\d{1,15})\s*$")

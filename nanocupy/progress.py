@@ -1,0 +1,87 @@
+"""Progress of long transfers on stderr: a bar on a terminal, a line now and then elsewhere.
+
+It knows bytes and labels, never where they come from.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Report = Callable[[int, int], None]  # (done_bytes, total_bytes); a total of 0 is "not known yet"
+
+_PLAIN_INTERVAL_S = 5.0
+
+
+def say(message: str, enabled: bool = True) -> None:
+    """One line to stderr, where anybody is to see it."""
+    if enabled:
+        print(f"nanocupy: {message}", file=sys.stderr, flush=True)
+
+
+def human_bytes(num_bytes: float) -> str:
+    """ "92.9 MB": decimal units, as downloads and disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+@contextmanager
+def byte_progress(label: str, enabled: bool = True) -> Iterator[Report]:
+    """Give a function to call with (done_bytes, total_bytes) as often as one likes."""
+    if not enabled:
+        yield lambda done_bytes, total_bytes: None
+    elif sys.stderr.isatty():
+        with _bar(label) as report:
+            yield report
+    else:
+        with _lines(label) as report:
+            yield report
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@contextmanager
+def _lines(label: str) -> Iterator[Report]:
+    last_time_s = time.monotonic()
+    done_bytes = 0
+    say(f"{label} …")
+
+    def report(done: int, total: int) -> None:
+        nonlocal last_time_s, done_bytes
+        done_bytes = done
+        now_s = time.monotonic()
+        if now_s - last_time_s >= _PLAIN_INTERVAL_S:
+            last_time_s = now_s
+            of = f" of {human_bytes(total)}" if total else ""
+            say(f"{label}: {human_bytes(done)}{of}")
+
+    yield report
+    say(f"{label}: {human_bytes(done_bytes)}, done")
