@@ -147,7 +147,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         found: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
         for shard in shards:
             if not (self.path / shard).exists():
-                self._fail(f"{shard}, named by {_INDEX}, is missing; download the model again")
+                source = "the target of a link" if listed is None else f"named by {_INDEX}"
+                self._fail(f"{shard}, {source}, is missing; download the model again")
             file = SafetensorsFile(self.path / shard)
             self._files.append(file)
             for name, stored in file.tensors.items():
