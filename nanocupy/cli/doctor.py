@@ -224,6 +224,7 @@ def _summary(findings: list[Finding], broken: int) -> str:
 def _print(findings: list[Finding], summary: str) -> None:
     console = plain_console()
     table = make_table(f"nanocupy {__version__}", "", "", "")
+    table.show_header = False
     for finding in findings:
         detail = printable(finding.detail)
         if finding.mend:
