@@ -76,13 +76,6 @@ def _rope_scaling(kind: str, theta: float = 10000.0, key: str = "rope_type", **m
     return {"rope_theta": theta, "rope_scaling": {key: kind, **more}}
 
 
-_LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _config("llama", "3 64 176 8/2 256", rope_theta=10000.0),
     "llama-mqa-tied": _config(
@@ -106,16 +99,33 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         max_position_embeddings=32,
         **_rope_scaling("dynamic", key="type", factor=2.0),
     ),
+    # LLaMA 3.2's own scaling, and one whose ramp lies among the frequencies of short texts.
     "llama-llama3": _config(
         "llama",
         "2 128 176 2/1 232",
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         eos_token_id=[2, 5],
-        **_rope_scaling("llama3", 500000.0, **_LLAMA3),
+        **_rope_scaling(
+            "llama3",
+            500000.0,
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
     ),
-    "llama-llama3-untied": _config(
-        "llama", "2 64 120 4/2 220", max_position_embeddings=512, **_rope("llama3", **_LLAMA3)
+    "llama-llama3-short": _config(
+        "llama",
+        "2 64 120 4/2 220",
+        max_position_embeddings=512,
+        **_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
     ),
     "llama-yarn": _config(
         "llama",
@@ -206,8 +216,8 @@ _SEEDS = {
     "llama-mha-linear": 4,
     "llama-dynamic-long": 6,
     "llama-dynamic-crossing": 3,
-    "llama-llama3": 13,
-    "llama-llama3-untied": 4,
+    "llama-llama3": 10,
+    "llama-llama3-short": 4,
     "llama-yarn": 1,
     "llama-yarn-explicit": 2,
     "llama-yarn-untruncated": 3,
