@@ -1,4 +1,4 @@
-"""Helpers of the model tests: fixtures read, models loaded, a runner driven by hand.
+"""What the model tests share: fixtures read, models loaded, a runner driven by hand.
 
 Drives the NumPy runner through the same batches that the engine builds, but asks for the logits of
 every token, and picks block ids at random.
