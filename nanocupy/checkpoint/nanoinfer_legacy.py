@@ -237,9 +237,9 @@ class LegacyCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.tokenizer_path is None:
             return None
-        from nanocupy.tokenizer import load_tokenizer
+        from nanocupy.tokenizer import load_tokenizer_file
 
-        return load_tokenizer(self.tokenizer_path)
+        return load_tokenizer_file(self.tokenizer_path)
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """As `Checkpoint.verify`; also that no int8 value is -128, and that layout A's tables of
