@@ -18,7 +18,12 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.hf_config import model_config
 from nanocupy.checkpoint.safetensors_file import READABLE, SafetensorsFile, StoredTensor
-from nanocupy.checkpoint.strict_json import parse_object, read_object, read_small_file, shown
+from nanocupy.checkpoint.strict_json import (
+    MAX_TOKENIZER_JSON_BYTES,
+    read_object,
+    read_small_file,
+    shown,
+)
 from nanocupy.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -91,6 +96,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _open(self) -> None:
         config = read_object(self.path / "config.json")
         if config is None:
+            gguf = next(self.path.glob("*.gguf"), None)
+            if gguf is not None:
+                self._fail(f"no config.json in this folder; to read {gguf.name}, name the file")
             self._fail("no config.json in this folder; it is not a Hugging Face model")
         generation = read_object(self.path / "generation_config.json") or {}
         self.config = model_config(config, generation, str(self.path), self._name())
@@ -241,8 +249,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             except UnicodeDecodeError:
                 raise CheckpointError(f"{source}: not UTF-8 text") from None
         source = self.path / "tokenizer_config.json"
-        data = read_small_file(source)
-        template = None if data is None else parse_object(data, str(source)).get("chat_template")
+        template = (read_object(source, MAX_TOKENIZER_JSON_BYTES) or {}).get("chat_template")
         if isinstance(template, list):
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None

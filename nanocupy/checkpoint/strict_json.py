@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 from nanocupy.errors import CheckpointError
 
-# A parsed document takes some twenty times its text, and the longest honest one here (the header
-# of a model with MAX_LAYERS layers) is smaller than this.
-MAX_JSON_BYTES = 16 << 20
+# A parsed document takes up to some twenty times its text. Configs, indexes and headers are far
+# smaller than this even for hundreds of layers; only lists of added tokens grow beyond it.
+MAX_JSON_BYTES = 4 << 20
+MAX_TOKENIZER_JSON_BYTES = 16 << 20
 MAX_DEPTH = 32
 
 _shortener = reprlib.Repr()
@@ -33,15 +34,17 @@ def shown(value: object) -> str:
         return "a number too long to print"
 
 
-def parse_object(data: bytes | memoryview, where: str) -> dict[str, Any]:
+def parse_object(
+    data: bytes | memoryview, where: str, max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """The JSON object in `data`; `where` names the file (and part) in errors.
 
     Raises CheckpointError: too large, too deep, not UTF-8, not JSON, not an object, a key twice,
     a number that is not finite.
     """
-    if len(data) > MAX_JSON_BYTES:
+    if len(data) > max_bytes:
         raise CheckpointError(
-            f"{where}: {len(data)} bytes of JSON; nanocupy reads at most {MAX_JSON_BYTES}"
+            f"{where}: {len(data)} bytes of JSON; nanocupy reads at most {max_bytes}"
         )
 
     def fail(reason: str) -> NoReturn:
@@ -125,7 +128,7 @@ def read_small_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes | None
     return data
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no such file."""
-    data = read_small_file(path)
-    return None if data is None else parse_object(data, str(path))
+    data = read_small_file(path, max_bytes)
+    return None if data is None else parse_object(data, str(path), max_bytes)

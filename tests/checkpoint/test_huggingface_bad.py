@@ -117,6 +117,10 @@ def only_pickle(path: Path) -> None:
 EMBED = "model.embed_tokens.weight"
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "no config.json"),
+    "a folder of gguf": (
+        lambda p: (p / "config.json").rename(p / "model.gguf"),
+        "to read model.gguf, name the file",
+    ),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors"),
     "only pickle": (only_pickle, "only pytorch_model.bin: pickled"),
     "dangling link": (dangling_link, "the target of a link, is missing"),
