@@ -89,9 +89,10 @@ class LegacyCheckpoint(Checkpoint):
         self.format = f"nanoinfer-legacy-{self.layout[0]}"
         kind, reason = self._choose_kind(kind)
         self.config = self._make_config(legacy.KINDS[kind])
-        self.metadata = {"layout": self.layout, "kind": kind, "kind_reason": reason}
+        metadata = {"layout": self.layout, "kind": kind, "kind_reason": reason}
         if self.layout in legacy.QUANTISED_LAYOUTS:
-            self.metadata["group_size"] = self._dims.group_size
+            metadata["group_size"] = str(self._dims.group_size)
+        self.metadata = metadata
         self._placed = self._place()
         self._rope_tables = self._placed.pop(legacy.ROPE_TABLES, None)
         self.tensors = {
