@@ -32,11 +32,12 @@ def open_checkpoint(
         return HuggingFaceCheckpoint(path)
     try:
         with path.open("rb") as file:
-            magic = file.read(8)
+            head = file.read(9)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file or folder") from None
     except OSError as exc:
         raise CheckpointError(f"{path}: cannot be read: {exc.strerror}") from exc
+    magic = head[:8]
     if magic[:4] == b"GGUF":
         from nanocupy.checkpoint.gguf import GGUFCheckpoint
 
@@ -46,6 +47,11 @@ def open_checkpoint(
 
     if magic == MAGIC:
         return NanoInfer2Checkpoint(path)
+
+    if head[8:] == b"{" and int.from_bytes(magic, "little") < path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: a safetensors file alone has no config; give the folder it lies in"
+        )
 
     from nanocupy.checkpoint.nanoinfer_legacy import LegacyCheckpoint
 

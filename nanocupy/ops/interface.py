@@ -110,8 +110,8 @@ class Ops(ABC):
         sequence b owns tokens query_starts[b] … query_starts[b+1]-1, which are the last of its
         kv_lens[b] positions; block_tables int32 [B, M]: position p of sequence b lies in block
         block_tables[b, p // P], row p % P; out storage [T, H, d]. Query head h reads key/value head
-        h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included. A sequence
-        without queries is skipped. Probabilities may be rounded to storage before they meet v.
+        h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included, and so may columns
+        of block_tables beyond a sequence's own blocks. A sequence without queries is skipped. Probabilities may be rounded to storage before they meet v.
         """
 
     @abstractmethod
@@ -195,6 +195,9 @@ class Ops(ABC):
         logits float32 [S, V]; temperature float32 [S], 0 = argmax (lowest id wins a tie); top_k
         int32 [S], -1 = off; top_p, min_p float32 [S]; seeds uint64 [S]; counters uint32 [S, 2]:
         position of the token and sample index; out int32 [S]. All tokens that tie with the k-th
-        logit stay. The draw is Philox4x32-10 with the seed as key and (position, sample, 0, 0) as
-        counter: a row's token depends on its own logits and parameters alone.
+        logit stay, and all that tie with the last one top_p keeps. The draw is Philox4x32-10 with
+        the seed as key and (position, sample, 0, 0) as counter; u in [0, 1) is made of 53 bits,
+        (word0 >> 5) * 2**26 + (word1 >> 6) over 2**53, and picks the first id, in the order of
+        ids, whose cumulative weight is above u * total. A row's token depends on its own logits
+        and parameters alone.
         """

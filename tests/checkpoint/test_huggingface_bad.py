@@ -403,3 +403,9 @@ def test_strict_json_agrees_with_json_on_sound_objects(value: dict[str, Any]) ->
     except (UnicodeEncodeError, pytest.skip.Exception):
         return
     assert parse_object(data, "here") == expected
+
+
+def test_a_safetensors_file_alone_points_to_its_folder(tmp_path):
+    folder = write_folder(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="give the folder"):
+        open_checkpoint(folder / "model.safetensors")
