@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -90,14 +90,14 @@ def _hold(name: str, log: Path) -> None:
             file.write("out ")
 
 
-def test_only_one_process_holds_a_lock(tmp_path: Path) -> None:
+def test_only_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    """The lock belongs to an open file, so threads stand in for processes."""
     log = tmp_path / "log"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_hold, args=("a/b", log)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    threads = [threading.Thread(target=_hold, args=("a/b", log)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert log.read_text().split() == ["in", "out"] * 4
 
 
