@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from nanocupy.cli.legacy_options import legacy_options
 from nanocupy.errors import ConfigError
 
 _OPTIONS: list[Callable[..., Any]] = [
@@ -31,33 +32,11 @@ _OPTIONS: list[Callable[..., Any]] = [
         help="Which legacy layout: A, C and D1 are float32, B and D2 int8. "
         "[default: C for Qwen3, A for LLaMA]",
     ),
-    click.option(
-        "--format",
-        "legacy_format",
-        type=click.Choice(["A", "B", "C", "D"]),
-        help="Layout of a legacy SRC, where its size fits two.",
-    ),
-    click.option(
-        "--kind",
-        "legacy_kind",
-        type=click.Choice(["llama2", "llama3", "qwen3"]),
-        help="Model family of a legacy SRC.",
-    ),
-    click.option(
-        "--rope-scaling",
-        metavar="SCALING",
-        help="Of a legacy SRC, instead of the family's: none, linear:FACTOR or llama3:FACTOR.",
-    ),
-    click.option(
-        "--tokenizer",
-        "tokenizer_path",
-        type=click.Path(path_type=Path),
-        help="Tokenizer file of a legacy SRC.",
-    ),
 ]
 
 
 def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = legacy_options(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -104,15 +83,11 @@ def _export(
     dtype: str | None,
     legacy: bool,
     legacy_layout: str | None,
-    legacy_format: str | None,
-    legacy_kind: str | None,
-    rope_scaling: str | None,
-    tokenizer_path: Path | None,
+    **of_legacy: Any,
 ) -> None:
     from nanocupy.checkpoint import open_checkpoint
-    from nanocupy.checkpoint.legacy_layouts import parse_rope_scaling
     from nanocupy.hub import resolve_model
-    from nanocupy.hub.progress import byte_progress, human_bytes, say
+    from nanocupy.progress import byte_progress, human_bytes, say
 
     start_s = time.perf_counter()
     legacy = legacy or legacy_layout is not None
@@ -121,27 +96,7 @@ def _export(
             f"--dtype is {dtype} but legacy layouts are float32 (A, C, D1) or int8 (B, D2); "
             "leave --dtype or --legacy out"
         )
-    scaling = None if rope_scaling is None else parse_rope_scaling(rope_scaling)
-    with open_checkpoint(
-        resolve_model(src),
-        legacy_format=legacy_format,
-        legacy_kind=legacy_kind,
-        tokenizer_path=tokenizer_path,
-    ) as checkpoint:
-        of_legacy = {
-            "--format": legacy_format,
-            "--kind": legacy_kind,
-            "--rope-scaling": rope_scaling,
-            "--tokenizer": tokenizer_path,
-        }
-        given = [name for name, value in of_legacy.items() if value is not None]
-        if given and not checkpoint.format.startswith("nanoinfer-legacy"):
-            raise ConfigError(
-                f"{given[0]} is for a legacy NanoInfer file; {src} is {checkpoint.format} and "
-                "says this itself; leave it out"
-            )
-        if scaling is not None:
-            checkpoint.config = checkpoint.config.with_(rope_scaling=scaling)
+    with open_checkpoint(resolve_model(src), **of_legacy) as checkpoint:
         family.check_source(checkpoint)
         notes: list[str] = []
         with byte_progress(f"writing {out.name}") as report:

@@ -22,6 +22,7 @@ from nanocupy.cli.console import (
     plain_text,
     printable,
 )
+from nanocupy.cli.legacy_options import legacy_options
 
 if TYPE_CHECKING:
     from nanocupy.checkpoint.base import Checkpoint
@@ -37,33 +38,14 @@ _MAX_SHOWN_DAMAGE = 20
 @click.option("--tensors", "show_tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", "show_template", is_flag=True, help="Print the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option(
-    "--format",
-    "legacy_format",
-    type=click.Choice(["A", "B", "C", "D"]),
-    help="Layout of a legacy NanoInfer file, where its size fits two.",
-)
-@click.option(
-    "--kind",
-    "legacy_kind",
-    type=click.Choice(["llama2", "llama3", "qwen3"]),
-    help="Model family of a legacy NanoInfer file.",
-)
-@click.option(
-    "--tokenizer",
-    "tokenizer_path",
-    type=click.Path(),
-    help="Tokenizer file of a legacy NanoInfer file.",
-)
+@legacy_options
 def inspect(
     model: str,
     verify: bool,
     show_tensors: bool,
     show_template: bool,
     as_json: bool,
-    legacy_format: str | None,
-    legacy_kind: str | None,
-    tokenizer_path: str | None,
+    **of_legacy: Any,
 ) -> None:
     """Show what MODEL holds: architecture, tensors, tokenizer, and what memory it needs."""
     from nanocupy.checkpoint.open import open_checkpoint
@@ -71,9 +53,7 @@ def inspect(
 
     with open_checkpoint(
         resolve_model(model, progress=not as_json),
-        legacy_format=legacy_format,
-        legacy_kind=legacy_kind,
-        tokenizer_path=tokenizer_path,
+        **of_legacy,
     ) as checkpoint:
         report = describe(checkpoint, with_tensors=show_tensors)
         damage = _verify(checkpoint, progress=not as_json) if verify else None

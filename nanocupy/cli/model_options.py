@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanocupy.cli.legacy_options import NAMES as LEGACY_NAMES
+from nanocupy.cli.legacy_options import legacy_options
 from nanocupy.errors import NanocupyError
 
 if TYPE_CHECKING:
@@ -71,29 +73,12 @@ _OPTIONS: list[Callable[..., Any]] = [
         type=click.IntRange(2),
         help="Tokens of prompt and answer at most. [default: the model's]",
     ),
-    click.option(
-        "--format",
-        "legacy_format",
-        type=click.Choice(["A", "B", "C", "D"]),
-        help="Layout of a legacy NanoInfer file, where its size fits two.",
-    ),
-    click.option(
-        "--kind",
-        "legacy_kind",
-        type=click.Choice(["llama2", "llama3", "qwen3"]),
-        help="Model family of a legacy NanoInfer file.",
-    ),
-    click.option(
-        "--tokenizer",
-        "tokenizer_path",
-        type=click.Path(),
-        help="Tokenizer file of a legacy NanoInfer file.",
-    ),
 ]
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options above, in their order."""
+    """Give a command the options above, in their order, and those of legacy files."""
+    command = legacy_options(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -114,7 +99,7 @@ def load_model(options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
 
     from nanocupy.llm import LLM
 
-    model_settings = ("device", "max_context", "legacy_format", "legacy_kind", "tokenizer_path")
+    model_settings = ("device", "max_context", *LEGACY_NAMES)
     llm = LLM(
         options["model"],
         max_num_seqs=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nanocupy.checkpoint import Checkpoint
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError, DeviceError
-from nanocupy.hub.progress import byte_progress
+from nanocupy.progress import byte_progress
 
 BLOCK_SIZE = 16  # tokens
 # The share of the machine's memory that the key/value cache may grow to on the CPU.

@@ -111,7 +111,8 @@ class Ops(ABC):
         kv_lens[b] positions; block_tables int32 [B, M]: position p of sequence b lies in block
         block_tables[b, p // P], row p % P; out storage [T, H, d]. Query head h reads key/value head
         h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included, and so may columns
-        of block_tables beyond a sequence's own blocks. A sequence without queries is skipped. Probabilities may be rounded to storage before they meet v.
+        of block_tables beyond a sequence's own blocks. A sequence without queries is skipped.
+        Probabilities may be rounded to storage before they meet v.
         """
 
     @abstractmethod

@@ -281,3 +281,10 @@ def test_random_headers_never_open_by_accident_of_overflow(header: list[int]) ->
         path.write_bytes(struct.pack("<8i", *header) + bytes(64))
         with pytest.raises(CheckpointError):
             open_checkpoint(path)
+
+
+def test_rope_scaling_can_be_named(tmp_path):
+    path = write(tmp_path / "a.bin", "A", TinyCheckpoint(tiny_config()))
+    assert open_checkpoint(path, rope_scaling="linear:2").config.rope_scaling.factor == 2.0
+    with pytest.raises(ConfigError, match="--rope-scaling is 'x'"):
+        open_checkpoint(path, rope_scaling="x")

@@ -177,5 +177,6 @@ def test_options_reach_the_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     options = ["--format", "A", "--kind", "llama2", "--tokenizer", "t.model"]
     assert cli.main(["inspect", str(model), *options]) == 0
     assert seen == {
-        "path": model, "legacy_format": "A", "legacy_kind": "llama2", "tokenizer_path": "t.model",
+        "path": model, "legacy_format": "A", "legacy_kind": "llama2", "rope_scaling": None,
+        "tokenizer_path": "t.model",
     }  # fmt: skip
