@@ -22,8 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_STEPS = 2_000_000  # loop turns and calls in one rendering
 MAX_TEXT_CHARS = 1 << 26  # of any one string, and of all characters that operations produce
 _GROWING_METHODS = frozenset(
-    ("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs")
-    + ("format", "format_map", "translate")
+    (
+        *("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "format"),
+        *("format_map", "translate"),
+    )
 )
 _steps: ContextVar[list[int]] = ContextVar("steps")
 
