@@ -20,6 +20,7 @@ WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u30
 _LEADING_SPACE = re.compile(f"[{WHITESPACE}]+")
 _TRAILING_SPACE = re.compile(f"[{WHITESPACE}]+\\Z")
 MAX_VOCAB = 1 << 22
+_MAX_GAP = 4096
 
 
 @dataclass(frozen=True, order=True)
@@ -60,7 +61,9 @@ class PieceTokenizer(Tokenizer):
         seen: dict[str, int] = {}
         taken: dict[int, str] = {}
         for token in self.added:
-            check_id(token.id, len(table) + len(self.added), f"added token {token.text!r}")
+            # Ids may leave gaps (padded vocabularies), but no file explains a table of holes.
+            limit = len(table) + len(self.added) + _MAX_GAP
+            check_id(token.id, limit, f"added token {token.text!r}")
             if not token.text:
                 raise TokenizerError(f"added token {token.id} has an empty text")
             if seen.setdefault(token.text, token.id) != token.id:

@@ -114,7 +114,7 @@ def test_ids_equal_the_oracles(case: Case) -> None:
     strings = nasty_strings()
     assert len(set(strings)) > 1900
     wrong = [s for s in strings if case.tokenizer.encode(s) != _encode_like(case, s)]
-    assert not wrong, f"{len(wrong)} of {len(strings)}, first {ascii(wrong[0])}"
+    assert not wrong, f"{len(wrong)} of {len(strings)}, first {wrong[0]!a}"
 
 
 def test_plain_text_never_yields_control_tokens(case: Case) -> None:

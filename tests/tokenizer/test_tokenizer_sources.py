@@ -75,9 +75,9 @@ def test_any_merge_list_gives_the_oracles_ids(
             nfc=False,
         )
     except TokenizerError as exc:
-        assert ignore_merges
-        assert "never merged" in str(exc)
-        return
+        if ignore_merges and "never merged" in str(exc):
+            return  # the one kind that is refused
+        raise
     for text in [*texts, *words]:
         assert tokenizer.encode(text) == oracle.encode(text).ids
     again = tokenizer_from_bytes(tokenizer.to_bytes())
@@ -150,7 +150,7 @@ def test_added_tokens_strip_and_normalise_as_told(gpt2: Any, tmp_path: Path) -> 
     oracle.add_special_tokens(
         [tk.AddedToken("<l>", lstrip=True), tk.AddedToken("<r>", rstrip=True)]
     )
-    oracle.add_tokens([tk.AddedToken("<é>", normalized=True), tk.AddedToken("<l><r>", False)])
+    oracle.add_tokens([tk.AddedToken("<é>", normalized=True), tk.AddedToken("<l><r>")])
     tokenizer = tokenizer_from_hf_folder(_save(tmp_path, oracle))
     texts = ["a <l> b", "a  <r>  b", "<l><r> x", "x \n <l>", "<e\u0301>", " <l> <r> <l>", "<<l>"]
     for text in texts:
