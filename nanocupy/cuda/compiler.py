@@ -106,7 +106,7 @@ class Compiler:
     def __init__(
         self,
         sources: Sources | None = None,
-        cache: Path | None | str = "default",
+        cache: Path | str | None = "default",
         options: tuple[str, ...] = (),
     ) -> None:
         self.sources = sources or Sources()

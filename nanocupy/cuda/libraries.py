@@ -2,7 +2,8 @@
 
 Wheels of CUDA 12 have a folder a library (nvidia/cuda_runtime), those of CUDA 13 one for all
 (nvidia/cu13); a toolkit has its own. Taking a part of another CUDA version than the rest is the
-commonest way to break all of them, so every part is chosen by its version. It must not know kernels.
+commonest way to break all of them, so every part is chosen by its version. It must not know
+kernels.
 """
 
 from __future__ import annotations
