@@ -134,6 +134,7 @@ def _pieces(model: dict[str, Any], vocab: dict[str, int], taken: set[int]) -> Pi
         [text for text in normal if len(text) > 1],
         byte_text.text_pairs(model.get("merges"), f"{_WHERE}: merges"),
         whole_words=False,
+        takes_words_whole=False,
     )
     score = {text: -float(rank) for rank, text in enumerate(ranked.order)}
     for text in ranked.dropped:

@@ -16,7 +16,8 @@ module:
    its halves then never meet. If it has exactly two, rank merging would be wrong, and the
    tokenizer is refused.
 
-A list that names every way to cut every token, token by token, is rank merging by definition.
+A list that names every way to cut every token, token by token, is rank merging by definition, as
+long as the engine takes words whole only where the list's owner does.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ def rank_vocabulary(
     merges: Sequence[tuple],
     *,
     whole_words: bool,
+    takes_words_whole: bool = True,
 ) -> RankedVocab:
     """Order `tokens` so that rank merging equals the merge list.
 
     symbols  spellings of one symbol (bytes of length 1, or one-character strings)
     tokens   every spelling that is a token, longer than a symbol; same type as symbols
     merges   (left, right) spellings, best first
-    whole_words  whether a word that is a token is taken whole (`ignore_merges`)
+    whole_words  whether a word that is a token is to be taken whole (`ignore_merges`)
+    takes_words_whole  whether the engine does so anyway (tiktoken does, SentencePiece does not)
 
     Raises TokenizerError for a merge whose parts or result are no tokens, and for a vocabulary
     that rank merging cannot reproduce.
@@ -82,7 +85,7 @@ def rank_vocabulary(
         reachable = _reachable_single(left, right, result, best, num_symbols)
         if reachable is not None:
             return _finish(spellings, index, num_symbols, merges, best, reachable, whole_words)
-    elif _names_every_cut(tokens, index, result):
+    elif whole_words >= takes_words_whole and _names_every_cut(tokens, index, result):
         order = [spellings[i] for i in result[np.sort(first)]]
         orphans = [t for t in tokens if best[index[t]] < 0]
         if whole_words:  # a token that no merge makes is still taken whole

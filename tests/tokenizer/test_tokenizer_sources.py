@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanocupy.errors import TokenizerError
@@ -48,7 +48,16 @@ def merge_lists(draw: st.DrawFn) -> tuple[list[str], list[tuple[str, str]]]:
     return vocab, merges
 
 
+# Every cut is listed, yet "baba" is no token of a text: its middle merges first.
+EVERY_CUT = (
+    ["a", "b", "c", "ab", "ba", "aa", "baa", "baba"],
+    [("a", "b"), ("b", "a"), ("a", "a"), ("ba", "a"), ("b", "aa"), ("ba", "ba")],
+)
+
+
 @settings(max_examples=400, deadline=None)
+@example(EVERY_CUT, ["baba", "xbaba baba"], False)
+@example(EVERY_CUT, ["baba", "xbaba baba"], True)
 @given(
     merge_lists(),
     st.lists(st.text("abc ", min_size=1, max_size=24), min_size=1, max_size=6),
