@@ -1,0 +1,443 @@
+// What stands for CUDA, and for the wrappers of kernels_cu/device.cuh, when a kernel file is built
+// with g++ and run on the CPU: the same names, the same meaning, and stricter about misuse.
+//
+// Collectives carry the line they are called from, so that lanes that meet at different places are
+// found. Fragments lie over the lanes as the PTX ISA defines them.
+#pragma once
+
+#include <chrono>
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "host_fibers.h"
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static __attribute__((section("shim_shared")))
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __restrict__
+
+#define threadIdx (shim::self->thread)
+#define blockIdx (shim::block->index)
+#define blockDim (shim::block_size)
+#define gridDim (shim::grid_size)
+
+#define CALLER int line = __builtin_LINE()
+
+#ifndef FORCE_PLAIN
+#define FORCE_PLAIN 0
+#endif
+#define HAS_MMA (!FORCE_PLAIN)
+#define HAS_CP_ASYNC (!FORCE_PLAIN)
+
+constexpr int WARP_SIZE = 32;
+constexpr uint32_t FULL_WARP = 0xffffffffu;
+
+// ------------------------------------------------------------------------------ types
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct __half {
+    uint16_t bits;
+};
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const uint32_t bits = bits_of(x);
+    if (x != x) return {0x7fff};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __half2float(__half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+    const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
+    if (exponent == 31) return float_of(sign | 0x7f800000u | fraction << 13);
+    if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+    const float value = float(fraction) * 5.9604644775390625e-8f;  // 2 ** -24
+    return sign ? -value : value;
+}
+
+inline __half __float2half_rn(float x) {
+    const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    if (magnitude > 0x7f800000u) return {0x7fff};
+    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // from 65520 on: infinity
+    if (magnitude < 0x38800000u) {
+        // Subnormal: adding 0.5 leaves the spacing 2 ** -24 to the processor's rounding.
+        return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
+    }
+    const uint32_t rebased = magnitude - (112u << 23);
+    return {uint16_t(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13)};
+}
+
+// ------------------------------------------------------------------------------ bits, arithmetic
+
+inline float infinity() { return __builtin_inff(); }
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
+inline bool is_aligned_16(const void* p) { return (uintptr_t(p) & 15) == 0; }
+inline float exp2_approx(float x) { return exp2f(x); }
+inline float rsqrtf(float x) { return float(1 / sqrt(double(x))); }
+template <typename T>
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T>
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
+
+// ------------------------------------------------------------------------------ threads
+
+inline int lane_id() { return shim::self->lane; }
+inline int warp_id() { return shim::self->warp; }
+inline int num_warps() { return int(shim::block_size.x) / 32; }
+
+inline void block_sync(CALLER) { shim::barrier(0, int(shim::block_size.x), line); }
+inline void barrier_sync(int id, int threads, CALLER) { shim::barrier(id, threads, line); }
+
+namespace shim {
+
+template <typename T>
+struct Shuffled {
+    T value, result;
+    int source;
+};
+
+template <typename T>
+void shuffle_lanes(void** lanes, uint32_t mask) {
+    for (int i = 0; i < 32; ++i) {
+        if (!(mask >> i & 1)) continue;
+        auto* own = static_cast<Shuffled<T>*>(lanes[i]);
+        auto* from = static_cast<Shuffled<T>*>(lanes[own->source]);
+        if (!from) {
+            fail("shuffle: lane %d reads lane %d, which mask %08x lacks", i, own->source, mask);
+        }
+        own->result = from->value;
+    }
+}
+
+template <typename T>
+T shuffle_from(T value, int source, uint32_t mask, const char* what, int line) {
+    static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4, "4- or 8-byte numbers");
+    Shuffled<T> payload = {value, value, source};
+    collective(what, shuffle_lanes<T>, &payload, mask, line);
+    return payload.result;
+}
+
+struct Vote {
+    bool predicate;
+    uint32_t result;
+};
+
+inline void count_votes(void** lanes, uint32_t mask) {
+    uint32_t votes = 0;
+    for (int i = 0; i < 32; ++i) {
+        if (mask >> i & 1) votes |= uint32_t(static_cast<Vote*>(lanes[i])->predicate) << i;
+    }
+    for (int i = 0; i < 32; ++i) {
+        if (mask >> i & 1) static_cast<Vote*>(lanes[i])->result = votes;
+    }
+}
+
+inline void only_meet(void**, uint32_t) {}
+
+}  // namespace shim
+
+inline void warp_sync(uint32_t mask = FULL_WARP, CALLER) {
+    shim::collective("warp_sync", shim::only_meet, nullptr, mask, line);
+}
+template <typename T>
+inline T shuffle(T value, int source, uint32_t mask = FULL_WARP, CALLER) {
+    return shim::shuffle_from(value, source & 31, mask, "shuffle", line);
+}
+template <typename T>
+inline T shuffle_xor(T value, int lanes, uint32_t mask = FULL_WARP, CALLER) {
+    return shim::shuffle_from(value, (lane_id() ^ lanes) & 31, mask, "shuffle_xor", line);
+}
+template <typename T>
+inline T shuffle_up(T value, int lanes, uint32_t mask = FULL_WARP, CALLER) {
+    const int source = lane_id() < lanes ? lane_id() : lane_id() - lanes;
+    return shim::shuffle_from(value, source, mask, "shuffle_up", line);
+}
+template <typename T>
+inline T shuffle_down(T value, int lanes, uint32_t mask = FULL_WARP, CALLER) {
+    const int source = lane_id() + lanes > 31 ? lane_id() : lane_id() + lanes;
+    return shim::shuffle_from(value, source, mask, "shuffle_down", line);
+}
+inline uint32_t warp_ballot(bool predicate, uint32_t mask = FULL_WARP, CALLER) {
+    shim::Vote vote = {predicate, 0};
+    shim::collective("ballot", shim::count_votes, &vote, mask, line);
+    return vote.result;
+}
+
+// ------------------------------------------------------------------------------ memory
+
+inline unsigned char* dynamic_shared() {
+    return reinterpret_cast<unsigned char*>(shim::dynamic_start);
+}
+
+inline uint4 ld_nc_16(const void* p, CALLER) {
+    if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
+    return *static_cast<const uint4*>(p);
+}
+inline void prefetch_l2(const void* p) {
+    (void)*static_cast<const volatile char*>(p);  // a fault where p lies in no allocation
+}
+
+inline void cp_async_16(void* shared, const void* global, CALLER) {
+#if HAS_CP_ASYNC
+    shim::copy_async(shared, global, line);
+#else
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+inline void cp_async_16_or_zero(void* shared, const void* global, bool valid, CALLER) {
+#if HAS_CP_ASYNC
+    shim::copy_async(shared, valid ? global : nullptr, line);
+#else
+    *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+#endif
+}
+inline void cp_async_commit() { ++shim::self->group; }
+template <int N>
+inline void cp_async_wait() {
+    shim::land_copies(N);
+}
+
+// ------------------------------------------------------------------------------ tensor cores
+
+namespace shim {
+
+struct MatrixRows {
+    const uint16_t* row;
+    uint32_t (*out)[4];
+    int line;
+};
+
+template <bool TRANSPOSED>
+void load_matrices(void** lanes, uint32_t) {
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint32_t pair = 0;
+            for (int i = 0; i < 2; ++i) {
+                const int r = lane / 4, c = lane % 4 * 2 + i;
+                const int row = TRANSPOSED ? c : r, column = TRANSPOSED ? r : c;
+                const auto* source = static_cast<MatrixRows*>(lanes[matrix * 8 + row]);
+                pair |= uint32_t(source->row[column]) << 16 * i;
+            }
+            (*static_cast<MatrixRows*>(lanes[lane])->out)[matrix] = pair;
+        }
+    }
+}
+
+template <bool TRANSPOSED>
+void load_matrices_checked(uint32_t (&r)[4], const void* row, int line) {
+    if (!in_shared(row, 16)) fail("line %d: ldmatrix not from shared memory", line);
+    if (!is_aligned_16(row)) fail("line %d: ldmatrix row not aligned to 16", line);
+    MatrixRows payload = {static_cast<const uint16_t*>(row), &r, line};
+    collective("ldmatrix", load_matrices<TRANSPOSED>, &payload, FULL_WARP, line);
+}
+
+struct MmaOperands {
+    float (*c)[4];
+    uint32_t a[4], b[2];
+};
+
+inline float half_of(uint32_t pair, int i, __half*) {
+    return __half2float({uint16_t(pair >> 16 * i)});
+}
+inline float half_of(uint32_t pair, int i, __nv_bfloat16*) {
+    return __bfloat162float({uint16_t(pair >> 16 * i)});
+}
+
+template <typename T>
+void multiply_tiles(void** lanes, uint32_t) {
+    float a[16][16], b[8][16];  // b by column
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto* own = static_cast<MmaOperands*>(lanes[lane]);
+        const int g = lane / 4, t = lane % 4 * 2;
+        for (int i = 0; i < 2; ++i) {
+            for (int r = 0; r < 4; ++r) {
+                a[g + r % 2 * 8][t + i + r / 2 * 8] = half_of(own->a[r], i, (T*)nullptr);
+            }
+            for (int r = 0; r < 2; ++r) {
+                b[g][t + i + r * 8] = half_of(own->b[r], i, (T*)nullptr);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        float(&c)[4] = *static_cast<MmaOperands*>(lanes[lane])->c;
+        const int g = lane / 4, t = lane % 4 * 2;
+        for (int i = 0; i < 4; ++i) {
+            const float *row = a[g + i / 2 * 8], *column = b[t + i % 2];
+            float sum = 0;
+            for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+            c[i] += sum;
+        }
+    }
+}
+
+}  // namespace shim
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, CALLER) {
+    shim::load_matrices_checked<false>(r, row, line);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, CALLER) {
+    shim::load_matrices_checked<true>(r, row, line);
+}
+
+#if HAS_MMA
+template <typename T>
+inline void mma_m16n8k16(
+    float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CALLER) {
+    shim::MmaOperands payload = {&c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    shim::collective("mma", shim::multiply_tiles<T>, &payload, FULL_WARP, line);
+}
+#endif
+
+// ------------------------------------------------------------------------------ across blocks
+
+template <typename T>
+inline T atomic_add(T* p, T x) {
+    const T before = *p;
+    *p = before + x;
+    return before;
+}
+inline uint32_t atomic_max(uint32_t* p, uint32_t x) {
+    const uint32_t before = *p;
+    if (x > before) *p = x;
+    return before;
+}
+inline uint32_t atomic_exchange(uint32_t* p, uint32_t x) {
+    const uint32_t before = *p;
+    *p = x;
+    return before;
+}
+inline uint32_t atomic_count_to(uint32_t* p, uint32_t last) {
+    const uint32_t before = *p;
+    *p = before >= last ? 0 : before + 1;
+    return before;
+}
+inline void device_fence() {}
+inline uint32_t load_acquire(const uint32_t* p) {
+    return *const_cast<const volatile uint32_t*>(p);
+}
+inline void store_release(uint32_t* p, uint32_t x) { *const_cast<volatile uint32_t*>(p) = x; }
+template <typename T>
+inline T load_volatile(const T* p) {
+    return *const_cast<const volatile T*>(p);
+}
+inline void spin_pause() { shim::pause(); }
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+inline uint64_t globaltimer_ns() {
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+// ------------------------------------------------------------------------------ entries
+
+namespace shim {
+
+// The name NumPy has for a parameter's type; "any" takes an array of whatever type.
+template <typename T>
+constexpr const char* type_name() {
+    if (std::is_same<T, float>::value) return "float32";
+    if (std::is_same<T, double>::value) return "float64";
+    if (std::is_same<T, __half>::value) return "float16";
+    if (std::is_same<T, __nv_bfloat16>::value) return "bfloat16";
+    if (std::is_same<T, bool>::value) return "bool";
+    if (std::is_same<T, void>::value || std::is_same<T, uint4>::value) return "any";
+    if (std::is_integral<T>::value) {
+        constexpr bool is_signed = std::is_signed<T>::value;
+        constexpr size_t bytes = sizeof(std::conditional_t<std::is_void<T>::value, char, T>);
+        return bytes == 1   ? (is_signed ? "int8" : "uint8")
+               : bytes == 2 ? (is_signed ? "int16" : "uint16")
+               : bytes == 4 ? (is_signed ? "int32" : "uint32")
+                            : (is_signed ? "int64" : "uint64");
+    }
+    return "?";
+}
+
+template <typename P>
+void describe_one(char*& at) {
+    using Target = std::remove_pointer_t<P>;
+    at += sprintf(at, "%s%s%s;", std::is_const<Target>::value ? "const " : "",
+                  type_name<std::remove_cv_t<Target>>(), std::is_pointer<P>::value ? "*" : "");
+}
+
+// The parameters of a kernel, one after another: "const bfloat16*;int32;".
+template <typename... P>
+const char* describe(void (*)(P...)) {
+    static char text[64 * 32];
+    char* at = text;
+    *at = 0;
+    (describe_one<P>(at), ...);
+    return text;
+}
+
+template <typename... P, size_t... I>
+const char* launch_entry(
+    const char* name, void (*kernel)(P...), const Shape& shape, void** values,
+    std::index_sequence<I...>) {
+    struct Call {
+        void (*kernel)(P...);
+        void** values;
+    } call = {kernel, values};
+    return launch(
+        name, shape,
+        [](void* p) {
+            Call& c = *static_cast<Call*>(p);
+            c.kernel(*static_cast<std::remove_cv_t<P>*>(c.values[I])...);
+        },
+        &call);
+}
+
+template <typename... P>
+const char* launch_entry(
+    const char* name, void (*kernel)(P...), const Shape* shape, void** values) {
+    return launch_entry(name, kernel, *shape, values, std::index_sequence_for<P...>());
+}
+
+}  // namespace shim
+
+#define SHIM_ENTRY(kernel)                                                                 \
+    extern "C" const char* shim_describe_##kernel() { return shim::describe(kernel); }     \
+    extern "C" const char* shim_launch_##kernel(const shim::Shape* shape, void** values) { \
+        return shim::launch_entry(#kernel, kernel, shape, values);                         \
+    }
