@@ -58,14 +58,20 @@ class Answer(Iterator[TextChunk]):
     """An answer in the making: iterate over its chunks. Close or drop it to end it early."""
 
     def __init__(
-        self, llm: LLM, request_id: str, num_prompt_tokens: int, params: SamplingParams
+        self,
+        llm: LLM,
+        request_id: str,
+        num_prompt_tokens: int,
+        params: SamplingParams,
+        *,
+        continuing: bool,
     ) -> None:
         self._llm = llm
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        self._stream = stream_decoder(llm.tokenizer)
+        self._stream = stream_decoder(llm.tokenizer, continuing=continuing)
         self._stops = StopMatcher(params.stop)
         self._pieces: list[str] = []
         self._chunks: deque[TextChunk] = deque()
@@ -220,32 +226,37 @@ class LLM:
         """Continue a prompt, or many in one batch. A prompt is text or a list of token ids; the
         answers come in the prompts' order."""
         if isinstance(prompts, str):
-            return self._complete([self.encode(prompts)], params)[0]
+            prompts, single = [prompts], True
+        else:
+            single = False
         ids = [self.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        return self._complete(ids, params)
+        completions = self._complete(ids, params, continuing=True)
+        return completions[0] if single else completions
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
     ) -> Completion:
         """Answer a conversation: messages are {"role": …, "content": …}; `variables` go to the
         chat template (enable_thinking=False for Qwen3, say)."""
-        return self._complete([self.encode_chat(messages, **variables)], params)[0]
+        ids = self.encode_chat(messages, **variables)
+        return self._complete([ids], params, continuing=False)[0]
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
     ) -> Answer:
         """The answer piece by piece, as it comes. The prompt is text, token ids, or a
         conversation. Several can be read in turns: they run in one batch."""
+        is_chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
         if isinstance(prompt, str):
             ids = self.encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.encode_chat(prompt)  # type: ignore[arg-type]
         else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        return self._add([ids], params)[0]
+            ids = self.encode_chat(prompt) if is_chat else list(prompt)  # type: ignore[arg-type]
+        return self._add([ids], params, continuing=not is_chat)[0]
 
-    def _complete(self, prompts: Sequence[list[int]], params: Any) -> list[Completion]:
-        answers = self._add(prompts, params)
+    def _complete(
+        self, prompts: Sequence[list[int]], params: SamplingParams | None, *, continuing: bool
+    ) -> list[Completion]:
+        answers = self._add(prompts, params, continuing=continuing)
         try:
             while any(answer.finish_reason is None for answer in answers):
                 self._step()
@@ -254,15 +265,18 @@ class LLM:
                 answer.close()
         return [answer.completion() for answer in answers]
 
-    def _add(self, prompts: Sequence[list[int]], params: SamplingParams | None) -> list[Answer]:
-        """Queue all prompts, or none of them."""
+    def _add(
+        self, prompts: Sequence[list[int]], params: SamplingParams | None, *, continuing: bool
+    ) -> list[Answer]:
+        """Queue all prompts, or none of them. continuing: the answers go on a text, so that the
+        space before their first word is theirs."""
         params = params if params is not None else self.default_params()
         added: list[Answer] = []
         try:
             for ids in prompts:
                 self._num_requests += 1
                 request_id = str(self._num_requests)
-                answer = Answer(self, request_id, len(ids), params)
+                answer = Answer(self, request_id, len(ids), params, continuing=continuing)
                 self._engine.add_request(request_id, ids, params)
                 self._answers[request_id] = answer
                 added.append(answer)

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("nanocupy.cli.pull:pull", "Fetch a model into the cache and print its path."),
     "inspect": ("nanocupy.cli.inspect:inspect", "Show what a model file holds and what it needs."),
     "doctor": ("nanocupy.cli.doctor:doctor", "Check GPU, driver, CuPy and cache; say how to mend."),
+    "bench": ("nanocupy.cli.bench:bench", "Measure decode and prefill on this machine."),
     "export-qwen": (
         "nanocupy.cli.export:export_qwen",
         "Convert Qwen2, Qwen2.5 or Qwen3 to a NanoInfer file.",

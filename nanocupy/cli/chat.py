@@ -51,9 +51,7 @@ def chat(system: str | None, **options: Any) -> None:
             click.echo(HELP, err=True)
         else:
             try:
-                answer = llm.stream(
-                    llm.encode_chat([*messages, {"role": "user", "content": text}]), params
-                )
+                answer = llm.stream([*messages, {"role": "user", "content": text}], params)
             except NanocupyError as exc:  # one message that cannot be answered ends nothing
                 click.echo(f"nanocupy: error: {exc}", err=True)
                 if len(messages) > len(opening):

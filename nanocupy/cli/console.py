@@ -49,7 +49,12 @@ def make_table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
 
     table = Table(title=plain_text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if i in right else "left",
+            overflow="fold",
+            no_wrap=i in right,  # a broken number reads as two
+        )
     return table
 
 

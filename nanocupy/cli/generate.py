@@ -53,11 +53,9 @@ def generate(
         raise RequestError("--system: this model has no chat template; leave --system out")
     if use_chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
-        prompt_ids = llm.encode_chat([*messages, {"role": "user", "content": text}])
+        answer = llm.stream([*messages, {"role": "user", "content": text}], params)
     else:
-        prompt_ids = llm.encode(text)
-
-    answer = llm.stream(prompt_ids, params)
+        answer = llm.stream(text, params)
     ends_line = True
     try:
         for chunk in answer:
