@@ -61,12 +61,12 @@ def _cpu_runner(
 
     config = checkpoint.config
     context = max_context or config.max_context
-    token_bytes = 2 * config.num_layers * config.kv_size * 4
+    block_bytes = 2 * config.num_layers * config.kv_size * 4 * BLOCK_SIZE
     # Pages of the cache are committed as they are written, so a large one costs nothing unused.
-    affordable = int(_machine_memory() * CPU_CACHE_SHARE) // token_bytes
-    num_tokens = min(context * max_num_seqs, max(affordable, BLOCK_SIZE))
+    affordable = int(_machine_memory() * CPU_CACHE_SHARE) // block_bytes
+    wanted = max_num_seqs * -(-context // BLOCK_SIZE)
     limits = RunnerLimits(
-        num_blocks=1 + -(-num_tokens // BLOCK_SIZE),
+        num_blocks=1 + max(1, min(wanted, affordable)),
         block_size=BLOCK_SIZE,
         max_context=context,
         max_step_tokens=max(chunk_size, max_num_seqs),
