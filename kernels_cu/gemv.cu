@@ -1,0 +1,154 @@
+// Small-batch products: ROWS tokens (1 to 8) with a matrix of weights, with the norm before and what
+// follows folded in. The weights are read once, 16 bytes a lane, and their bytes set the time.
+//
+// Every block puts the inputs of all tokens into shared memory, once: rounded, normalised where the
+// op has a norm. Where they are more than the launch allows (k_tile), a block takes them a tile at a
+// time, and again for each pass over its rows: right, but slower; the host makes k_tile as large as
+// it can. See gemv.cuh for the macros WARPS, ROWS_PER_WARP, UNROLL, TENSOR, PREFETCH, MIN_BLOCKS.
+//
+// Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
+// weights only, and dependents may start once a block has its inputs.
+#include "gemv.cuh"
+
+struct Nothing {};
+
+struct StoreLinear {
+    typedef float Addend;
+    const scalar_t* bias;
+    scalar_t* out;
+    int num_outputs;
+
+    __device__ __forceinline__ float fetch(int output, int) const {
+        return bias == nullptr ? 0.0f : to_float(bias[output]);
+    }
+    __device__ __forceinline__ void store(int output, int token, float sum, float addend) const {
+        out[static_cast<int64_t>(token) * num_outputs + output] = from_float<scalar_t>(sum + addend);
+    }
+};
+
+struct AddToResidual {
+    struct Addend {
+        float bias;
+        float residual;
+    };
+    const scalar_t* bias;
+    residual_t* residual;
+    int num_outputs;
+
+    __device__ __forceinline__ Addend fetch(int output, int token) const {
+        Addend addend;
+        addend.bias = bias == nullptr ? 0.0f : to_float(bias[output]);
+        addend.residual = to_float(residual[static_cast<int64_t>(token) * num_outputs + output]);
+        return addend;
+    }
+    __device__ __forceinline__ void store(
+        int output, int token, float sum, const Addend& addend) const {
+        residual[static_cast<int64_t>(token) * num_outputs + output] =
+            from_float<residual_t>(addend.residual + (sum + addend.bias));
+    }
+};
+
+struct StoreSwiglu {
+    struct Addend {
+        float gate;
+        float up;
+    };
+    const scalar_t* bias;
+    scalar_t* out;
+    int num_outputs;
+
+    __device__ __forceinline__ Addend fetch(int output, int) const {
+        Addend addend;
+        addend.gate = bias == nullptr ? 0.0f : to_float(bias[output]);
+        addend.up = bias == nullptr ? 0.0f : to_float(bias[num_outputs + output]);
+        return addend;
+    }
+    __device__ __forceinline__ void store(
+        int output, int token, float gate, float up, const Addend& addend) const {
+        gate = rounded<scalar_t>(gate + addend.gate);
+        up = rounded<scalar_t>(up + addend.up);
+        out[static_cast<int64_t>(token) * num_outputs + output] =
+            from_float<scalar_t>(gate / (1.0f + expf(-gate)) * up);
+    }
+};
+
+struct StoreLogits {
+    typedef Nothing Addend;
+    float* out;
+    int num_outputs;
+
+    __device__ __forceinline__ Nothing fetch(int, int) const { return Nothing(); }
+    __device__ __forceinline__ void store(int output, int token, float sum, Nothing) const {
+        out[static_cast<int64_t>(token) * num_outputs + output] = sum;
+    }
+};
+
+// norm_linear_rows: out = rms_norm(x) @ weight.T + bias, for ROWS tokens
+// grid any (1 to the units there are: nanocupy/ops/launch_gemv.py), block 32 * WARPS,
+// shared memory ROWS * (min(k_tile, K rounded up to 256) + 32) * sizeof(scalar_t) bytes
+// x            residual_t [ROWS, K]
+// norm_weight  scalar_t [K]
+// weight       scalar_t [R, K]
+// bias         scalar_t [R], or null
+// out          scalar_t [ROWS, R], no part of the inputs
+// k_tile a multiple of 256; k_splits divides WARPS; R, K >= 1. Any K; where rows of weights are not
+// multiples of 16 bytes, slowly. x may come from the kernel before, weights may not.
+// REF: numpy_ops.norm_linear
+// COST: (R * K + R) * sizeof(scalar_t) bytes, and 2 * ROWS * R * K flops
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) norm_linear_rows(
+    const residual_t* x, const scalar_t* norm_weight, float eps, const scalar_t* weight,
+    const scalar_t* bias, scalar_t* out, int32_t R, int32_t K, int32_t k_tile, int32_t k_splits) {
+    const GemvInput<residual_t, scalar_t, true> input = {x, nullptr, norm_weight, eps, K, k_tile};
+    run_gemv<false>(GemvMatrix{weight, R, K, k_splits}, input, StoreLinear{bias, out, R});
+}
+
+// linear_add_rows: residual += x @ weight.T + bias, rounded once, for ROWS tokens
+// grid, block, shared memory as norm_linear_rows
+// x         scalar_t [ROWS, K]
+// weight    scalar_t [D, K]
+// bias      scalar_t [D], or null
+// residual  residual_t [ROWS, D], read and written
+// The rest as norm_linear_rows; residual may come from the kernel before.
+// REF: numpy_ops.linear_add
+// COST: (D * K + D) * sizeof(scalar_t) bytes, and 2 * ROWS * D * K flops
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) linear_add_rows(
+    const scalar_t* x, const scalar_t* weight, const scalar_t* bias, residual_t* residual,
+    int32_t D, int32_t K, int32_t k_tile, int32_t k_splits) {
+    const GemvInput<scalar_t, scalar_t, false> input = {x, nullptr, nullptr, 0.0f, K, k_tile};
+    run_gemv<false>(GemvMatrix{weight, D, K, k_splits}, input, AddToResidual{bias, residual, D});
+}
+
+// norm_swiglu_rows: out = silu(gate) * up, [gate | up] = rms_norm(x) @ weight.T + bias, ROWS tokens
+// grid, block, shared memory as norm_linear_rows
+// x            residual_t [ROWS, K]
+// norm_weight  scalar_t [K]
+// weight       scalar_t [2 F, K]: rows of gate, then of up
+// bias         scalar_t [2 F], or null
+// out          scalar_t [ROWS, F], no part of the inputs
+// The rest as norm_linear_rows. A warp reads matching rows of gate and up side by side.
+// REF: numpy_ops.norm_swiglu
+// COST: 2 * (F * K + F) * sizeof(scalar_t) bytes, and 4 * ROWS * F * K flops
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) norm_swiglu_rows(
+    const residual_t* x, const scalar_t* norm_weight, float eps, const scalar_t* weight,
+    const scalar_t* bias, scalar_t* out, int32_t F, int32_t K, int32_t k_tile, int32_t k_splits) {
+    const GemvInput<residual_t, scalar_t, true> input = {x, nullptr, norm_weight, eps, K, k_tile};
+    run_gemv<true>(GemvMatrix{weight, F, K, k_splits}, input, StoreSwiglu{bias, out, F});
+}
+
+// lm_head_rows: logits of ROWS sampled rows, out = rms_norm(x[rows]) @ weight.T
+// grid, block as norm_linear_rows; shared memory the same with sizeof(residual_t)
+// x            residual_t [T, K]
+// rows         int32 [ROWS], each in [0, T)
+// norm_weight  scalar_t [K]
+// weight       scalar_t [V, K]
+// out          float [ROWS, V]
+// The rest as norm_linear_rows. The norm is rounded to residual_t; where that is wider than scalar_t
+// the tensor cores are not used.
+// REF: numpy_ops.lm_head
+// COST: V * K * sizeof(scalar_t) + ROWS * V * 4 bytes, and 2 * ROWS * V * K flops
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) lm_head_rows(
+    const residual_t* x, const int32_t* rows, const scalar_t* norm_weight, float eps,
+    const scalar_t* weight, float* out, int32_t V, int32_t K, int32_t k_tile, int32_t k_splits) {
+    const GemvInput<residual_t, residual_t, true> input = {x, rows, norm_weight, eps, K, k_tile};
+    run_gemv<false>(GemvMatrix{weight, V, K, k_splits}, input, StoreLogits{out, V});
+}
