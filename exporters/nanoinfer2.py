@@ -19,10 +19,10 @@ import numpy as np
 from nanocupy.checkpoint import nanoinfer2_layout as layout
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, dequantized
 from nanocupy.checkpoint.nanoinfer2_layout import Entry, align
-from nanocupy.checkpoint.strict_json import parse_object
 from nanocupy.errors import CheckpointError
 from nanocupy.exporters.conversion import Progress, check_dtype, converted, read_checked
 from nanocupy.exporters.output_file import output_file
+from nanocupy.strict_json import parse_object
 
 
 def write_nanoinfer2(

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from nanocupy.checkpoint.base import GenerationDefaults
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.config import MAX_DIMENSION, RopeScaling
 from nanocupy.errors import CheckpointError
+from nanocupy.strict_json import shown
 
 
 class Fields:

@@ -19,8 +19,8 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors, inte
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.gguf_config import model_config
 from nanocupy.checkpoint.gguf_file import GGUFFile, StoredTensor
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.errors import CheckpointError
+from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer

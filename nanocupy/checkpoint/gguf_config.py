@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from nanocupy.checkpoint.fields import Fields, usable_context
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.config import MAX_LAYERS, ModelConfig, RopeScaling
 from nanocupy.errors import ConfigError
+from nanocupy.strict_json import shown
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _NO_ID = 0xFFFFFFFF  # -1 stored unsigned: no such token

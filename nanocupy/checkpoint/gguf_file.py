@@ -18,8 +18,8 @@ from typing import NoReturn
 import numpy as np
 
 from nanocupy.checkpoint.mapped_file import MappedFile
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.errors import CheckpointError
+from nanocupy.strict_json import shown
 
 MAGIC = b"GGUF"
 Value = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanocupy.checkpoint.fields import Fields, usable_context
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.config import MAX_LAYERS, Architecture, ModelConfig, RopeScaling
 from nanocupy.errors import ConfigError
+from nanocupy.strict_json import shown
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.hf_config import model_config
 from nanocupy.checkpoint.safetensors_file import READABLE, SafetensorsFile, StoredTensor
-from nanocupy.checkpoint.strict_json import (
+from nanocupy.errors import CheckpointError
+from nanocupy.strict_json import (
     MAX_TOKENIZER_JSON_BYTES,
     read_object,
     read_small_file,
     shown,
 )
-from nanocupy.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer

@@ -22,9 +22,9 @@ from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, check_
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.mapped_file import MappedFile
 from nanocupy.checkpoint.nanoinfer2_layout import MAGIC, Entry, align
-from nanocupy.checkpoint.strict_json import parse_object, shown
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, ConfigError, TokenizerError
+from nanocupy.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer

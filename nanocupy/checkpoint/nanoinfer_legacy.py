@@ -18,9 +18,9 @@ from nanocupy.checkpoint import legacy_layouts as legacy
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, interleaved_to_split
 from nanocupy.checkpoint.legacy_layouts import Dimensions, Kind
 from nanocupy.checkpoint.mapped_file import MappedFile
-from nanocupy.checkpoint.strict_json import shown
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, ConfigError
+from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer

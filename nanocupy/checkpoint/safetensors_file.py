@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from nanocupy.checkpoint.mapped_file import MappedFile
-from nanocupy.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
 from nanocupy.errors import CheckpointError
+from nanocupy.strict_json import MAX_JSON_BYTES, parse_object, shown
 
 # Bits of an element by the format's own dtype name.
 _BITS = {

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nanocupy.errors import TokenizerError
-from nanocupy.tokenizer import byte_text, patterns, strict_json
+from nanocupy.strict_json import parse_object, read_small_file
+from nanocupy.tokenizer import byte_text, patterns
 from nanocupy.tokenizer.base import Tokenizer
 from nanocupy.tokenizer.hf_json import added_tokens, check_vocab, tokenizer_from_json
 from nanocupy.tokenizer.pieces import AddedToken, PieceTokenizer
@@ -28,17 +29,14 @@ _BYTE_LEVEL_CLASSES = {
 
 def read_file(path: Path) -> bytes:
     """The file's bytes; TokenizerError if it is missing, unreadable or absurdly large."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise TokenizerError(
-                f"{path}: {size} bytes are too many for a tokenizer (at most {MAX_FILE_BYTES})"
-            )
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise TokenizerError(f"{path}: no such file") from None
-    except OSError as exc:
-        raise TokenizerError(f"{path}: cannot be read: {exc.strerror}") from None
+    data = read_small_file(path, MAX_FILE_BYTES, error=TokenizerError)
+    if data is None:
+        raise TokenizerError(f"{path}: no such file")
+    return data
+
+
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    return parse_object(data, where, MAX_FILE_BYTES, error=TokenizerError)
 
 
 def load_tokenizer_file(path: Path) -> Tokenizer:
@@ -62,7 +60,7 @@ def _from_content(path: Path, data: bytes) -> Tokenizer:
     if data.startswith(MAGIC[:-1]):
         return tokenizer_from_bytes(data)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        fields = strict_json.load_object(data, path.name)
+        fields = _object(data, path.name)
         if isinstance(fields.get("model"), dict):
             return tokenizer_from_json(fields)
         if fields and all(type(value) is int for value in fields.values()):
@@ -92,7 +90,7 @@ class _Settings:
     def read(folder: Path) -> _Settings:
         def load(name: str) -> dict[str, Any]:
             path = folder / name
-            return strict_json.load_object(read_file(path), name) if path.is_file() else {}
+            return _object(read_file(path), name) if path.is_file() else {}
 
         config = load("tokenizer_config.json")
         named: dict[str, str | None] = {}
@@ -139,7 +137,7 @@ def _from_folder(path: Path) -> Tokenizer | None:
 
     settings = _Settings.read(path)
     if (path / "tokenizer.json").is_file():
-        fields = strict_json.load_object(read_file(path / "tokenizer.json"), "tokenizer.json")
+        fields = _object(read_file(path / "tokenizer.json"), "tokenizer.json")
         return _with_names(
             tokenizer_from_json(fields, extra=settings.added, add_bos=None), settings
         )
@@ -154,7 +152,7 @@ def _from_folder(path: Path) -> Tokenizer | None:
     if ranks:
         return _with_names(tokenizer_from_tiktoken(read_file(ranks[0])), settings)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        vocab = strict_json.load_object(read_file(path / "vocab.json"), "vocab.json")
+        vocab = _object(read_file(path / "vocab.json"), "vocab.json")
         return _with_names(_from_vocab_json(path, vocab, settings), settings)
     return None
 

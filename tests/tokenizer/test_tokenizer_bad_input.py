@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -155,11 +156,11 @@ def test_arbitrary_tokenizer_json(tmp_path_factory: Any, key: str, value: Any) -
     [
         (b"", "not a tokenizer"),
         (b"PK\x03\x04 rubbish", "not a tokenizer"),
-        (b"{", "not JSON"),
+        (b"{", "not valid JSON"),
         (b"[" * 100_000, "not a tokenizer"),
-        (b'{"a":' * 100_000, "nested too deeply"),
-        (b'{"model": {"vocab": {"a": 0, "a": 1}}}', "given twice"),
-        (b'{"model": {"vocab": {"a": NaN}}}', "not JSON"),
+        (b'{"a":' * 100_000, "nested deeper"),
+        (b'{"model": {"vocab": {"a": 0, "a": 1}}}', "occurs twice"),
+        (b'{"model": {"vocab": {"a": NaN}}}', "NaN is not a number"),
         (b'{"model": {"vocab": {"a": -1}}}', "-1"),
         (b"YQ== 0\nYg== 0\n", "again"),
         (b"YQ== 0\nYg== 7\n", "are not 0 to 1"),
@@ -180,6 +181,12 @@ def test_broken_files(tmp_path: Path, content: bytes, says: str) -> None:
 def test_a_missing_file() -> None:
     with pytest.raises(TokenizerError, match="no such file"):
         load_tokenizer_file("/nowhere/tokenizer.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match="not a regular file"):
+        load_tokenizer_file(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("build", SMALL)

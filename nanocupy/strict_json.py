@@ -1,24 +1,28 @@
 """JSON from files nobody vouches for: bounded, strict, and one clear line where it is wrong.
 
 Owns the bounds (size, nesting) and what is refused beyond the JSON grammar: repeated keys, NaN and
-infinities, text that cannot be UTF-8. Knows no checkpoint format.
+infinities, text that cannot be UTF-8. Knows no format; the caller says which error is raised.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanocupy.errors import CheckpointError
+from nanocupy.errors import CheckpointError, NanocupyError
 
 # A parsed document takes up to some twenty times its text. Configs, indexes and headers are far
 # smaller than this even for hundreds of layers; only lists of added tokens grow beyond it.
 MAX_JSON_BYTES = 4 << 20
 MAX_TOKENIZER_JSON_BYTES = 16 << 20
 MAX_DEPTH = 32
+# In UTF-8 a lone surrogate can only be written as an escape.
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 80
@@ -35,20 +39,24 @@ def shown(value: object) -> str:
 
 
 def parse_object(
-    data: bytes | memoryview, where: str, max_bytes: int = MAX_JSON_BYTES
+    data: bytes | memoryview,
+    where: str,
+    max_bytes: int = MAX_JSON_BYTES,
+    *,
+    error: type[NanocupyError] = CheckpointError,
 ) -> dict[str, Any]:
-    """The JSON object in `data`; `where` names the file (and part) in errors.
+    """The JSON object in `data`, with or without a byte order mark; `where` names the file (and
+    part) in errors.
 
-    Raises CheckpointError: too large, too deep, not UTF-8, not JSON, not an object, a key twice,
-    a number that is not finite.
+    Raises `error`: too large, too deep, not UTF-8, not JSON, not an object, a key twice, a number
+    that is not finite.
     """
-    if len(data) > max_bytes:
-        raise CheckpointError(
-            f"{where}: {len(data)} bytes of JSON; nanocupy reads at most {max_bytes}"
-        )
 
     def fail(reason: str) -> NoReturn:
-        raise CheckpointError(f"{where}: {reason}") from None
+        raise error(f"{where}: {reason}") from None
+
+    if len(data) > max_bytes:
+        fail(f"{len(data)} bytes of JSON; nanocupy reads at most {max_bytes}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -68,7 +76,7 @@ def parse_object(
 
     try:
         document = json.loads(
-            str(data, "utf-8"),
+            str(data, "utf-8-sig"),
             object_pairs_hook=unique,
             parse_float=finite,
             parse_constant=lambda name: fail(f"{name} is not a number JSON allows"),
@@ -83,52 +91,61 @@ def parse_object(
         fail("a whole number in the JSON has thousands of digits")
     if not isinstance(document, dict):
         fail(f"the JSON is a {type(document).__name__}, not an object")
-    _check_contents(document, where)
+    _check_depth(document, fail)
+    if _SURROGATE_ESCAPE.search(data):
+        _check_text(document, fail)
     return document
 
 
-def _check_contents(document: dict[str, Any], where: str) -> None:
-    """Refuse deep nesting and lone surrogates, which no later step could write out again."""
+def _check_depth(document: dict[str, Any], fail: Callable[[str], NoReturn]) -> None:
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for value in level:
-            parts = value
-            if isinstance(value, dict):
-                parts = [*value.keys(), *value.values()]
-            for part in parts:
-                if isinstance(part, str):
-                    if not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part):
-                        raise CheckpointError(f"{where}: the text {shown(part)} is not Unicode")
-                elif isinstance(part, (dict, list)):
-                    below.append(part)
-        if not below:
+        level = [
+            part
+            for value in level
+            for part in (value.values() if isinstance(value, dict) else value)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
             return
-        level = below
-    raise CheckpointError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
+    fail(f"JSON nested deeper than {MAX_DEPTH} levels")
 
 
-def read_small_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
-    """The bytes of a file beside the weights; None where there is no such file."""
+def _check_text(value: Any, fail: Callable[[str], NoReturn]) -> None:
+    """Refuse lone surrogates, which no later step could write out again."""
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            fail(f"the text {shown(value)} is not Unicode")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_text(key, fail)
+            _check_text(part, fail)
+    elif isinstance(value, list):
+        for part in value:
+            _check_text(part, fail)
+
+
+def read_small_file(
+    path: Path, max_bytes: int = MAX_JSON_BYTES, *, error: type[NanocupyError] = CheckpointError
+) -> bytes | None:
+    """The bytes of a file beside the weights; None where there is no such file. Raises `error`."""
     try:
         if not path.exists():
             if path.is_symlink():
-                raise CheckpointError(
-                    f"{path}: a link to a file that is missing; download it again"
-                )
+                raise error(f"{path}: a link to a file that is missing; download it again")
             return None
         if not path.is_file():  # a pipe would block, a device never end
-            raise CheckpointError(f"{path}: not a regular file")
+            raise error(f"{path}: not a regular file")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+        raise error(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     if len(data) > max_bytes:
-        raise CheckpointError(f"{path}: larger than {max_bytes} bytes, the most nanocupy reads")
+        raise error(f"{path}: larger than {max_bytes} bytes, the most nanocupy reads")
     return data
 
 
 def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file."""
+    """The JSON object in a file; None where there is no such file. Raises CheckpointError."""
     data = read_small_file(path, max_bytes)
     return None if data is None else parse_object(data, str(path), max_bytes)
