@@ -1,0 +1,615 @@
+// Attention of ragged queries (a chunk and what lies before it) straight from the paged cache.
+//
+// Rows: the query heads that share a key/value head are packed, so sequence b has
+// (queries of b) * R rows for each of them, R = H / G, row = query * R + head; a tile is a run of
+// rows of one sequence and one key/value head. Blocks of the grid come in slots of a tile each;
+// sequence b owns the slots from query_starts[b] * R / tile + b on, which is always enough of them,
+// so that the grid needs T and B alone and a captured launch stays right when lengths change.
+// Within a sequence the longest tiles come first.
+//
+// HEAD_SIZE   attention_prefill: a multiple of 16; attention_prefill_plain: any
+// TILE_WARPS, WARP_ROWS (16 or 32), KEY_TILE (16, 32, 64, ...), STAGES (from 2), MIN_BLOCKS
+//             shape of attention_prefill; nanocupy/ops/launch_attention_prefill.py chooses it
+// QUERIES_STAY   1 keeps the queries in registers, 0 reads them from shared memory at each use
+#include "device.cuh"
+#include "reduce.cuh"
+#include "types.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// The rows that one block works on.
+struct RowTile {
+    int sequence;
+    int first_token;     // of the sequence, in the flat batch
+    int first_position;  // of the sequence's first query
+    int first_row;       // of the tile, in the sequence
+    int num_rows;        // of the sequence
+    int num_keys;        // positions that the tile's last row sees
+};
+
+// The tile of a slot; false where the slot is one of the unused. Every lane of the warp must come.
+__device__ __forceinline__ bool find_tile(
+    const int32_t* query_starts, const int32_t* kv_lens, int num_sequences, int group, int tile_rows,
+    int slot, RowTile& tile) {
+    // The last sequence whose first slot is not behind `slot`, 32 candidates at a time.
+    int sequence = 0, count = num_sequences;
+    while (count > 1) {
+        const int step = (count + 31) / 32, index = lane_id() * step;
+        const int candidate = sequence + min(index, count - 1);
+        const bool starts =
+            index < count && query_starts[candidate] * group / tile_rows + candidate <= slot;
+        const int skipped = (count_bits(warp_ballot(starts)) - 1) * step;
+        sequence += skipped;
+        count = min(step, count - skipped);
+    }
+    const int start = query_starts[sequence];
+    const int num_queries = query_starts[sequence + 1] - start;
+    const int index = slot - (start * group / tile_rows + sequence);
+    const int num_tiles = (num_queries * group + tile_rows - 1) / tile_rows;
+    if (index >= num_tiles) return false;
+    tile.sequence = sequence;
+    tile.first_token = start;
+    tile.first_position = kv_lens[sequence] - num_queries;
+    tile.first_row = (num_tiles - 1 - index) * tile_rows;
+    tile.num_rows = num_queries * group;
+    const int last_row = min(tile.first_row + tile_rows, tile.num_rows) - 1;
+    tile.num_keys = tile.first_position + last_row / group + 1;
+    return true;
+}
+
+// Where a position's key and value begin in a cache [N, G, P, d], in elements.
+__device__ __forceinline__ int64_t cache_offset(
+    const int32_t* table, int position, int block_size, int num_kv_heads, int kv_head) {
+    const int column = position / block_size, row = position - column * block_size;
+    const int64_t block = table[column];
+    return ((block * num_kv_heads + kv_head) * block_size + row) * HEAD_SIZE;
+}
+
+// Where a row of the sequence begins in q and out [T, H, d], in elements.
+__device__ __forceinline__ int64_t query_offset(
+    const RowTile& tile, int row, int group, int num_heads, int kv_head) {
+    const int query = row / group, head = row - query * group;
+    const int64_t token = tile.first_token + query;
+    return (token * num_heads + kv_head * group + head) * HEAD_SIZE;
+}
+
+// ------------------------------------------------------------------------------ tensor cores
+
+// Whether this build has attention_prefill; else its entry is empty and must not be launched.
+#define TENSOR_CORES (HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0)
+
+#ifndef TILE_WARPS
+#define TILE_WARPS 4
+#endif
+#ifndef WARP_ROWS
+#define WARP_ROWS (HEAD_SIZE <= 128 ? 32 : 16)
+#endif
+#ifndef KEY_TILE
+#define KEY_TILE (HEAD_SIZE <= 128 ? 64 : 32)
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 2
+#endif
+#ifndef QUERIES_STAY
+#define QUERIES_STAY (HEAD_SIZE * WARP_ROWS <= 64 * 32)
+#endif
+
+constexpr int THREADS = TILE_WARPS * 32;
+
+#if TENSOR_CORES
+
+constexpr int TILE_ROWS = TILE_WARPS * WARP_ROWS;
+constexpr int ROW_TILES = WARP_ROWS / 16;  // 16 rows each, of a warp
+constexpr int KEY_GROUPS = KEY_TILE / 8;   // columns of score fragments
+constexpr int HEAD_GROUPS = HEAD_SIZE / 8;
+
+// Rows in shared memory: pieces of 16 bytes, placed so that 8 rows' pieces of one column lie in
+// different banks: exchanged by the row's number, or one piece of padding where that can't be.
+constexpr int PIECES = HEAD_SIZE / 8;
+constexpr bool EXCHANGED = PIECES % 8 == 0;
+constexpr int ROW_PIECES = EXCHANGED ? PIECES : PIECES | 1;
+constexpr int QUERY_BYTES = TILE_ROWS * ROW_PIECES * 16;
+constexpr int KEY_BYTES = KEY_TILE * ROW_PIECES * 16;
+constexpr int STAGE_BYTES = 2 * KEY_BYTES;  // keys, then values
+
+static_assert(WARP_ROWS % 16 == 0 && KEY_TILE % 16 == 0 && KEY_TILE <= THREADS && STAGES >= 2, "");
+
+__device__ __forceinline__ int place(int row, int piece) {
+    return (row * ROW_PIECES + (EXCHANGED ? piece ^ (row & 7) : piece)) * 16;
+}
+
+// Where a lane reads its rows of fragments: `lane_row` is the start of the lane's row, the row's
+// number is lane's modulo 8, `turn` comes from lane_turn, `piece` is even and known when compiled.
+// One exclusive or and one sum for all rows and columns that differ by constants.
+__device__ __forceinline__ int lane_turn(int odd_piece) {
+    return (EXCHANGED ? odd_piece ^ (lane_id() & 7) : odd_piece) * 16;
+}
+__device__ __forceinline__ const unsigned char* lane_piece(
+    const unsigned char* lane_row, int turn, int piece) {
+    if (!EXCHANGED) return lane_row + turn + piece * 16;
+    return lane_row + (turn ^ (piece & 6) * 16) + (piece & ~7) * 16;
+}
+
+// Start the copies of one tile of keys and values. offsets: of its rows, -1 for zeros.
+__device__ __forceinline__ void copy_keys(
+    unsigned char* stage, const scalar_t* keys, const scalar_t* values, const int64_t* offsets) {
+    constexpr int TOTAL = KEY_TILE * PIECES;
+#pragma unroll 2  // more would hold addresses in registers that the fragments need
+    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
+        const int index = i * THREADS + threadIdx.x;
+        if (TOTAL % THREADS != 0 && index >= TOTAL) break;
+        const int row = index / PIECES, piece = index % PIECES;
+        const int64_t offset = offsets[row];
+        const bool valid = offset >= 0;
+        const int64_t source = (valid ? offset : 0) + piece * 8;
+        unsigned char* target = stage + place(row, piece);
+        cp_async_16_or_zero(target, keys + source, valid);
+        cp_async_16_or_zero(target + KEY_BYTES, values + source, valid);
+    }
+}
+
+#endif  // TENSOR_CORES
+
+// attention_prefill: causal attention of ragged queries over the paged cache, on tensor cores
+// grid (G * (T * R / TILE_ROWS + B)), block (TILE_WARPS * 32), shared QUERY_BYTES + STAGES *
+//     STAGE_BYTES, R = H / G
+// q [T, H, d] scalar_t, aligned to 16; key_cache, value_cache [N, G, P, d] scalar_t, aligned to 16;
+// query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries; block_tables
+// [B, M] int32; out [T, H, d] scalar_t, aligned to 16; scale above 0; B, H, G, P, M from 1
+// REF: numpy_ops.attention
+// COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys seen
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_prefill(
+    const scalar_t* __restrict__ q, const cache_t* __restrict__ key_cache,
+    const cache_t* __restrict__ value_cache, const int32_t* __restrict__ query_starts,
+    const int32_t* __restrict__ kv_lens, const int32_t* __restrict__ block_tables,
+    scalar_t* __restrict__ out, float scale, int32_t num_sequences, int32_t num_heads,
+    int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
+#if TENSOR_CORES
+    __shared__ int64_t offsets[STAGES][KEY_TILE];
+    __shared__ RowTile tile;  // not in registers, which the fragments fill
+    unsigned char* const query_rows = dynamic_shared();
+    unsigned char* const stages = query_rows + QUERY_BYTES;
+    const int group = num_heads / num_kv_heads;
+    const int kv_head = blockIdx.x % num_kv_heads;
+    const int lane = lane_id(), thread = threadIdx.x;
+
+    RowTile found;
+    if (!find_tile(query_starts, kv_lens, num_sequences, group, TILE_ROWS,
+                   blockIdx.x / num_kv_heads, found)) {
+        return;
+    }
+    if (thread == 0) tile = found;
+    block_sync();
+    const int32_t* table = block_tables + static_cast<int64_t>(tile.sequence) * num_columns;
+    const int num_key_tiles = (tile.num_keys + KEY_TILE - 1) / KEY_TILE;
+
+    // Offsets are looked up by one thread a row, a step before the copies that need them; rows that
+    // nobody sees have none: they may hold anything, and their column of the table too.
+    for (int i = thread; i < STAGES * KEY_TILE; i += THREADS) {
+        offsets[i / KEY_TILE][i % KEY_TILE] =
+            i < tile.num_keys ? cache_offset(table, i, block_size, num_kv_heads, kv_head) : -1;
+    }
+    for (int i = thread; i < TILE_ROWS * PIECES; i += THREADS) {
+        const int row = tile.first_row + i / PIECES, piece = i % PIECES;
+        const bool valid = row < tile.num_rows;
+        const int64_t source =
+            query_offset(tile, valid ? row : 0, group, num_heads, kv_head) + piece * 8;
+        cp_async_16_or_zero(query_rows + place(i / PIECES, piece), q + source, valid);
+    }
+    block_sync();
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        if (stage < num_key_tiles) {
+            copy_keys(stages + stage * STAGE_BYTES, key_cache, value_cache, offsets[stage]);
+        }
+        cp_async_commit();
+    }
+
+    // What this thread holds: of each 16 rows of the warp, rows lane / 4 and that + 8.
+    const int warp_row = tile.first_row + warp_id() * WARP_ROWS;
+    const int first_seen = tile.first_position + warp_row / group;  // last key of the warp's first
+    const int last_seen =                                           // ... and last row, -1 if none
+        warp_row < tile.num_rows
+            ? tile.first_position + (min(warp_row + WARP_ROWS, tile.num_rows) - 1) / group
+            : -1;
+    const float exponent_scale = scale * LOG2_E;
+    float sums[ROW_TILES][HEAD_GROUPS][4];  // of weighted values
+    float row_max[ROW_TILES][2], row_sum[ROW_TILES][2];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < HEAD_GROUPS; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+        }
+        row_max[m][0] = row_max[m][1] = -infinity();
+        row_sum[m][0] = row_sum[m][1] = 0.0f;
+    }
+
+    // Where this lane reads fragments: rows and pieces of the four matrices of an ldmatrix.
+    unsigned char* const own_rows = query_rows + warp_id() * WARP_ROWS * ROW_PIECES * 16;
+    const int row_step = 16 * ROW_PIECES * 16;  // bytes of 16 rows
+    const int low_row = (lane & 15) * ROW_PIECES * 16, low_turn = lane_turn(lane >> 4);
+    const int key_row = ((lane & 7) + (lane >> 4) * 8) * ROW_PIECES * 16;
+    const int key_turn = lane_turn(lane >> 3 & 1);
+#if QUERIES_STAY
+    uint32_t queries[ROW_TILES][HEAD_SIZE / 16][4];
+#endif
+
+    int stage = 0;
+    for (int j = 0; j < num_key_tiles; ++j) {
+        cp_async_wait<STAGES - 2>();
+        block_sync();  // tile j is there, and nobody reads tile j - 1 or its offsets any more
+        const int next = stage == 0 ? STAGES - 1 : stage - 1;  // of tile j + STAGES - 1
+        if (j + STAGES - 1 < num_key_tiles) {
+            copy_keys(stages + next * STAGE_BYTES, key_cache, value_cache, offsets[next]);
+        }
+        cp_async_commit();
+
+        const int first_key = j * KEY_TILE;
+        const unsigned char* keys = stages + stage * STAGE_BYTES + key_row;
+        const unsigned char* values = stages + stage * STAGE_BYTES + KEY_BYTES + low_row;
+#if QUERIES_STAY
+        if (j == 0) {
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                for (int k = 0; k < HEAD_SIZE / 16; ++k) {
+                    ldmatrix_x4(
+                        queries[m][k], lane_piece(own_rows + low_row, low_turn, 2 * k) + m * row_step);
+                }
+            }
+        }
+#endif
+        if (first_key <= last_seen) {
+            float scores[ROW_TILES][KEY_GROUPS][4];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                for (int n = 0; n < KEY_GROUPS; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < HEAD_SIZE / 16; ++k) {
+#if !QUERIES_STAY
+                uint32_t queries[ROW_TILES][4];
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    ldmatrix_x4(
+                        queries[m], lane_piece(own_rows + low_row, low_turn, 2 * k) + m * row_step);
+                }
+#endif
+#pragma unroll
+                for (int n = 0; n < KEY_TILE / 16; ++n) {
+                    uint32_t b[4];
+                    ldmatrix_x4(b, lane_piece(keys, key_turn, 2 * k) + n * row_step);
+#pragma unroll
+                    for (int m = 0; m < ROW_TILES; ++m) {
+#if QUERIES_STAY
+                        const uint32_t(&a)[4] = queries[m][k];
+#else
+                        const uint32_t(&a)[4] = queries[m];
+#endif
+                        mma_m16n8k16<scalar_t>(scores[m][2 * n], a, b[0], b[1]);
+                        mma_m16n8k16<scalar_t>(scores[m][2 * n + 1], a, b[2], b[3]);
+                    }
+                }
+            }
+
+            if (first_key + KEY_TILE - 1 > first_seen) {
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int row = warp_row + m * 16 + h * 8 + lane / 4;
+                        const int seen = tile.first_position + row / group;
+#pragma unroll
+                        for (int n = 0; n < KEY_GROUPS; ++n) {
+                            const int key = first_key + n * 8 + lane % 4 * 2;
+                            if (key > seen) scores[m][n][2 * h] = -infinity();
+                            if (key + 1 > seen) scores[m][n][2 * h + 1] = -infinity();
+                        }
+                    }
+                }
+            }
+
+            // Position 0 lies in the first tile and every row sees it: maxima are finite from there.
+            bool raised = false;
+            float factor[ROW_TILES][2];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float largest = row_max[m][h];
+#pragma unroll
+                    for (int n = 0; n < KEY_GROUPS; ++n) {
+                        largest = fmaxf(
+                            largest, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+                    }
+                    largest = warp_max<4>(largest);
+                    factor[m][h] = exp2_approx((row_max[m][h] - largest) * exponent_scale);
+                    raised = raised || row_max[m][h] != largest;
+                    row_max[m][h] = largest;
+                    const float shift = largest * exponent_scale;
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < KEY_GROUPS; ++n) {
+#pragma unroll
+                        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                            const float weight =
+                                exp2_approx(scores[m][n][i] * exponent_scale - shift);
+                            scores[m][n][i] = weight;
+                            sum += weight;
+                        }
+                    }
+                    row_sum[m][h] = row_sum[m][h] * factor[m][h] + sum;
+                }
+            }
+            if (warp_ballot(raised)) {  // seldom after the first tiles
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                    for (int n = 0; n < HEAD_GROUPS; ++n) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor[m][i / 2];
+                    }
+                }
+            }
+
+#pragma unroll
+            for (int k = 0; k < KEY_TILE / 16; ++k) {
+                uint32_t weights[ROW_TILES][4];
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float(&pair)[4] = scores[m][2 * k + i / 2];
+                        weights[m][i] =
+                            pack_pair<scalar_t>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < HEAD_SIZE / 16; ++n) {
+                    uint32_t b[4];
+                    ldmatrix_x4_trans(b, lane_piece(values, low_turn, 2 * n) + k * row_step);
+#pragma unroll
+                    for (int m = 0; m < ROW_TILES; ++m) {
+                        mma_m16n8k16<scalar_t>(sums[m][2 * n], weights[m], b[0], b[1]);
+                        mma_m16n8k16<scalar_t>(sums[m][2 * n + 1], weights[m], b[2], b[3]);
+                    }
+                }
+            }
+        }
+        if (thread < KEY_TILE) {
+            const int ahead = (j + STAGES) * KEY_TILE + thread;
+            offsets[stage][thread] =
+                ahead < tile.num_keys
+                    ? cache_offset(table, ahead, block_size, num_kv_heads, kv_head)
+                    : -1;
+        }
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    if (last_seen < 0) return;
+
+    // Each warp's results go through the rows of its queries, so that they leave 16 bytes a thread.
+    warp_sync();
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float inverse = 1.0f / warp_sum<4>(row_sum[m][h]);
+            const int row = m * 16 + h * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < HEAD_GROUPS; ++n) {
+                *reinterpret_cast<uint32_t*>(own_rows + place(row, n) + lane % 4 * 4) =
+                    pack_pair<scalar_t>(
+                        sums[m][n][2 * h] * inverse, sums[m][n][2 * h + 1] * inverse);
+            }
+        }
+    }
+    warp_sync();
+    for (int i = lane; i < WARP_ROWS * PIECES; i += 32) {
+        const int row = i / PIECES, piece = i % PIECES;
+        if (warp_row + row >= tile.num_rows) break;
+        const int64_t target = query_offset(tile, warp_row + row, group, num_heads, kv_head);
+        store_vec(
+            out + target + piece * 8,
+            *reinterpret_cast<const Vec<scalar_t, 8>*>(own_rows + place(row, piece)));
+    }
+#endif  // TENSOR_CORES
+}
+
+// ------------------------------------------------------------------------------ plain
+
+constexpr int PLAIN_THREADS = 128;
+constexpr int PLAIN_LANES = 8;  // lanes that share a row
+constexpr int PLAIN_STEP = PLAIN_THREADS / PLAIN_LANES;
+constexpr int PLAIN_ROWS = 2 * PLAIN_STEP;  // each thread works on two rows, PLAIN_STEP apart
+constexpr int PLAIN_KEYS = HEAD_SIZE <= 128 ? 32 : 16;
+constexpr int PLAIN_PIECES = (HEAD_SIZE + 31) / 32;  // of 4 values, of a row, in a lane
+constexpr int PLAIN_WIDTH = PLAIN_PIECES * 32;
+
+// In value[0 .. 7] of each of 8 lanes, sum over the lanes: lane i gets the sum of value[i].
+__device__ __forceinline__ float sum_scattered(float (&value)[PLAIN_LANES]) {
+#pragma unroll
+    for (int half = PLAIN_LANES / 2; half > 0; half /= 2) {
+        const bool upper = lane_id() & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float kept = upper ? value[half + i] : value[i];
+            const float sent = upper ? value[i] : value[half + i];
+            value[i] = kept + shuffle_xor(sent, half);
+        }
+    }
+    return value[0];
+}
+
+// A row of keys or values into floats of shared memory, `present` or zeros; 4 values a thread.
+__device__ __forceinline__ void load_plain(float* target, const cache_t* source, int column) {
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (source != nullptr) {
+        if (HEAD_SIZE % 4 == 0) {
+            if (column < HEAD_SIZE) cache_load_vec<4>(source + column, x);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (column + i < HEAD_SIZE) x[i] = cache_load(source + column + i);
+            }
+        }
+    }
+    store_floats<float, 4>(target + column, x);
+}
+
+// attention_prefill_plain: the same without tensor cores, all in float32
+// grid (G * (T * R / 32 + B)), block (128), R = H / G
+// q [T, H, d] scalar_t; key_cache, value_cache [N, G, P, d] cache_t, aligned to 4 values if d is a
+// multiple of 4; query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries;
+// block_tables [B, M] int32; out [T, H, d] scalar_t; scale above 0; B, H, G, P, M from 1
+// REF: numpy_ops.attention
+// COST: bytes 2 T H d + 2 d G sum of kv_lens values at least; flops 4 H d sum over queries of keys
+extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_prefill_plain(
+    const scalar_t* __restrict__ q, const cache_t* __restrict__ key_cache,
+    const cache_t* __restrict__ value_cache, const int32_t* __restrict__ query_starts,
+    const int32_t* __restrict__ kv_lens, const int32_t* __restrict__ block_tables,
+    scalar_t* __restrict__ out, float scale, int32_t num_sequences, int32_t num_heads,
+    int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
+    __shared__ __align__(16) float keys[PLAIN_KEYS][PLAIN_WIDTH];
+    __shared__ __align__(16) float values[PLAIN_KEYS][PLAIN_WIDTH];
+    const int group = num_heads / num_kv_heads;
+    const int kv_head = blockIdx.x % num_kv_heads;
+    const float exponent_scale = scale * LOG2_E;
+    const int part = threadIdx.x % PLAIN_LANES;  // pieces part, part + 8, ... of a row are ours
+
+    RowTile tile;
+    if (!find_tile(query_starts, kv_lens, num_sequences, group, PLAIN_ROWS,
+                   blockIdx.x / num_kv_heads, tile)) {
+        return;
+    }
+    const int32_t* table = block_tables + static_cast<int64_t>(tile.sequence) * num_columns;
+
+    float query[2][PLAIN_PIECES][4], sums[2][PLAIN_PIECES][4];
+    int seen[2];  // last key of each row
+    SoftmaxState state[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = tile.first_row + threadIdx.x / PLAIN_LANES + r * PLAIN_STEP;
+        const bool valid = row < tile.num_rows;
+        const scalar_t* source =
+            q + query_offset(tile, valid ? row : 0, group, num_heads, kv_head);
+        seen[r] = valid ? tile.first_position + row / group : 0;
+        state[r] = softmax_start();
+#pragma unroll
+        for (int p = 0; p < PLAIN_PIECES; ++p) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int column = (p * PLAIN_LANES + part) * 4 + i;
+                query[r][p][i] = column < HEAD_SIZE ? to_float(source[column]) : 0.0f;
+                sums[r][p][i] = 0.0f;
+            }
+        }
+    }
+
+    for (int first_key = 0; first_key < tile.num_keys; first_key += PLAIN_KEYS) {
+        block_sync();  // nobody reads the tile before any more
+        for (int i = threadIdx.x; i < PLAIN_KEYS * (PLAIN_WIDTH / 4); i += PLAIN_THREADS) {
+            const int row = i / (PLAIN_WIDTH / 4), column = i % (PLAIN_WIDTH / 4) * 4;
+            const int position = first_key + row;
+            const bool present = position < tile.num_keys;
+            const int64_t offset =
+                present ? cache_offset(table, position, block_size, num_kv_heads, kv_head) : 0;
+            load_plain(keys[row], present ? key_cache + offset : nullptr, column);
+            load_plain(values[row], present ? value_cache + offset : nullptr, column);
+        }
+        block_sync();
+
+        // Of 8 keys at a time, each lane of a row ends with the score of one.
+        float weights[2][PLAIN_KEYS / PLAIN_LANES];
+#pragma unroll
+        for (int b = 0; b < PLAIN_KEYS / PLAIN_LANES; ++b) {
+            float score[2][PLAIN_LANES];
+#pragma unroll
+            for (int k = 0; k < PLAIN_LANES; ++k) {
+                score[0][k] = score[1][k] = 0.0f;
+#pragma unroll
+                for (int p = 0; p < PLAIN_PIECES; ++p) {
+                    float key[4];
+                    load_floats<float, 4>(
+                        &keys[b * PLAIN_LANES + k][(p * PLAIN_LANES + part) * 4], key);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        score[0][k] += query[0][p][i] * key[i];
+                        score[1][k] += query[1][p][i] * key[i];
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float sum = sum_scattered(score[r]);
+                const int key = first_key + b * PLAIN_LANES + part;
+                weights[r][b] = key <= seen[r] ? sum : -infinity();
+            }
+        }
+
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float largest = weights[r][0];
+#pragma unroll
+            for (int b = 1; b < PLAIN_KEYS / PLAIN_LANES; ++b) {
+                largest = fmaxf(largest, weights[r][b]);
+            }
+            // The maximum is subtracted before the scale is applied: large scores lose nothing.
+            largest = fmaxf(state[r].max, warp_max<PLAIN_LANES>(largest));
+            const float factor = exp2_approx((state[r].max - largest) * exponent_scale);
+            state[r].max = largest;
+            state[r].sum *= factor;
+#pragma unroll
+            for (int b = 0; b < PLAIN_KEYS / PLAIN_LANES; ++b) {
+                weights[r][b] = exp2_approx((weights[r][b] - largest) * exponent_scale);
+                state[r].sum += weights[r][b];  // of this lane's keys; the lanes are added last
+            }
+#pragma unroll
+            for (int p = 0; p < PLAIN_PIECES; ++p) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[r][p][i] *= factor;
+            }
+        }
+
+#pragma unroll
+        for (int k = 0; k < PLAIN_KEYS; ++k) {
+            const int source = (lane_id() & ~(PLAIN_LANES - 1)) + k % PLAIN_LANES;
+            const float first = shuffle(weights[0][k / PLAIN_LANES], source);
+            const float second = shuffle(weights[1][k / PLAIN_LANES], source);
+#pragma unroll
+            for (int p = 0; p < PLAIN_PIECES; ++p) {
+                float value[4];
+                load_floats<float, 4>(&values[k][(p * PLAIN_LANES + part) * 4], value);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    sums[0][p][i] += first * value[i];
+                    sums[1][p][i] += second * value[i];
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float inverse = 1.0f / warp_sum<PLAIN_LANES>(state[r].sum);
+        const int row = tile.first_row + threadIdx.x / PLAIN_LANES + r * PLAIN_STEP;
+        if (row >= tile.num_rows) continue;
+        scalar_t* target = out + query_offset(tile, row, group, num_heads, kv_head);
+#pragma unroll
+        for (int p = 0; p < PLAIN_PIECES; ++p) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int column = (p * PLAIN_LANES + part) * 4 + i;
+                if (column < HEAD_SIZE) target[column] = from_float<scalar_t>(sums[r][p][i] * inverse);
+            }
+        }
+    }
+}
