@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ from nanocupy.engine.batch import (
     build_penalty_batch,
     build_sampler_batch,
 )
+from nanocupy.engine.binding import bind_calls, step_dims
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.scheduler import ScheduledRequest
-from nanocupy.model.forward import Buffer, OpCall, WeightRef, decoder_forward
+from nanocupy.errors import CheckpointError
+from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.ops.numpy_ops import NumpyOps
 
@@ -45,18 +46,13 @@ class NumpyRunner(Runner):
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
         self.forward = decoder_forward(config, rope, self.table_width)
-        self._dims = {
-            "T": limits.max_step_tokens,
-            "B": limits.max_num_seqs,
-            "B+1": limits.max_num_seqs + 1,
-            "S": limits.max_step_tokens,
-            "N": limits.num_blocks,
-            "P": limits.block_size,
-        }
+        self._dims = step_dims(
+            limits.max_step_tokens, limits.max_num_seqs, limits.max_step_tokens, 0
+        ) | {"N": limits.num_blocks, "P": limits.block_size}
         self._memory = self._allocate()
         self._memory["inv_freq"] = rope.inv_freq
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.
-        self._bound: dict[tuple[int, int, int], list[Callable[[], None]]] = {}
+        self._bound: dict[tuple[int, ...], list[Callable[[], None]]] = {}
 
     def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
         batch = build_batch(
@@ -69,7 +65,8 @@ class NumpyRunner(Runner):
     def logits(self, batch: ForwardBatch) -> np.ndarray:
         """Logits [S, V] of the batch's sampled rows, float32 (or the oracle's dtype); the array is
         overwritten by the next step."""
-        key = (len(batch.token_ids), len(batch.kv_lens), len(batch.sample_rows))
+        max_queries = int(np.diff(batch.query_starts).max(initial=0))
+        key = (len(batch.token_ids), len(batch.kv_lens), len(batch.sample_rows), max_queries)
         for name, values in vars(batch).items():
             if name in self._memory:
                 self._view(name, values.shape)[...] = values
@@ -78,6 +75,12 @@ class NumpyRunner(Runner):
         return self._view("logits", (key[2], self.config.vocab_size))
 
     def _sample(self, requests: Sequence[Any], logits: np.ndarray) -> list[int]:
+        # A NaN reaches the maximum, and a row of nothing but -inf has no other.
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise CheckpointError(
+                "the model computes NaN or infinite logits: its weights are damaged or out of "
+                "range; check the file with `nanocupy inspect --verify`"
+            )
         penalties = build_penalty_batch(requests, self.config.eos_ids)
         if penalties is not None:
             self.ops.penalize(logits, **vars(penalties))
@@ -87,30 +90,13 @@ class NumpyRunner(Runner):
 
     # ----------------------------------------------------------------- binding
 
-    def _bind(self, num_tokens: int, num_seqs: int, num_rows: int) -> list[Callable[[], None]]:
-        key = (num_tokens, num_seqs, num_rows)
+    def _bind(self, *key: int) -> list[Callable[[], None]]:
         if key not in self._bound:
             if len(self._bound) >= 64:
                 self._bound.clear()
-            dims = self._dims | {
-                "T": num_tokens, "B": num_seqs, "B+1": num_seqs + 1, "S": num_rows,
-            }  # fmt: skip
-            self._bound[key] = [
-                self._bind_call(call, dims)
-                for call in self.forward
-                if call.op != "lm_head" or num_rows  # a chunk that isn't the last has no logits
-            ]
+            dims = self._dims | step_dims(*key)
+            self._bound[key] = bind_calls(self.forward, self.ops, self._view, self.weights, dims)
         return self._bound[key]
-
-    def _bind_call(self, call: OpCall, dims: Mapping[str, int]) -> Callable[[], None]:
-        arguments: dict[str, Any] = {}
-        for name, value in call.arguments.items():
-            if isinstance(value, Buffer):
-                value = self._view(value.name, tuple(dims.get(n, n) for n in value.shape))
-            elif isinstance(value, WeightRef):
-                value = self.weights[value.name]
-            arguments[name] = value
-        return partial(getattr(self.ops, call.op), **arguments)
 
     def _allocate(self) -> dict[str, np.ndarray]:
         """Every buffer of the forward at its largest; the system commits pages as they are used."""

@@ -29,6 +29,13 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A number of the step that the host knows: "Q", the most queries a sequence has."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class WeightRef:
     """A weight, by its name in `model.weights.weight_layout`."""
 
@@ -39,7 +46,7 @@ class WeightRef:
 class OpCall:
     """One call of the op `op` of `ops.interface.Ops`.
 
-    arguments: name -> Buffer, WeightRef, or a plain value. `layer` is None outside the layers.
+    arguments: name -> Buffer, WeightRef, Size, or a plain value. `layer` is None outside layers.
     """
 
     op: str
@@ -108,7 +115,8 @@ def decoder_forward(config: ModelConfig, rope: RopeParameters, table_width: int)
         )  # fmt: skip
         call(
             "attention", i, q=q, key_cache=k_cache, value_cache=v_cache, query_starts=query_starts,
-            kv_lens=kv_lens, block_tables=block_tables, scale=head_size**-0.5, out=attended,
+            kv_lens=kv_lens, block_tables=block_tables, scale=head_size**-0.5,
+            max_queries=Size("Q"), out=attended,
         )  # fmt: skip
         call(
             "linear_add", i, x=attended_rows, weight=weight("o"),

@@ -102,6 +102,7 @@ class Ops(ABC):
         kv_lens: Array,
         block_tables: Array,
         scale: float,
+        max_queries: int,
         out: Array,
     ) -> None:
         """Causal attention of ragged queries over the paged cache.
@@ -112,7 +113,8 @@ class Ops(ABC):
         block_tables[b, p // P], row p % P; out storage [T, H, d]. Query head h reads key/value head
         h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included, and so may columns
         of block_tables beyond a sequence's own blocks. A sequence without queries is skipped.
-        Probabilities may be rounded to storage before they meet v.
+        Probabilities may be rounded to storage before they meet v. max_queries: no sequence has
+        more queries; the host knows it, and a backend may choose its kernel by it.
         """
 
     @abstractmethod

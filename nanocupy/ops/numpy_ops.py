@@ -86,7 +86,16 @@ class NumpyOps(Ops):
         value_cache[blocks, :, rows] = heads[:, num_heads + num_kv_heads :]
 
     def attention(
-        self, q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
+        self,
+        q,
+        key_cache,
+        value_cache,
+        query_starts,
+        kv_lens,
+        block_tables,
+        scale,
+        max_queries,
+        out,
     ) -> None:
         num_queries = np.diff(query_starts)
         single = np.flatnonzero(num_queries == 1)

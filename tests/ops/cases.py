@@ -261,6 +261,7 @@ def _attention(
             "kv_lens": _int32([kv_len for _, kv_len in sequences]),
             "block_tables": tables,
             "scale": head_size**-0.5,
+            "max_queries": max((queries for queries, _ in sequences), default=0),
             "out": _nan((num_tokens, heads, head_size), storage),
         }
         return Call(arguments, ("out",))

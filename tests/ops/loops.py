@@ -86,7 +86,7 @@ def loop_rope_write_kv(
 
 
 def loop_attention(
-    q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
+    q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, max_queries, out
 ) -> None:
     block_size = key_cache.shape[2]
     queries_per_kv_head = q.shape[1] // key_cache.shape[1]

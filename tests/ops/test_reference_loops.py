@@ -202,7 +202,7 @@ def test_attention_of_equal_keys_is_the_mean_of_what_came_before() -> None:
     keys[1, 0, 1] = np.nan
     NumpyOps().attention(
         np.ones((3, 1, 2), np.float32), keys, values, np.array([0, 3], np.int32),
-        np.array([3], np.int32), np.array([[2, 1]], np.int32), 1.0, out,
+        np.array([3], np.int32), np.array([[2, 1]], np.int32), 1.0, 3, out,
     )  # fmt: skip
     np.testing.assert_allclose(out[:, 0], [[1, 10], [2, 20], [4, 40]], rtol=1e-6)
 
