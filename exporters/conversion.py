@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Values converted in one piece: small enough that a cast costs no second copy of a tensor.
 CHUNK_VALUES = 1 << 20
+_DAMAGED = "; the source is damaged, fetch it again"
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -43,8 +44,8 @@ def read_checked(checkpoint: Checkpoint, name: str) -> np.ndarray | GroupedInt8:
     return tensor
 
 
-def converted(array: np.ndarray, dtype: str, name: str) -> Iterator[np.ndarray]:
-    """`array` in row-major order as `dtype`, in flat pieces.
+def converted(array: np.ndarray, dtype: str, what: str) -> Iterator[np.ndarray]:
+    """`array` in row-major order as `dtype`, in flat pieces. `what` is its name in errors.
 
     Raises CheckpointError for NaN or infinite values, and for what float16 cannot hold.
     """
@@ -56,15 +57,15 @@ def converted(array: np.ndarray, dtype: str, name: str) -> Iterator[np.ndarray]:
         if not np.isfinite(result).all():
             wide = piece.astype(np.float32)
             if not np.isfinite(wide).all():
-                raise CheckpointError(f"tensor {name} holds NaN or infinite values")
+                raise CheckpointError(f"{what} holds NaN or infinite values{_DAMAGED}")
             raise CheckpointError(
-                f"tensor {name} holds {np.abs(wide).max():g}, beyond what {dtype} can hold "
+                f"{what} holds {np.abs(wide).max():g}, beyond what {dtype} can hold "
                 f"({ml_dtypes.finfo(DTYPES[dtype]).max:g}); use --dtype bfloat16 or float32"
             )
         yield result
 
 
-def quantised(matrix: np.ndarray, group_size: int, name: str) -> GroupedInt8:
+def quantised(matrix: np.ndarray, group_size: int, what: str) -> GroupedInt8:
     """float [rows, cols] -> int8 with a float32 scale for each `group_size` consecutive values.
 
     Symmetric: the largest magnitude of a group becomes 127, ties round to even. Raises
@@ -77,7 +78,7 @@ def quantised(matrix: np.ndarray, group_size: int, name: str) -> GroupedInt8:
     for start in range(0, flat.size, step):
         groups = flat[start : start + step].astype(np.float32).reshape(-1, group_size)
         if not np.isfinite(groups).all():
-            raise CheckpointError(f"tensor {name} holds NaN or infinite values")
+            raise CheckpointError(f"{what} holds NaN or infinite values{_DAMAGED}")
         scale = np.abs(groups).max(axis=1) / np.float32(127)
         # A group of zeros, or of denormals whose scale vanishes, is all zero.
         divisor = np.where(scale > 0, scale, np.float32(1))[:, None]

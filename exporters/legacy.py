@@ -162,23 +162,24 @@ def _write_tensor(
     if name == "lm_head.weight" and checkpoint.config.tied_lm_head:
         source = "embed.weight"  # layout C has no way to say that they are one
     tensor = read_checked(checkpoint, source)
+    what = f"{checkpoint.path}: tensor {source}"
     rotary = name.split(".")[-2] in _ROTARY_PARTS
     if not run.quantised:
         array = dequantized(tensor)
         if rotary:
             array = split_to_interleaved(array, dims.head_size)
-        for piece in converted(array, "float32", name):
+        for piece in converted(array, "float32", what):
             file.write(piece)
         return
     if not (isinstance(tensor, GroupedInt8) and tensor.group_size == dims.group_size):
-        tensor = quantised(dequantized(tensor), dims.group_size, name)
+        tensor = quantised(dequantized(tensor), dims.group_size, what)
     values, scales = tensor.values, tensor.scales
     if rotary:  # whole groups move with their rows
         values = split_to_interleaved(values, dims.head_size)
         by_row = scales.reshape(values.shape[0], -1)
         scales = split_to_interleaved(by_row, dims.head_size)
     file.write(np.ascontiguousarray(values))
-    for piece in converted(scales, "float32", name):
+    for piece in converted(scales, "float32", what):
         file.write(piece)
 
 

@@ -82,16 +82,17 @@ class _TensorWriter:
 
     def write(self, checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
         tensor = read_checked(checkpoint, name)
+        what = f"{checkpoint.path}: tensor {name}"
         self._pad()
         offset, self._checksum = self.end, 0
         if isinstance(tensor, GroupedInt8) and dtype is None:
             stored, group_size = "int8", tensor.group_size
-            self._write_int8(tensor, name)
+            self._write_int8(tensor, what)
         else:
             array = dequantized(tensor)
             stored, group_size = _stored_dtype(checkpoint.tensors[name], dtype), 0
             num_done = 0
-            for piece in converted(array, stored, name):
+            for piece in converted(array, stored, what):
                 self._put(piece)
                 num_done += piece.size
                 self._report(self._planned[name] * num_done // array.size)
@@ -109,9 +110,9 @@ class _TensorWriter:
             )
         )
 
-    def _write_int8(self, tensor: GroupedInt8, name: str) -> None:
+    def _write_int8(self, tensor: GroupedInt8, what: str) -> None:
         if not np.isfinite(tensor.scales).all():
-            raise CheckpointError(f"tensor {name} holds NaN or infinite scales")
+            raise CheckpointError(f"{what} holds NaN or infinite scales")
         self._put(tensor.values)
         self._pad()
         self._put(tensor.scales.astype("<f4", copy=False))

@@ -154,6 +154,7 @@ class LLM:
         path = resolve_model(os.fspath(model), progress=progress)
         self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
         self.config = self.checkpoint.config
+        _ = self.tokenizer  # whatever is wrong with it is said before gigabytes are loaded
         runner = make_runner(
             self.checkpoint,
             device=device,
@@ -179,17 +180,21 @@ class LLM:
         """The model's tokenizer; TokenizerError where the checkpoint has none."""
         tokenizer = self.checkpoint.tokenizer
         if tokenizer is None:
-            raise TokenizerError(
-                f"{self.checkpoint.path} has no tokenizer; give its file with tokenizer_path "
-                "(--tokenizer on the command line)"
-            )
+            mend = "export it again from a source that has one, or use a model that does"
+            if self.checkpoint.format.startswith("nanoinfer-legacy"):
+                mend = "give its file with tokenizer_path (--tokenizer on the command line)"
+            raise TokenizerError(f"{self.checkpoint.path} has no tokenizer; {mend}")
         return tokenizer
 
     @property
     def chat_template(self) -> ChatTemplate | None:
         """The model's chat template, or None where it has none (a base model)."""
         if self._chat_template is None and self.checkpoint.chat_template is not None:
-            self._chat_template = ChatTemplate(self.checkpoint.chat_template, self.tokenizer)
+            self._chat_template = ChatTemplate(
+                self.checkpoint.chat_template,
+                self.tokenizer,
+                where=f"{self.checkpoint.path}: chat template",
+            )
         return self._chat_template
 
     def default_params(self, **changes: Any) -> SamplingParams:

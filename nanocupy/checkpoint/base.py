@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanocupy.config import ModelConfig
-from nanocupy.errors import CheckpointError
+from nanocupy.errors import CheckpointError, TokenizerError
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
@@ -104,7 +104,13 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer the checkpoint carries, built on first use; None where it has none.
         Raises TokenizerError where it is broken."""
-        tokenizer = self._load_tokenizer()
+        try:
+            tokenizer = self._load_tokenizer()
+        except TokenizerError as exc:
+            # Readers of a file of its own have named that.
+            stated = str(exc)
+            where = "" if stated.startswith(str(self.path)) else f"{self.path}: tokenizer: "
+            raise TokenizerError(f"{where}{stated}") from exc
         if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding only "

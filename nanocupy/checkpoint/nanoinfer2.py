@@ -23,7 +23,7 @@ from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.mapped_file import MappedFile
 from nanocupy.checkpoint.nanoinfer2_layout import MAGIC, Entry, align
 from nanocupy.config import ModelConfig
-from nanocupy.errors import CheckpointError, ConfigError, TokenizerError
+from nanocupy.errors import CheckpointError, ConfigError
 from nanocupy.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -327,10 +327,7 @@ class NanoInfer2Checkpoint(Checkpoint):
             return None
         from nanocupy.tokenizer import tokenizer_from_bytes
 
-        try:
-            return tokenizer_from_bytes(bytes(self._section(layout.TOKENIZER)))
-        except TokenizerError as exc:
-            raise TokenizerError(f"{self.path}: tokenizer: {exc}") from exc
+        return tokenizer_from_bytes(bytes(self._section(layout.TOKENIZER)))
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """As `Checkpoint.verify`: each tensor's CRC-32, the zeros before it, and finite values."""

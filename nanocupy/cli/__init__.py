@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Every error becomes one line on stderr; `--debug` before the command adds the traceback.
     """
     invocation = _Invocation()
+    _open_missing_streams()
     _tolerate_narrow_terminals()
     _end_on_signals()
     try:
@@ -172,6 +173,14 @@ def _print_error(message: str) -> None:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     with suppress(OSError):  # where nobody reads stderr the exit code still tells
         print(f"{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
+
+
+def _open_missing_streams() -> None:
+    """Where a caller closed stdin, stdout or stderr, Python has None there: nothing stands in."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Open until the process ends, like the stream it replaces.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _tolerate_narrow_terminals() -> None:

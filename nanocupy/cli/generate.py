@@ -13,10 +13,10 @@ from nanocupy.cli.model_options import (
     Stopwatch,
     load_model,
     model_options,
-    read_stdin,
+    read_prompt,
     statistics_line,
 )
-from nanocupy.errors import NanocupyError, RequestError
+from nanocupy.errors import RequestError
 
 
 @click.command(short_help="Answer one prompt and exit.")
@@ -95,17 +95,14 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
         if prompt is not None:
             raise RequestError("give PROMPT or --prompt-file, not both")
         try:
-            text = prompt_file.read_bytes().decode("utf-8")
+            with prompt_file.open("rb") as file:
+                text = read_prompt(file, str(prompt_file))
         except OSError as exc:
-            raise NanocupyError(f"{prompt_file}: cannot be read: {exc.strerror}") from None
-        except UnicodeDecodeError as exc:
-            raise NanocupyError(
-                f"{prompt_file}: byte {exc.start} is not UTF-8 text; convert it (iconv -t utf-8)"
-            ) from None
+            raise RequestError(f"{prompt_file}: cannot be read: {exc.strerror}") from None
     elif prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise RequestError('no prompt: give one as in `nanocupy generate -m MODEL "Hello"`')
-        text = read_stdin()
+        text = read_prompt(sys.stdin.buffer, "stdin")
     else:
         text = prompt
     if not text:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from nanocupy.cli.legacy_options import NAMES as LEGACY_NAMES
 from nanocupy.cli.legacy_options import legacy_options
-from nanocupy.errors import NanocupyError
+from nanocupy.errors import RequestError
 
 if TYPE_CHECKING:
     from nanocupy.llm import LLM, Completion
     from nanocupy.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
+# A file or pipe may never end; ten million tokens are more than any model takes.
+MAX_PROMPT_BYTES = 64 << 20
 
 _OPTIONS: list[Callable[..., Any]] = [
     click.option(
@@ -136,11 +137,17 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def read_stdin() -> str:
-    """All of stdin as text; NanocupyError where it is not UTF-8."""
+def read_prompt(source: IO[bytes], name: str) -> str:
+    """All of `source` as text; RequestError where it is too long or not UTF-8."""
+    data = source.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise RequestError(
+            f"{name}: more than {MAX_PROMPT_BYTES >> 20} MiB, beyond any model's context; "
+            "shorten the prompt"
+        )
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise NanocupyError(
-            f"stdin: byte {exc.start} is not UTF-8 text; convert it (iconv -t utf-8)"
+        raise RequestError(
+            f"{name}: byte {exc.start} is not UTF-8 text; convert it (iconv -t utf-8)"
         ) from None

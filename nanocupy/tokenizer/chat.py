@@ -23,15 +23,17 @@ class ChatTemplate:
     """A Jinja2 chat template as Hugging Face writes them, for one tokenizer.
 
     Raises TokenizerError, in one line, where the template is broken; `render` and `encode` where
-    it fails on these messages, refuses them (`raise_exception`) or does too much.
+    it fails on these messages, refuses them (`raise_exception`) or does too much. `where` is what
+    errors call the template: the file, and that it is its template.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, *, where: str = "chat template") -> None:
         if len(source) > MAX_SOURCE_CHARS:
             raise TokenizerError(
-                f"the chat template has {len(source)} characters, at most {MAX_SOURCE_CHARS}"
+                f"{where} has {len(source)} characters, at most {MAX_SOURCE_CHARS}"
             )
         self.source = source
+        self.where = where
         self.tokenizer = tokenizer
         self._guard = Guard(tokenizer.special_tokens, tokenizer.added_tokens)
 
@@ -43,7 +45,7 @@ class ChatTemplate:
         try:
             return ChatEnvironment().from_string(self.source)
         except (Exception, RecursionError) as exc:
-            raise _failure("cannot be compiled", exc) from None
+            raise _failure(f"{self.where} cannot be compiled", exc) from None
 
     @cached_property
     def _token_names(self) -> dict[str, str]:
@@ -109,13 +111,13 @@ class ChatTemplate:
                 size += len(chunk)
                 if size > MAX_OUTPUT_CHARS:
                     raise TokenizerError(
-                        f"chat template: it writes more than {MAX_OUTPUT_CHARS} characters"
+                        f"{self.where}: it writes more than {MAX_OUTPUT_CHARS} characters"
                     )
                 chunks.append(chunk)
         except TokenizerError:
             raise
         except (Exception, RecursionError) as exc:
-            raise _failure("failed", exc) from None
+            raise _failure(f"{self.where} failed", exc) from None
         return "".join(chunks)
 
 
@@ -134,4 +136,4 @@ def _failure(what: str, exc: BaseException) -> TokenizerError:
         reason = "it is nested too deeply"
     line = getattr(exc, "lineno", None)
     where = f" (line {line})" if line else ""
-    return TokenizerError(f"chat template {what}{where}: {reason[:300]}")
+    return TokenizerError(f"{what}{where}: {reason[:300]}")

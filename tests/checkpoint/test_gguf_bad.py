@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanocupy.checkpoint import open_checkpoint
 from nanocupy.checkpoint.gguf import GGUFCheckpoint
 from nanocupy.checkpoint.gguf_file import GGUFFile
-from nanocupy.errors import CheckpointError, NanocupyError
+from nanocupy.errors import CheckpointError, NanocupyError, TokenizerError
 from tests.checkpoint.gguf_files import array, pair, raw_gguf, tensor, text, write_gguf
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
@@ -244,6 +244,13 @@ def test_vocabulary_that_does_not_fit_the_embedding(
     checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", TinyCheckpoint(tiny_config())))
     with pytest.raises(CheckpointError, match=r"tokenizer has 49 ids .* only 48 rows"):
         _ = checkpoint.tokenizer
+
+
+def test_a_broken_tokenizer_is_refused_with_the_files_name(tmp_path: Path) -> None:
+    keys = {"tokenizer.ggml.model": "nobody-knows", "tokenizer.ggml.tokens": ["a", "b"]}
+    path = write_gguf(tmp_path / "m.gguf", TinyCheckpoint(tiny_config()), keys=keys)
+    with pytest.raises(TokenizerError, match=r"m\.gguf: tokenizer: .*nobody-knows"):
+        _ = GGUFCheckpoint(path).tokenizer
 
 
 # ---- fuzzing

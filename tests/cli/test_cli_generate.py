@@ -184,6 +184,29 @@ def test_prompts_that_are_not_text(
     assert "stdin: byte 0" in capsys.readouterr().err
     assert run("-m", str(model), "lone \udcff surrogate") == 2
     assert "surrogate" in capsys.readouterr().err
+    for name in ("stdin", "stdout"):  # closed by the caller
+        monkeypatch.setattr(sys, name, None)
+    assert run("-m", str(model)) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_a_prompt_without_end_is_not_read_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-m", "unused", "--prompt-file", "/dev/zero") == 2
+    assert "/dev/zero: more than 64 MiB" in capsys.readouterr().err
+
+
+def test_a_template_that_fails_names_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, says in (
+        ("{{ raise_exception('not today') }}", "bad.nano: chat template failed: not today"),
+        ("{% for %}", "bad.nano: chat template cannot be compiled (line 1)"),
+    ):
+        config = tiny_config(vocab_size=260)
+        checkpoint = TinyCheckpoint(config, tokenizer=byte_tokenizer(), chat_template=source)
+        write_nanoinfer2(checkpoint, tmp_path / "bad.nano")
+        assert run("-m", str(tmp_path / "bad.nano"), "Hi") == 2
+        assert says in capsys.readouterr().err
 
 
 def test_python_mistakes(model: Path) -> None:
@@ -199,8 +222,8 @@ def test_python_mistakes(model: Path) -> None:
     assert not llm._engine.has_unfinished  # the good prompt was not left behind
     with pytest.raises(TokenizerError, match="no chat template"):
         LLM(model.with_name("base.nano"), device="cpu").chat([{"role": "user", "content": "x"}])
-    with pytest.raises(TokenizerError, match="no tokenizer"):
-        LLM(model.with_name("mute.nano"), device="cpu").generate("x")
+    with pytest.raises(TokenizerError, match="no tokenizer; export it again"):
+        LLM(model.with_name("mute.nano"), device="cpu")
 
 
 def test_cuda_is_never_replaced_silently(model: Path) -> None:
