@@ -26,8 +26,12 @@ def output_file(out: Path, checkpoint: Checkpoint) -> Iterator[BinaryIO]:
     files or no place for a file, and where writing fails (a full disk).
     """
     out = Path(out)
-    _check_target(out, checkpoint)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        _check_target(out, checkpoint)
+    except OSError as exc:
+        raise CheckpointError(f"{out}: cannot be written: {exc.strerror or exc}") from exc
+    # Cut, so that a name as long as the disk allows has a temporary one, too.
+    temporary = out.with_name(f".{out.name[:40]}.{secrets.token_hex(4)}.partial")
     try:
         # Not `tempfile`: the result shall have the permissions that the user's umask gives.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

@@ -99,7 +99,7 @@ def _export(
     with open_checkpoint(resolve_model(src), **of_legacy) as checkpoint:
         family.check_source(checkpoint)
         notes: list[str] = []
-        with byte_progress(f"writing {out.name}") as report:
+        with byte_progress(f"writing {out.name}", quiet_s=0.5) as report:
             if legacy:
                 from nanocupy.exporters.legacy import write_legacy
 

@@ -103,7 +103,7 @@ def test_quantised_sources_become_float16(tmp_path: Path) -> None:
     [
         (65536.0, "float16", "layers.1.gate.weight holds 65536, beyond what float16 can hold"),
         (3.4e38, "bfloat16", "beyond what bfloat16 can hold"),
-        (np.nan, "float32", "layers.1.gate.weight holds NaN or infinite values"),
+        (np.nan, "float32", "tensor layers.1.gate.weight holds NaN or infinite values; the source"),
         (np.inf, "float16", "layers.1.gate.weight holds NaN or infinite values"),
         (-np.inf, None, "layers.1.gate.weight holds NaN or infinite values"),
     ],
@@ -225,6 +225,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_nanoinfer2(TinyCheckpoint(tiny_config()), out)
     assert os.listdir(tmp_path) == []
+
+
+def test_names_as_long_as_the_disk_allows_and_longer(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    model = TinyCheckpoint(tiny_config())
+    write_nanoinfer2(model, tmp_path / ("x" * longest))
+    assert os.listdir(tmp_path) == ["x" * longest]
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        write_nanoinfer2(model, tmp_path / ("y" * (longest + 1)))
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
