@@ -134,10 +134,10 @@ class LegacyCheckpoint(Checkpoint):
         for candidate in (layout,) if layout else legacy.SIZED_LAYOUTS:
             dims = legacy.parse_header(candidate, header)
             if isinstance(dims, str):
-                findings.append(f"{candidate} is ruled out ({dims})")
+                findings.append(f"layout {candidate} is ruled out ({dims})")
                 continue
             expected = legacy.file_bytes(candidate, dims)
-            findings.append(f"as {candidate} it would have {expected} bytes")
+            findings.append(f"layout {candidate} would have {expected} bytes")
             if expected == self._file.size:
                 found[candidate] = dims
         if len(found) == 1:
@@ -149,8 +149,9 @@ class LegacyCheckpoint(Checkpoint):
             )
         advice = "" if layout else ", or name the layout with --format to see what is wrong"
         self._fail(
-            f"not a model nanocupy knows: {self._file.size} bytes, and read as a legacy NanoInfer "
-            f"file {'; '.join(findings)}. It is truncated, damaged or of another kind{advice}"
+            "neither NanoInfer 2 nor GGUF, and as a legacy NanoInfer file its "
+            f"{self._file.size} bytes fit no layout: {'; '.join(findings)}; it is truncated, "
+            f"damaged or of another kind{advice}"
         )
 
     def _choose_kind(self, kind: str | None) -> tuple[str, str]:

@@ -36,6 +36,8 @@ def pull_model(name: str, *, force: bool = False, progress: bool = True) -> Path
 
     With `force` it is fetched again even if the cache has it. Raises as `resolve_model`.
     """
+    if _looks_like_path(name) and _exists(Path(name).expanduser()):
+        raise ConfigError(f"{name} is here already: use it as the model's name; nothing to fetch")
     return _fetch(name, force=force, refresh=True, progress=progress)
 
 

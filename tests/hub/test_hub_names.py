@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanocupy.errors import CheckpointError, ConfigError
-from nanocupy.hub import resolve_model
+from nanocupy.hub import pull_model, resolve_model
 from nanocupy.hub.cache import cache_dir, model_lock, scratch_folder
 
 
@@ -57,6 +57,11 @@ def test_a_misspelt_alias_gets_the_near_one(name: str) -> None:
 def test_an_unknown_name_says_what_there_is(name: str) -> None:
     with pytest.raises(ConfigError, match="smollm2-135m"):
         resolve_model(name, progress=False)
+
+
+def test_pulling_what_is_here_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is here already"):
+        pull_model(str(tmp_path))
 
 
 def test_an_empty_name_is_no_name_for_this_folder() -> None:
