@@ -70,9 +70,10 @@ __device__ __forceinline__ float rounded(float x) {
 
 // ------------------------------------------------------------------------------ vectors
 
-// N values, aligned to their size, so that one load or store moves them (up to 16 bytes).
+// N values that one load or store moves (two and more from 16 bytes on): aligned to their size, to
+// 16 bytes at most. N is a power of two.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Vec {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
     T data[N];
 };
 

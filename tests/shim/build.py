@@ -37,7 +37,7 @@ def compiler() -> str | None:
 
 
 def entries(source: str) -> list[str]:
-    """Names of the kernels of a source text, in its order."""
+    """Names of the kernels of a source text, in its order: all are built, under any macros."""
     return _ENTRY.findall(_COMMENT.sub(" ", source))
 
 

@@ -1,0 +1,98 @@
+"""How the small kernels are launched: grid, block and shared memory from an op's dimensions.
+
+Plain integers in, `LaunchShape` out; it knows no arrays and no device, so that the CUDA ops and the
+tests launch alike. A grid with a zero in it is an empty batch, which is not launched. Letters are
+those of `ops.interface`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARP = 32
+MAX_BLOCK = 1024
+MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """Blocks, threads of a block, and dynamic shared memory of a block in bytes."""
+
+    grid: tuple[int, ...]
+    block: int
+    shared_bytes: int = 0
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def row_block(width: int, per_thread: int, most: int = MAX_BLOCK) -> int:
+    """Threads for a row of `width` values: whole warps, each thread `per_thread` of them at least,
+    at most `most` threads."""
+    return max(WARP, min(most, _ceil_div(width, per_thread * WARP) * WARP))
+
+
+def embed_rows(num_tokens: int, hidden_size: int) -> LaunchShape:
+    return LaunchShape((num_tokens,), row_block(hidden_size, 8, 256))
+
+
+def rope_table(num_tokens: int, head_size: int) -> LaunchShape:
+    return LaunchShape((num_tokens,), row_block(head_size // 2, 1, 128))
+
+
+def rope_write_kv(num_tokens: int, num_heads: int, num_kv_heads: int) -> LaunchShape:
+    """A warp for each head of q, k and v; few tokens are spread over more blocks."""
+    heads = num_heads + 2 * num_kv_heads
+    warps = 8 if num_tokens * heads >= 8 * 1024 else 4
+    return LaunchShape((num_tokens, _ceil_div(heads, warps)), warps * WARP)
+
+
+def rms_norm_rows(num_rows: int, hidden_size: int) -> LaunchShape:
+    """With few rows the time is a row's latency: more threads, each with one load."""
+    return LaunchShape((num_rows,), row_block(hidden_size, 8, 256 if num_rows >= 256 else 1024))
+
+
+def add_rows(num_tokens: int, width: int) -> LaunchShape:
+    """fill_bias_rows, add_bias_rows, add_residual_rows."""
+    return LaunchShape((num_tokens,), row_block(width, 4, 256))
+
+
+def swiglu_rows(num_tokens: int, intermediate_size: int) -> LaunchShape:
+    block = row_block(intermediate_size, 8, 256)
+    parts = min(_ceil_div(intermediate_size, block * 8), MAX_GRID_Y)
+    return LaunchShape((num_tokens, max(1, parts)), block)
+
+
+def argmax_parts(num_rows: int, vocab_size: int, num_multiprocessors: int) -> int:
+    """Blocks that share a row: enough to fill the device, each with 4096 logits at least."""
+    wanted = _ceil_div(2 * num_multiprocessors, max(1, num_rows))
+    return max(1, min(wanted, vocab_size // 4096, 1024))
+
+
+def argmax_rows(num_rows: int, vocab_size: int, parts: int) -> LaunchShape:
+    return LaunchShape((num_rows, parts), row_block(_ceil_div(vocab_size, parts), 8, 512))
+
+
+def argmax_merge_rows(num_rows: int) -> LaunchShape:
+    """Only where `argmax_rows` ran with more than one part."""
+    return LaunchShape((num_rows,), WARP)
+
+
+def penalize_rows(num_rows: int, num_entries: int) -> LaunchShape:
+    """num_entries: of all rows together."""
+    return LaunchShape((num_rows if num_entries else 0,), 128)
+
+
+def sample_rows(num_rows: int, vocab_size: int) -> LaunchShape:
+    return LaunchShape((num_rows,), row_block(vocab_size, 4))
+
+
+def copy_blocks(num_pairs: int, num_planes: int, block_bytes: int) -> LaunchShape:
+    """num_planes: layers, times two where keys and values lie apart."""
+    parts = max(1, min(_ceil_div(block_bytes, 256 * 16), 64))
+    return LaunchShape((num_pairs, parts, num_planes), 256)
+
+
+def advance_decode_state(num_slots: int) -> LaunchShape:
+    return LaunchShape((_ceil_div(num_slots, 128),), 128)
