@@ -1,0 +1,421 @@
+// Attention of sequences with 1 to QUERIES queries each over the paged cache, split along the
+// context over the grid (Flash-Decoding: Dao, Haziza, Massa, Sizov 2023; online softmax: Milakov,
+// Gimelshein 2018). All query heads of a key/value head, and all queries, share each read of it.
+//
+// SCALAR, CACHE     types of q and out, and of the cache
+// HEAD_SIZE         attention_decode: any; attention_decode_mma: a multiple of 16
+// QUERIES           most queries of a sequence, 1 to 8
+// TILE_ROWS         attention_decode: rows (query, head) of a block
+// ROW_TILES         attention_decode_mma: rows of a block, in units of 16
+// STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2
+//
+// nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
+#include "attention_decode.cuh"
+
+#ifndef TILE_ROWS
+#define TILE_ROWS 4
+#endif
+#ifndef ROW_TILES
+#define ROW_TILES 1
+#endif
+#ifndef STAGES
+#define STAGES 3
+#endif
+
+#define DECODE_PARAMETERS                                                                          \
+    const scalar_t *q, const cache_t *key_cache, const cache_t *value_cache,                       \
+        const int32_t *query_starts, const int32_t *kv_lens, const int32_t *block_tables,          \
+        float scale, scalar_t *out, float *partial_values, float *partial_states,                  \
+        uint32_t *counters, int num_sequences, int num_kv_heads, int heads_per_group,              \
+        int block_size, int table_width, int num_items, int least_part, int num_row_tiles
+
+#define DECODE_BATCH                                                                               \
+    { query_starts, kv_lens, num_sequences, num_items, least_part, num_kv_heads, heads_per_group }
+
+// ------------------------------------------------------------------------------ any card
+
+__device__ constexpr int widest_vector() {
+    int n = 16 / sizeof(cache_t);
+    while (HEAD_SIZE % n != 0) n /= 2;
+    return n;
+}
+
+__device__ constexpr int lanes_for(int chunks) {
+    int lanes = 1;
+    while (lanes < chunks && lanes < WARP_SIZE) lanes *= 2;
+    return lanes;
+}
+
+constexpr int VEC = widest_vector();
+constexpr int CHUNKS = HEAD_SIZE / VEC;                            // loads of a position
+constexpr int LANES = lanes_for(CHUNKS);                           // that share a position
+constexpr int LANE_CHUNKS = (CHUNKS + LANES - 1) / LANES;          // loads of a lane for it
+constexpr int AHEAD = LANE_CHUNKS > 2 ? 1 : 4 / LANE_CHUNKS;       // positions it loads at once
+constexpr int STEP = AHEAD * (WARP_SIZE / LANES);                  // positions of a warp at once
+
+// attention_decode: attention of few queries a sequence, float32 arithmetic on any card.
+// grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / TILE_ROWS); block 32 to 128;
+//   shared: warps * TILE_ROWS * d * 4 bytes
+// q scalar_t [T, H, d]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
+//   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d];
+//   partial_values float32 [items, G, H / G * QUERIES, d]; partial_states the same with 2 for d;
+//   counters uint32 [B, grid x], 0 before, or null with attention_decode_merge behind; items >= B.
+//   Sequences without queries or with more than QUERIES are left alone; arrays aligned to 16 bytes.
+// REF: numpy_ops.attention
+// COST: bytes: keys and values of each sequence's positions, once for each row tile; 4 flops for
+//   each row, position and d
+extern "C" __global__ void __launch_bounds__(128) attention_decode(DECODE_PARAMETERS) {
+    grid_dependency_wait();
+    const DecodeBatch batch = DECODE_BATCH;
+    const DecodeWork work = find_work<true>(batch, blockIdx.y);
+    if (work.sequence < 0) return;
+    const DecodeTile tile = find_tile<TILE_ROWS>(batch, work, blockIdx.x, num_row_tiles);
+    if (tile.num_rows <= 0) return;
+
+    const int own_lane = lane_id() % LANES;
+    float queries[TILE_ROWS][LANE_CHUNKS][VEC];
+    float summed[TILE_ROWS][LANE_CHUNKS][VEC];
+    SoftmaxState state[TILE_ROWS];
+    int limit[TILE_ROWS];
+#pragma unroll
+    for (int r = 0; r < TILE_ROWS; ++r) {
+        state[r] = softmax_start();
+        limit[r] = row_limit(batch, tile, r);
+        const int row = tile.first_row + min(r, tile.num_rows - 1);
+        const int64_t at = row_offset(batch, tile.first_token, tile.group, row);
+#pragma unroll
+        for (int c = 0; c < LANE_CHUNKS; ++c) {
+            const int column = (own_lane + c * LANES) * VEC;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                const bool inside = column < HEAD_SIZE && r < tile.num_rows;
+                queries[r][c][i] = inside ? to_float(q[at + column + i]) * (scale * LOG2_E) : 0.0f;
+                summed[r][c][i] = 0.0f;
+            }
+        }
+    }
+
+    const int32_t* table = block_tables + static_cast<int64_t>(work.sequence) * table_width;
+    for (int step = tile.begin + warp_id() * STEP; step < tile.end; step += num_warps() * STEP) {
+        const int first = step + lane_id() / LANES;
+        float keys[AHEAD][LANE_CHUNKS][VEC] = {};  // what lies beyond the end stays 0
+        float values[AHEAD][LANE_CHUNKS][VEC] = {};
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int position = first + a * (WARP_SIZE / LANES);
+            if (position >= tile.end) continue;
+            const uint32_t row = cache_row(table, position, block_size, num_kv_heads, tile.group);
+#pragma unroll
+            for (int c = 0; c < LANE_CHUNKS; ++c) {
+                const int column = (own_lane + c * LANES) * VEC;
+                if (column >= HEAD_SIZE) continue;
+                const int64_t at = static_cast<int64_t>(row) * HEAD_SIZE + column;
+                cache_load_vec<VEC>(key_cache + at, keys[a][c]);
+                cache_load_vec<VEC>(value_cache + at, values[a][c]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < TILE_ROWS; ++r) {
+            float scores[AHEAD], highest = -infinity();
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                float dot = 0.0f;
+#pragma unroll
+                for (int c = 0; c < LANE_CHUNKS; ++c)
+#pragma unroll
+                    for (int i = 0; i < VEC; ++i) dot += queries[r][c][i] * keys[a][c][i];
+                dot = warp_sum<LANES>(dot);
+                const int position = first + a * (WARP_SIZE / LANES);
+                scores[a] = position < tile.end && position <= limit[r] ? dot : -infinity();
+                highest = fmaxf(highest, scores[a]);
+            }
+            const float factor = softmax_raise(state[r], highest);
+#pragma unroll
+            for (int c = 0; c < LANE_CHUNKS; ++c)
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) summed[r][c][i] *= factor;
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                const float weight = softmax_weight(scores[a], state[r].max);
+                state[r].sum += weight;
+#pragma unroll
+                for (int c = 0; c < LANE_CHUNKS; ++c)
+#pragma unroll
+                    for (int i = 0; i < VEC; ++i) summed[r][c][i] += weight * values[a][c][i];
+            }
+        }
+    }
+    grid_dependency_launch();
+
+    // The groups of lanes took different positions, as did the warps.
+    __shared__ SoftmaxState states[MAX_WARPS][TILE_ROWS];
+    float* warps = reinterpret_cast<float*>(dynamic_shared());
+#pragma unroll
+    for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma unroll
+        for (int lanes = LANES; lanes < WARP_SIZE; lanes *= 2) {
+            SoftmaxState other;
+            float scale_own, scale_other;
+            other.max = shuffle_xor(state[r].max, lanes);
+            other.sum = shuffle_xor(state[r].sum, lanes);
+            softmax_merge(state[r], other, scale_own, scale_other);
+#pragma unroll
+            for (int c = 0; c < LANE_CHUNKS; ++c)
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) {
+                    const float value = shuffle_xor(summed[r][c][i], lanes);
+                    summed[r][c][i] = summed[r][c][i] * scale_own + value * scale_other;
+                }
+        }
+        if (lane_id() < LANES) {
+            if (lane_id() == 0) states[warp_id()][r] = state[r];
+#pragma unroll
+            for (int c = 0; c < LANE_CHUNKS; ++c) {
+                const int column = (own_lane + c * LANES) * VEC;
+                if (column >= HEAD_SIZE) continue;
+                float* at = warps + (warp_id() * TILE_ROWS + r) * HEAD_SIZE + column;
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) at[i] = summed[r][c][i];
+            }
+        }
+    }
+    block_sync();
+    const Partials partials = {partial_values, partial_states};
+    combine_warps<TILE_ROWS, HEAD_SIZE>(
+        batch, work, tile, warps, TILE_ROWS * HEAD_SIZE, states, out, partials);
+    merge_if_last(batch, work, tile, partials, counters, warps, out);
+}
+
+// ------------------------------------------------------------------------------ tensor cores
+
+// attention_decode_mma: attention of few queries a sequence on tensor cores, 16-bit types, the
+//   cache's the same as q's. Each warp pipes its own positions, 16 at a step, through shared memory.
+// grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / (16 * ROW_TILES)); block 32 to 256;
+//   shared: (warps * 2 * STAGES + ROW_TILES) * 16 * row, row = d * 2 bytes where d is a multiple of
+//   64, else (d / 8 | 1) * 16
+// arrays: as attention_decode; probabilities are rounded to scalar_t before they meet the values
+// REF: numpy_ops.attention
+// COST: bytes: keys and values of each sequence's positions, once for each row tile; 64 * ROW_TILES
+//   flops for each position and d
+extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PARAMETERS) {
+#if HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0
+    constexpr int ROWS = 16 * ROW_TILES;
+    constexpr int STEP_TOKENS = 16;
+    constexpr int ROW_CHUNKS = HEAD_SIZE / 8;  // 16 bytes each
+    // Eight rows of a column of chunks must lie in different banks: chunks change places by the
+    // row where that closes within a row, else the row's length in chunks is odd.
+    constexpr bool SWIZZLED = ROW_CHUNKS % 8 == 0;
+    constexpr int STRIDE = (SWIZZLED ? ROW_CHUNKS : ROW_CHUNKS | 1) * 8;  // elements
+    constexpr int TILE = STEP_TOKENS * STRIDE;                            // elements of keys
+    constexpr int RING = 2 * STAGES * TILE;                               // elements of a warp
+    constexpr int OUT_STRIDE = HEAD_SIZE + 8;                             // floats: banks again
+    constexpr bool QUERIES_STAY = ROW_TILES * HEAD_SIZE <= 128;           // in registers
+    static_assert(RING * 2 >= ROWS * OUT_STRIDE * 4, "the results of a warp take its ring's place");
+    const auto chunk_at = [](int row, int chunk) {
+        return row * STRIDE + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 8;
+    };
+
+    grid_dependency_wait();
+    const DecodeBatch batch = DECODE_BATCH;
+    const DecodeWork work = find_work<true>(batch, blockIdx.y);
+    if (work.sequence < 0) return;
+    const DecodeTile tile = find_tile<ROWS>(batch, work, blockIdx.x, num_row_tiles);
+    if (tile.num_rows <= 0) return;
+
+    scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
+    scalar_t* rings = shared_queries + ROWS * STRIDE;
+    scalar_t* ring = rings + warp_id() * RING;
+
+    // Step s of this warp takes the 16 positions from first_position + s * stride on.
+    const int32_t* table = block_tables + static_cast<int64_t>(work.sequence) * table_width;
+    const int first_position = tile.begin + warp_id() * STEP_TOKENS;
+    const int stride = num_warps() * STEP_TOKENS;
+    const int num_steps = max(0, (tile.end - first_position + stride - 1) / stride);
+    // Lane l (and l + 16) knows where position l of a step lies in the cache; it looks one step
+    // ahead of the copies, so that these need not wait for the block table.
+    const auto row_of_lane = [&](int step) {
+        const int position = first_position + step * stride + lane_id() % STEP_TOKENS;
+        return position < tile.end
+                   ? cache_row(table, position, block_size, num_kv_heads, tile.group)
+                   : 0u;
+    };
+    uint32_t next_row = row_of_lane(0);
+    const auto copy_step = [&](int step) {
+        if (step < num_steps) {
+            const int left = tile.end - (first_position + step * stride);
+            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+#pragma unroll
+            for (int i = 0; i < STEP_TOKENS * ROW_CHUNKS / WARP_SIZE; ++i) {
+                const int token = (i * WARP_SIZE + lane_id()) / ROW_CHUNKS;
+                const int chunk = (i * WARP_SIZE + lane_id()) % ROW_CHUNKS;
+                const int64_t row = shuffle(next_row, token);
+                const int64_t from = row * HEAD_SIZE + chunk * 8;
+                const int to = chunk_at(token, chunk);
+                cp_async_16_or_zero(keys + to, key_cache + from, token < left);
+                cp_async_16_or_zero(keys + TILE + to, value_cache + from, token < left);
+            }
+            next_row = row_of_lane(step + 1);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) copy_step(s);
+
+    for (int i = threadIdx.x; i < ROWS * ROW_CHUNKS; i += blockDim.x) {
+        const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (row < tile.num_rows) {
+            const int64_t at =
+                row_offset(batch, tile.first_token, tile.group, tile.first_row + row);
+            bits = *reinterpret_cast<const uint4*>(q + at + chunk * 8);
+        }
+        *reinterpret_cast<uint4*>(shared_queries + chunk_at(row, chunk)) = bits;
+    }
+    block_sync();
+
+    // Lanes 0-7, 8-15, 16-23, 24-31 name the rows of four 8x8 matrices: queries and values go row
+    // half first, then chunk; keys chunk first, then row half.
+    const int inner_row = lane_id() % 8, low = lane_id() / 8 % 2, high = lane_id() / 16;
+    const auto load_queries = [&](uint32_t(&a)[4], int m, int k) {
+        ldmatrix_x4(a, shared_queries + chunk_at(m * 16 + low * 8 + inner_row, 2 * k + high));
+    };
+    constexpr int K_STEPS = HEAD_SIZE / 16;
+    uint32_t queries[ROW_TILES][QUERIES_STAY ? K_STEPS : 1][4];
+    if (QUERIES_STAY) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int k = 0; k < K_STEPS; ++k) load_queries(queries[m][QUERIES_STAY ? k : 0], m, k);
+    }
+
+    // This lane has rows lane / 4 and 8 more of each row tile; `sum` is that of its own columns.
+    SoftmaxState state[ROW_TILES][2];
+    int limit[ROW_TILES][2];
+    float summed[ROW_TILES][HEAD_SIZE / 8][4];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            state[m][h] = softmax_start();
+            limit[m][h] = row_limit(batch, tile, m * 16 + h * 8 + lane_id() / 4);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_SIZE / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) summed[m][n][i] = 0.0f;
+    }
+    const float scale_log2 = scale * LOG2_E;
+
+    for (int step = 0; step < num_steps; ++step) {
+        cp_async_wait<STAGES - 2>();
+        warp_sync();  // every lane's copies are there, and nobody reads the slot that comes next
+        copy_step(step + STAGES - 1);
+        const scalar_t* keys = ring + step % STAGES * 2 * TILE;
+        const scalar_t* values = keys + TILE;
+
+        float scores[ROW_TILES][2][4] = {};
+#pragma unroll
+        for (int k = 0; k < K_STEPS; ++k) {
+            uint32_t b[4];
+            ldmatrix_x4(b, keys + chunk_at(high * 8 + inner_row, 2 * k + low));
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                if (!QUERIES_STAY) load_queries(queries[m][0], m, k);
+                const uint32_t(&a)[4] = queries[m][QUERIES_STAY ? k : 0];
+                mma_m16n8k16<scalar_t>(scores[m][0], a, b[0], b[1]);
+                mma_m16n8k16<scalar_t>(scores[m][1], a, b[2], b[3]);
+            }
+        }
+
+        const int position = first_position + step * stride;
+        const bool masked = position + STEP_TOKENS - 1 > tile.first_limit;
+        uint32_t weights[ROW_TILES][4];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float own[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    own[i] = scores[m][i / 2][h * 2 + i % 2] * scale_log2;
+                    if (masked) {
+                        const int column = i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+                        if (position + column > limit[m][h]) own[i] = -infinity();
+                    }
+                }
+                float highest = fmaxf(fmaxf(own[0], own[1]), fmaxf(own[2], own[3]));
+                highest = warp_max<4>(highest);
+                const float factor = softmax_raise(state[m][h], highest);
+#pragma unroll
+                for (int n = 0; n < HEAD_SIZE / 8; ++n) {
+                    summed[m][n][h * 2] *= factor;
+                    summed[m][n][h * 2 + 1] *= factor;
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    own[i] = softmax_weight(own[i], state[m][h].max);
+                    state[m][h].sum += own[i];
+                }
+                weights[m][h] = pack_pair<scalar_t>(own[0], own[1]);
+                weights[m][2 + h] = pack_pair<scalar_t>(own[2], own[3]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_SIZE / 16; ++n) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, values + chunk_at(low * 8 + inner_row, 2 * n + high));
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                mma_m16n8k16<scalar_t>(summed[m][2 * n], weights[m], b[0], b[1]);
+                mma_m16n8k16<scalar_t>(summed[m][2 * n + 1], weights[m], b[2], b[3]);
+            }
+        }
+    }
+    grid_dependency_launch();
+
+    __shared__ SoftmaxState states[MAX_WARPS][ROWS];
+    cp_async_wait<0>();
+    warp_sync();  // the ring is this warp's own, and done with
+    float* results = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = m * 16 + h * 8 + lane_id() / 4;
+            state[m][h].sum = warp_sum<4>(state[m][h].sum);
+            if (lane_id() % 4 == 0) states[warp_id()][row] = state[m][h];
+#pragma unroll
+            for (int n = 0; n < HEAD_SIZE / 8; ++n) {
+                float* at = results + row * OUT_STRIDE + n * 8 + lane_id() % 4 * 2;
+                at[0] = summed[m][n][h * 2];
+                at[1] = summed[m][n][h * 2 + 1];
+            }
+        }
+    block_sync();
+    const Partials partials = {partial_values, partial_states};
+    float* all_results = reinterpret_cast<float*>(rings);
+    combine_warps<ROWS, OUT_STRIDE>(
+        batch, work, tile, all_results, RING / 2, states, out, partials);
+    merge_if_last(batch, work, tile, partials, counters, all_results, out);
+#endif
+}
+
+// ------------------------------------------------------------------------------ the merge
+
+// attention_decode_merge: makes one of the parts that attention_decode or attention_decode_mma left,
+//   where their counters are null. Sequences of one part are done already.
+// grid (G * H / G * QUERIES, B); block 32 to 256; shared: warps * d * 4 bytes
+// arrays: as attention_decode, with the same numbers; q, caches, block_tables and counters unread
+// REF: numpy_ops.attention
+// COST: bytes: 4 * (d + 2) for each part and row
+extern "C" __global__ void __launch_bounds__(256) attention_decode_merge(DECODE_PARAMETERS) {
+    grid_dependency_wait();
+    const DecodeBatch batch = DECODE_BATCH;
+    const DecodeWork work = find_work<false>(batch, blockIdx.y);
+    if (work.sequence < 0 || work.num_parts == 1) return;
+    const DecodeTile tile = find_tile<1>(batch, work, blockIdx.x, heads_per_group * QUERIES);
+    if (tile.num_rows <= 0) return;
+    const Partials partials = {partial_values, partial_states};
+    float* scratch = reinterpret_cast<float*>(dynamic_shared());
+    merge_rows(batch, work, partials, tile.first_token, tile.group, tile.first_row, 1, scratch, out);
+}
