@@ -22,6 +22,8 @@ from tests.shim import build
 _PAGE = mmap.PAGESIZE
 _PATTERN = 0xFF  # reads as NaN
 _NO_ACCESS = 0  # PROT_NONE, which `mmap` does not name
+_NO_RESERVE = 0x4000  # MAP_NORESERVE
+_STACK_BYTES = 128 << 10  # as in host_fibers.h
 _ADDRESS = re.compile(r"at address (0x[0-9a-f]+)")
 
 
@@ -32,7 +34,7 @@ class KernelFault(Exception):
 class _Shape(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint), ("shared_bytes", ctypes.c_uint),
-        ("order", ctypes.c_uint), ("resident", ctypes.c_uint),
+        ("order", ctypes.c_uint), ("resident", ctypes.c_uint), ("stacks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -46,6 +48,20 @@ def _libc() -> ctypes.CDLL:
 
 
 _LIBC = _libc()
+
+
+@functools.cache
+def _stacks(num_threads: int) -> int:
+    """Memory for the stacks of the threads, kept and shared by all kernels: each guard page costs
+    one of the 65530 mappings that a process may have, so that only the first stacks have one."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    base = _LIBC.mmap(None, num_threads * _STACK_BYTES, protection, flags, -1, 0)
+    if base in (None, ctypes.c_void_p(-1).value):
+        raise MemoryError(f"no memory for the stacks of {num_threads} threads")
+    for i in range(min(num_threads, 1024)):
+        _LIBC.mprotect(base + i * _STACK_BYTES, _PAGE, _NO_ACCESS)
+    return base
 
 
 class _Region:
@@ -145,7 +161,11 @@ class HostKernel:
             pointers = (ctypes.c_void_p * max(1, len(values)))(
                 *[ctypes.addressof(value) for value in values]
             )
-            shape = _Shape((ctypes.c_uint * 3)(*dims), threads, shared_bytes, order, int(resident))
+            num_threads = 1024 if not resident else int(np.prod(dims)) * threads
+            stacks = _stacks(1 << max(10, (num_threads - 1).bit_length()))
+            shape = _Shape(
+                (ctypes.c_uint * 3)(*dims), threads, shared_bytes, order, int(resident), stacks
+            )
             problem = self._launch(ctypes.byref(shape), pointers)
             if problem is not None:
                 raise KernelFault(_explained(problem.decode(), list(regions.values())))

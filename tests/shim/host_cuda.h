@@ -7,11 +7,10 @@
 
 #include <chrono>
 #include <cmath>
-#include <tuple>
 #include <type_traits>
-#include <utility>
 
-#include "host_fibers.h"
+#include "host_entry.h"
+#include "host_types.h"
 
 #define __device__
 #define __host__
@@ -37,73 +36,6 @@
 
 constexpr int WARP_SIZE = 32;
 constexpr uint32_t FULL_WARP = 0xffffffffu;
-
-// ------------------------------------------------------------------------------ types
-
-struct alignas(16) uint4 {
-    uint32_t x, y, z, w;
-};
-struct alignas(8) uint2 {
-    uint32_t x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
-};
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-struct __half {
-    uint16_t bits;
-};
-struct __nv_bfloat16 {
-    uint16_t bits;
-};
-
-inline float __bfloat162float(__nv_bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
-
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-    const uint32_t bits = bits_of(x);
-    if (x != x) return {0x7fff};
-    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
-inline float __half2float(__half x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
-    const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
-    if (exponent == 31) return float_of(sign | 0x7f800000u | fraction << 13);
-    if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-    const float value = float(fraction) * 5.9604644775390625e-8f;  // 2 ** -24
-    return sign ? -value : value;
-}
-
-inline __half __float2half_rn(float x) {
-    const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    if (magnitude > 0x7f800000u) return {0x7fff};
-    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // from 65520 on: infinity
-    if (magnitude < 0x38800000u) {
-        // Subnormal: adding 0.5 leaves the spacing 2 ** -24 to the processor's rounding.
-        return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
-    }
-    const uint32_t rebased = magnitude - (112u << 23);
-    return {uint16_t(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13)};
-}
 
 // ------------------------------------------------------------------------------ bits, arithmetic
 
@@ -369,75 +301,3 @@ inline void grid_dependency_launch() {}
 inline uint64_t globaltimer_ns() {
     return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
-
-// ------------------------------------------------------------------------------ entries
-
-namespace shim {
-
-// The name NumPy has for a parameter's type; "any" takes an array of whatever type.
-template <typename T>
-constexpr const char* type_name() {
-    if (std::is_same<T, float>::value) return "float32";
-    if (std::is_same<T, double>::value) return "float64";
-    if (std::is_same<T, __half>::value) return "float16";
-    if (std::is_same<T, __nv_bfloat16>::value) return "bfloat16";
-    if (std::is_same<T, bool>::value) return "bool";
-    if (std::is_same<T, void>::value || std::is_same<T, uint4>::value) return "any";
-    if (std::is_integral<T>::value) {
-        constexpr bool is_signed = std::is_signed<T>::value;
-        constexpr size_t bytes = sizeof(std::conditional_t<std::is_void<T>::value, char, T>);
-        return bytes == 1   ? (is_signed ? "int8" : "uint8")
-               : bytes == 2 ? (is_signed ? "int16" : "uint16")
-               : bytes == 4 ? (is_signed ? "int32" : "uint32")
-                            : (is_signed ? "int64" : "uint64");
-    }
-    return "?";
-}
-
-template <typename P>
-void describe_one(char*& at) {
-    using Target = std::remove_pointer_t<P>;
-    at += sprintf(at, "%s%s%s;", std::is_const<Target>::value ? "const " : "",
-                  type_name<std::remove_cv_t<Target>>(), std::is_pointer<P>::value ? "*" : "");
-}
-
-// The parameters of a kernel, one after another: "const bfloat16*;int32;".
-template <typename... P>
-const char* describe(void (*)(P...)) {
-    static char text[64 * 32];
-    char* at = text;
-    *at = 0;
-    (describe_one<P>(at), ...);
-    return text;
-}
-
-template <typename... P, size_t... I>
-const char* launch_entry(
-    const char* name, void (*kernel)(P...), const Shape& shape, void** values,
-    std::index_sequence<I...>) {
-    struct Call {
-        void (*kernel)(P...);
-        void** values;
-    } call = {kernel, values};
-    return launch(
-        name, shape,
-        [](void* p) {
-            Call& c = *static_cast<Call*>(p);
-            c.kernel(*static_cast<std::remove_cv_t<P>*>(c.values[I])...);
-        },
-        &call);
-}
-
-template <typename... P>
-const char* launch_entry(
-    const char* name, void (*kernel)(P...), const Shape* shape, void** values) {
-    return launch_entry(name, kernel, *shape, values, std::index_sequence_for<P...>());
-}
-
-}  // namespace shim
-
-#define SHIM_ENTRY(kernel)                                                                 \
-    extern "C" const char* shim_describe_##kernel() { return shim::describe(kernel); }     \
-    extern "C" const char* shim_launch_##kernel(const shim::Shape* shape, void** values) { \
-        return shim::launch_entry(#kernel, kernel, shape, values);                         \
-    }
