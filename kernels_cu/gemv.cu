@@ -91,7 +91,7 @@ struct StoreLogits {
 // weight       scalar_t [R, K]
 // bias         scalar_t [R], or null
 // out          scalar_t [ROWS, R], no part of the inputs
-// k_tile a multiple of 256; k_splits divides WARPS; R, K >= 1. Any K; where rows of weights are not
+// k_tile a multiple of 256; k_splits a power of two up to WARPS; R, K >= 1. Any K; where rows of weights are not
 // multiples of 16 bytes, slowly. x may come from the kernel before, weights may not.
 // REF: numpy_ops.norm_linear
 // COST: (R * K + R) * sizeof(scalar_t) bytes, and 2 * ROWS * R * K flops

@@ -38,6 +38,8 @@
 static_assert(
     ROWS_PER_WARP == 1 || ROWS_PER_WARP == 2 || ROWS_PER_WARP == 4, "ROWS_PER_WARP is 1, 2 or 4");
 
+constexpr int LOG_WARPS =
+    WARPS == 1 ? 0 : WARPS == 2 ? 1 : WARPS == 4 ? 2 : WARPS == 8 ? 3 : WARPS == 16 ? 4 : 5;
 constexpr int ROWS_POWER = ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8;
 
 // The matrix, and where a warp is in it.
@@ -45,30 +47,26 @@ struct GemvMatrix {
     const scalar_t* weight;  // [num_outputs, num_inputs], with PAIRS twice as many rows
     int num_outputs;
     int num_inputs;
-    int k_splits;  // warps that share a unit; divides WARPS
+    int k_splits;  // warps that share a unit: a power of two, at most WARPS
 };
 
 // Sums over the lanes of N values (a power of two), spread: lane l gets that of value l / (32 / N).
 // The tree of additions is that of warp_sum.
-template <int N>
-__device__ __forceinline__ float warp_sum_spread(float (&values)[N]) {
-    int lanes = 16;
+template <int N, int LANES = 16>
+__device__ __forceinline__ float warp_sum_spread(const float (&values)[N]) {
+    if constexpr (N == 1) {
+        return warp_sum<2 * LANES>(values[0]);
+    } else {
+        const bool upper = (lane_id() & LANES) != 0;
+        float halves[N / 2];
 #pragma unroll
-    for (int half = N / 2; half > 0; half /= 2) {
-        const bool upper = (lane_id() & lanes) != 0;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const float send = upper ? values[i] : values[i + half];
-            const float keep = upper ? values[i + half] : values[i];
-            values[i] = keep + shuffle_xor(send, lanes);
+        for (int i = 0; i < N / 2; ++i) {
+            const float send = upper ? values[i] : values[i + N / 2];
+            const float keep = upper ? values[i + N / 2] : values[i];
+            halves[i] = keep + shuffle_xor(send, LANES);
         }
-        lanes /= 2;
+        return warp_sum_spread<N / 2, LANES / 2>(halves);
     }
-#pragma unroll
-    for (int rest = 16 / N; rest > 0; rest /= 2) {
-        values[0] += shuffle_xor(values[0], rest);
-    }
-    return values[0];
 }
 
 union WeightVector {
@@ -127,30 +125,25 @@ struct LaneProduct {
         }
     }
 
-    // chunk counts from the start of the matrix, tile_chunk from the start of the tile.
-    __device__ __forceinline__ void multiply(
-        const Input& input, int chunk, int end, int tile_chunk) {
+    // Chunk u of the batch, which is chunk tile_chunk of the tile.
+    __device__ __forceinline__ void multiply(const Input& input, int u, int tile_chunk) {
+        float w[UNIT_ROWS][WIDE];
 #pragma unroll
-        for (int u = 0; u < BATCH; ++u) {
-            if (chunk + u >= end) break;
-            float w[UNIT_ROWS][WIDE];
+        for (int r = 0; r < UNIT_ROWS; ++r) {
+            WeightVector v;
+            v.bits = weights[u][r];
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) w[r][i] = to_float(v.values.data[i]);
+        }
+        const int k = tile_chunk * CHUNK + lane_id() * WIDE;
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+            float x[WIDE];
+            load_values<typename Input::act_t, WIDE>(input.row(m) + k, x);
 #pragma unroll
             for (int r = 0; r < UNIT_ROWS; ++r) {
-                WeightVector v;
-                v.bits = weights[u][r];
 #pragma unroll
-                for (int i = 0; i < WIDE; ++i) w[r][i] = to_float(v.values.data[i]);
-            }
-            const int k = (tile_chunk + u) * CHUNK + lane_id() * WIDE;
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                float x[WIDE];
-                load_values<typename Input::act_t, WIDE>(input.row(m) + k, x);
-#pragma unroll
-                for (int r = 0; r < UNIT_ROWS; ++r) {
-#pragma unroll
-                    for (int i = 0; i < WIDE; ++i) sums[r][m] += w[r][i] * x[i];
-                }
+                for (int i = 0; i < WIDE; ++i) sums[r][m] += w[r][i] * x[i];
             }
         }
     }
@@ -212,21 +205,13 @@ struct TensorProduct {
         }
     }
 
-    __device__ __forceinline__ void multiply(
-        const Input& input, int chunk, int end, int tile_chunk) {
-        const int token = lane_id() / 4;
-        const scalar_t* x = input.row(token < ROWS ? token : 0) + lane_id() % 4 * WIDE;
-#pragma unroll
-        for (int u = 0; u < BATCH; ++u) {
-            if (chunk + u >= end) break;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (token < ROWS) {
-                v = *reinterpret_cast<const uint4*>(x + (tile_chunk + u) * CHUNK);
-            }
-            const uint32_t low[4] = {v.x, 0, v.y, 0}, high[4] = {v.z, 0, v.w, 0};
-            mma_m16n8k16<scalar_t>(sums[0], low, weights[u].x, weights[u].y);
-            mma_m16n8k16<scalar_t>(sums[1], high, weights[u].z, weights[u].w);
-        }
+    __device__ __forceinline__ void multiply(const Input& input, int u, int tile_chunk) {
+        const int token = lane_id() / 4, k = tile_chunk * CHUNK + lane_id() % 4 * WIDE;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (token < ROWS) v = *reinterpret_cast<const uint4*>(input.row(token) + k);
+        const uint32_t low[4] = {v.x, 0, v.y, 0}, high[4] = {v.z, 0, v.w, 0};
+        mma_m16n8k16<scalar_t>(sums[0], low, weights[u].x, weights[u].y);
+        mma_m16n8k16<scalar_t>(sums[1], high, weights[u].z, weights[u].w);
     }
 
     __device__ __forceinline__ void reduce(float (&values)[VALUES]) {
@@ -260,12 +245,16 @@ __device__ __forceinline__ void run_product(
     constexpr int CHUNK = Product::CHUNK;
     constexpr int OUTPUTS = PAIRS ? UNIT_ROWS / 2 : UNIT_ROWS;  // of a unit
     static_assert(!PAIRS || UNIT_ROWS % 2 == 0, "pairs of rows");
-    const int splits = matrix.k_splits, slots = WARPS / splits;
-    const int slot = warp_id() / splits, split = warp_id() % splits;
-    const int64_t num_units = (matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
-    const int first_unit = static_cast<int>(num_units * blockIdx.x / gridDim.x);
-    const int end_unit = static_cast<int>(num_units * (blockIdx.x + 1) / gridDim.x);
-    const int num_passes = (end_unit - first_unit + slots - 1) / slots;
+    // Powers of two by shifts: the first loads wait for all of this.
+    const int splits = matrix.k_splits, split_bits = lowest_bit(splits);
+    const int slots = WARPS >> split_bits;
+    const int slot = warp_id() >> split_bits, split = warp_id() & (splits - 1);
+    const int block = blockIdx.x, num_units = (matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
+    const int each = num_units / static_cast<int>(gridDim.x);
+    const int over = num_units - each * static_cast<int>(gridDim.x);
+    const int first_unit = each * block + min(block, over);
+    const int end_unit = first_unit + each + (block < over ? 1 : 0);
+    const int num_passes = (end_unit - first_unit + slots - 1) >> (LOG_WARPS - split_bits);
     const int num_tiles = (matrix.num_inputs + input.tile_size - 1) / input.tile_size;
     const int num_chunks = (matrix.num_inputs + CHUNK - 1) / CHUNK;
     const int tile_chunks = input.tile_size / CHUNK;
@@ -278,8 +267,8 @@ __device__ __forceinline__ void run_product(
         GemvPlace place;
         place.pass = pass;
         place.tile = tile;
-        place.chunk = first + count * split / splits;
-        place.end = first + count * (split + 1) / splits;
+        place.chunk = first + (count * split >> split_bits);
+        place.end = first + (count * (split + 1) >> split_bits);
         return place;
     };
     const auto next = [&](const GemvPlace& place) {
@@ -343,8 +332,9 @@ __device__ __forceinline__ void run_product(
         const int end_output = min(end_unit * OUTPUTS, matrix.num_outputs);
         // With splits, thread i of the block finishes output i % pass_outputs of the pass.
         const int pass_outputs = slots * OUTPUTS;
-        const int shared_output = first_output + threadIdx.x % pass_outputs;
-        const int shared_token = threadIdx.x / pass_outputs;
+        const int thread = threadIdx.x;
+        const int shared_output = first_output + (thread & (pass_outputs - 1));
+        const int shared_token = thread >> lowest_bit(pass_outputs);
         const bool finishes_shared = shared_token < ROWS && shared_output < end_output;
         const auto own_output = [&](int v) {
             const int r = Product::value_row(v);
@@ -367,8 +357,16 @@ __device__ __forceinline__ void run_product(
             }
         }
 
-        product.multiply(
-            input, place.chunk, place.end, place.chunk - place.tile * tile_chunks);
+        const int tile_chunk = place.chunk - place.tile * tile_chunks;
+        if (place.chunk + Product::BATCH <= place.end) {
+#pragma unroll
+            for (int u = 0; u < Product::BATCH; ++u) product.multiply(input, u, tile_chunk + u);
+        } else {
+#pragma unroll
+            for (int u = 0; u < Product::BATCH; ++u) {
+                if (place.chunk + u < place.end) product.multiply(input, u, tile_chunk + u);
+            }
+        }
         const GemvPlace then = next(place);
         load(then);
         if (then.pass != place.pass) {
@@ -406,7 +404,7 @@ __device__ __forceinline__ void run_product(
                 if (finishes_shared) {
                     const int local = shared_output - first_output;
                     const float* parts =
-                        partial + (local / OUTPUTS * splits * ROWS + shared_token) * UNIT_ROWS +
+                        partial + ((local / OUTPUTS << split_bits) * ROWS + shared_token) * UNIT_ROWS +
                         local % OUTPUTS * (PAIRS ? 2 : 1);
                     float sums[2] = {0.0f, 0.0f};
                     for (int s = 0; s < splits; ++s) {

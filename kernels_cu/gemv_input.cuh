@@ -25,7 +25,8 @@ constexpr int ROW_PAD = 32;
 constexpr int MAX_UNIT_ROWS = 8;
 
 static_assert(ROWS >= 1 && ROWS <= 8, "ROWS is 1 to 8");
-static_assert(WARPS >= 1 && WARPS <= 32, "WARPS is 1 to 32");
+static_assert(
+    WARPS >= 1 && WARPS <= 32 && (WARPS & (WARPS - 1)) == 0, "WARPS is a power of two up to 32");
 
 template <typename A, typename B>
 constexpr bool same_type = false;
@@ -108,6 +109,7 @@ struct GemvInput {
         if constexpr (PARKED) {
             if (!is_wide()) return;
             const int first = tile * tile_size, end = min(num_inputs - first, tile_size);
+#pragma unroll 1
             for (int k = threadIdx.x * WIDE; k < end; k += BLOCK_THREADS * WIDE) {
                 cp_async_16(row(0) + k, norm_weight + first + k);
             }
@@ -119,20 +121,23 @@ struct GemvInput {
     __device__ __forceinline__ void start() const {
         if constexpr (NORM) {
             float squares[ROWS] = {};
-            const bool wide = is_wide();
+            if (is_wide()) {
+#pragma unroll(ROWS < 4 ? 2 : 1)
+                for (int k = threadIdx.x * WIDE; k < num_inputs; k += BLOCK_THREADS * WIDE) {
 #pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                const In* p = source(m);
-                if (wide) {
-                    for (int k = threadIdx.x * WIDE; k < num_inputs; k += BLOCK_THREADS * WIDE) {
+                    for (int m = 0; m < ROWS; ++m) {
                         float values[WIDE];
-                        load_values<In, WIDE>(p + k, values);
+                        load_values<In, WIDE>(source(m) + k, values);
 #pragma unroll
                         for (int i = 0; i < WIDE; ++i) squares[m] += values[i] * values[i];
                     }
-                } else {
-                    for (int k = threadIdx.x; k < num_inputs; k += BLOCK_THREADS) {
-                        const float value = to_float(p[k]);
+                }
+            } else {
+#pragma unroll 1
+                for (int k = threadIdx.x; k < num_inputs; k += BLOCK_THREADS) {
+#pragma unroll
+                    for (int m = 0; m < ROWS; ++m) {
+                        const float value = to_float(source(m)[k]);
                         squares[m] += value * value;
                     }
                 }
@@ -167,6 +172,7 @@ struct GemvInput {
                 load_wide(first, end, padded_end, inverse);
             }
         } else {
+#pragma unroll 1
             for (int k = threadIdx.x; k < padded_end; k += BLOCK_THREADS) {
                 const float weight = NORM && k < end ? to_float(norm_weight[first + k]) : 1.0f;
 #pragma unroll
@@ -180,11 +186,12 @@ struct GemvInput {
 
     __device__ __forceinline__ void copy(int first, int end, int padded_end) const {
         if constexpr (!NORM && same_type<In, Act>) {
+#pragma unroll 1
+            for (int k = threadIdx.x * WIDE; k < padded_end; k += BLOCK_THREADS * WIDE) {
 #pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                const In* p = source(m) + first;
-                for (int k = threadIdx.x * WIDE; k < padded_end; k += BLOCK_THREADS * WIDE) {
-                    cp_async_16_or_zero(row(m) + k, p + (k < end ? k : 0), k < end);
+                for (int m = 0; m < ROWS; ++m) {
+                    const In* p = source(m) + first + (k < end ? k : 0);
+                    cp_async_16_or_zero(row(m) + k, p, k < end);
                 }
             }
             cp_async_commit();
@@ -194,7 +201,11 @@ struct GemvInput {
 
     __device__ __forceinline__ void load_wide(
         int first, int end, int padded_end, const float (&inverse)[ROWS]) const {
+        // No more than the registers hold beside the weights that are under way.
+        constexpr int MOST = sizeof(In) > sizeof(scalar_t) ? 2 : 4;
+        constexpr int TOGETHER = ROWS < MOST ? ROWS : MOST;
         if constexpr (PARKED) cp_async_wait<0>();
+#pragma unroll 1
         for (int k = threadIdx.x * WIDE; k < padded_end; k += BLOCK_THREADS * WIDE) {
             float weights[WIDE] = {};
             if (NORM && k < end) {
@@ -206,14 +217,25 @@ struct GemvInput {
                 }
             }
 #pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                float values[WIDE] = {};
-                if (k < end) load_values<In, WIDE>(source(m) + first + k, values);
+            for (int token = 0; token < ROWS; token += TOGETHER) {
+                // All loads before the first store, or they would wait for each other.
+                float values[TOGETHER][WIDE] = {};
+                if (k < end) {
 #pragma unroll
-                for (int i = 0; i < WIDE; ++i) {
-                    if (NORM) values[i] = values[i] * inverse[m] * weights[i];
+                    for (int m = 0; m < TOGETHER; ++m) {
+                        if (token + m >= ROWS) break;
+                        load_values<In, WIDE>(source(token + m) + first + k, values[m]);
+                    }
                 }
-                store_values<Act, WIDE>(row(m) + k, values);
+#pragma unroll
+                for (int m = 0; m < TOGETHER; ++m) {
+                    if (token + m >= ROWS) break;
+#pragma unroll
+                    for (int i = 0; i < WIDE; ++i) {
+                        if (NORM) values[m][i] = values[m][i] * inverse[token + m] * weights[i];
+                    }
+                    store_values<Act, WIDE>(row(token + m) + k, values[m]);
+                }
             }
         }
     }

@@ -16,9 +16,9 @@ TENSOR_UNIT_ROWS = 8
 # A block may ask for this much shared memory on every card from compute capability 8.0 on, with two
 # blocks a multiprocessor on the large ones. 7.5 gives 64 KB.
 MAX_SHARED_BYTES = 96 << 10
-# Of an H100: what one multiprocessor reads in a nanosecond when all of them read, and how long a
-# load takes. Only their ratio matters here, and roughly.
-_BYTES_PER_NS = 24.0
+# Of an H100 or H200: what one multiprocessor reads in a nanosecond when all of them read, and how
+# long a load takes. Only their ratio matters here, and roughly.
+_BYTES_PER_NS = 28.0
 _LATENCY_NS = 800.0
 _BARRIER_NS = 60.0
 
@@ -60,7 +60,7 @@ DEFAULT_TUNING = GemvTuning()
 class GemvLaunch:
     """Everything of a launch but its arrays; `k_tile` and `k_splits` are kernel arguments."""
 
-    grid: int
+    grid: tuple[int, ...]
     block: int
     shared_bytes: int
     k_tile: int
@@ -97,12 +97,14 @@ def plan_gemv(
     stride = min(k_tile, _padded(num_inputs)) + ROW_PAD
     unit_outputs, chunk = _unit(rows, weight_bytes, input_bytes, pairs, tuning)
     units = -(-num_outputs // unit_outputs)
-    grid = min(units, num_multiprocessors * tuning.blocks_per_multiprocessor)
+    num_blocks = min(units, num_multiprocessors * tuning.blocks_per_multiprocessor)
     if k_splits is None:
-        k_splits = _splits(units, grid, num_inputs, chunk, weight_bytes, unit_outputs, tuning)
-    elif k_splits < 1 or tuning.warps % k_splits:
-        raise ValueError(f"k_splits is {k_splits}, no divisor of the {tuning.warps} warps")
-    return GemvLaunch(grid, 32 * tuning.warps, rows * stride * input_bytes, k_tile, k_splits)
+        k_splits = _splits(units, num_blocks, num_inputs, chunk, weight_bytes, unit_outputs, tuning)
+    elif k_splits & (k_splits - 1) or not 1 <= k_splits <= tuning.warps:
+        raise ValueError(f"k_splits is {k_splits}, no power of two up to {tuning.warps} warps")
+    return GemvLaunch(
+        (num_blocks,), 32 * tuning.warps, rows * stride * input_bytes, k_tile, k_splits
+    )
 
 
 def _padded(num_inputs: int) -> int:
@@ -133,7 +135,7 @@ def _unit(
 
 def _splits(
     units: int,
-    grid: int,
+    num_blocks: int,
     num_inputs: int,
     chunk: int,
     weight_bytes: int,
@@ -144,11 +146,11 @@ def _splits(
 
     A pass takes what its bytes need at the multiprocessor's rate, but no less than its loads' way
     to memory and back, once for each batch of them. Splits shorten the last pass, which few warps
-    run, at a barrier each pass. The number of tokens plays no part beyond the method it selects.
+    run, at a barrier each pass. Of equals the one with most warps at work. The number of tokens plays no part beyond the method it selects.
     """
     if units == 0:
         return 1
-    in_block = -(-units // grid)
+    in_block = -(-units // num_blocks)
     num_chunks = -(-num_inputs // chunk)
     unit_bytes = unit_outputs * num_inputs * weight_bytes
     rate = _BYTES_PER_NS / tuning.blocks_per_multiprocessor
@@ -165,5 +167,6 @@ def _splits(
         passes = full + (last > 0)
         return total + (passes * _BARRIER_NS if splits > 1 else 0)
 
-    choices = [s for s in range(1, tuning.warps + 1) if tuning.warps % s == 0 and s <= num_chunks]
-    return min(choices, key=lambda s: (cost(s), s))
+    powers = [1 << i for i in range(tuning.warps.bit_length())]
+    choices = [s for s in powers if s <= min(tuning.warps, num_chunks)]
+    return min(choices, key=lambda s: (cost(s), -s * min(in_block, tuning.warps // s)))
