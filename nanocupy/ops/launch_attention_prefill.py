@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FILE = "attention_prefill.cu"
+PLAIN_FILE = "attention_prefill_plain.cu"
 PLAIN_THREADS = 128
 PLAIN_ROWS = 32
 
@@ -66,9 +67,10 @@ class PrefillTile:
 class PrefillLaunch:
     """One launch. `macros` come on top of SCALAR, CACHE and HEAD_SIZE."""
 
+    file: str
     entry: str
     macros: dict[str, int]
-    grid: int
+    grid: tuple[int]
     block: int
     shared_bytes: int
 
@@ -127,9 +129,8 @@ def launch_attention_prefill(
     packed_rows = num_tokens * (num_heads // num_kv_heads)
     # Sequence b owns the slots from (its first packed row) // rows + b on.
     slots = packed_rows // rows + num_sequences if num_tokens and num_sequences else 0
-    grid = slots * num_kv_heads
+    grid = (slots * num_kv_heads,)
     if tile is None:
-        return PrefillLaunch("attention_prefill_plain", {}, grid, PLAIN_THREADS, 0)
-    return PrefillLaunch(
-        "attention_prefill", tile.macros(), grid, tile.threads, tile.shared_bytes(head_size)
-    )
+        return PrefillLaunch(PLAIN_FILE, "attention_prefill_plain", {}, grid, PLAIN_THREADS, 0)
+    shared_bytes = tile.shared_bytes(head_size)
+    return PrefillLaunch(FILE, "attention_prefill", tile.macros(), grid, tile.threads, shared_bytes)
