@@ -154,6 +154,24 @@ def test_shared_memory_starts_poisoned_in_every_block() -> None:
     assert run_probe(body, shared_bytes=256, grid=3).all()
 
 
+def test_shared_memory_of_templates_is_poisoned_too() -> None:
+    source = """
+    #include "types.cuh"
+    template <typename T>
+    __device__ bool is_poisoned() {
+        __shared__ T kept[5];
+        const bool before = kept[3] == T(-1);
+        kept[3] = 0;
+        return before;
+    }
+    extern "C" __global__ void probe(int32_t* out) {
+        if (threadIdx.x == 0) out[blockIdx.x] = is_poisoned<int32_t>() + is_poisoned<uint64_t>();
+    }"""
+    out = np.zeros(3, np.int32)
+    host_kernel("embed.cu", "probe", source=source, SCALAR=0)(3, 32, out)
+    assert out.tolist() == [2, 2, 2]
+
+
 def test_copies_land_only_at_the_wait() -> None:
     body = """int32_t* shared = reinterpret_cast<int32_t*>(dynamic_shared());
     if (i < 2) {

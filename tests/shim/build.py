@@ -69,8 +69,7 @@ def build(source: str, macros: dict[str, int], includes: tuple[Path, ...] = ()) 
     library = folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + ".so")
     if library.exists():
         return library
-    # Inside the unnamed namespace everything of the kernel is local, templates' shared variables
-    # too, so that all of them lie in one section that can be poisoned.
+    # In an unnamed namespace no function of one library can stand in for another's.
     unit = "\n".join(
         ["#define HOST_SHIM 1", '#include "host_cuda.h"', "namespace {", source, "}"]
         + [f"SHIM_ENTRY({name})" for name in entries(source)]

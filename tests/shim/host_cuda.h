@@ -16,7 +16,9 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
-#define __shared__ static __attribute__((section("shim_shared")))
+// One thread runs all fibers, so that thread-local memory is a place of their own for the shared
+// variables of a library, those of templates too: it can be poisoned and swapped as a whole.
+#define __shared__ static thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __restrict__

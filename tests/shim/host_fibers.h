@@ -71,9 +71,6 @@ struct Shape {
     char* stacks;       // STACK_BYTES for each thread of a block, or of the grid where resident
 };
 
-extern "C" char __start_shim_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_shim_shared[] __attribute__((weak, visibility("hidden")));
-
 static Fiber* self;
 static Block* block;
 static Index3 block_size, grid_size;
@@ -86,15 +83,13 @@ static bool failed;
 static char* dynamic_start;
 static size_t dynamic_bytes;
 
-inline size_t static_bytes() {
-    return __start_shim_shared ? __stop_shim_shared - __start_shim_shared : 0;
-}
+static char* static_start;  // the kernels' __shared__ variables
+static size_t static_bytes;
 
 inline bool in_shared(const void* p, size_t bytes) {
     const char* c = static_cast<const char*>(p);
-    const bool in_static = static_bytes() != 0 && c >= __start_shim_shared &&
-                           c + bytes <= __stop_shim_shared;
-    return in_static || (c >= dynamic_start && c + bytes <= dynamic_start + dynamic_bytes);
+    return (c >= static_start && c + bytes <= static_start + static_bytes) ||
+           (c >= dynamic_start && c + bytes <= dynamic_start + dynamic_bytes);
 }
 
 inline void to_scheduler() { shim_switch(&self->context, scheduler_context); }

@@ -7,6 +7,7 @@
 
 #include <csignal>
 #include <cstdlib>
+#include <link.h>
 #include <sys/mman.h>
 
 #include "host_fibers.h"
@@ -49,8 +50,26 @@ inline void allocate(size_t num_blocks) {
     }
 }
 
+static thread_local volatile char first_shared = 1;  // so that there always is a thread-local segment
+
+// Where this library's thread-local memory lies: the segment's size is in its program headers.
+static int find_static_shared(dl_phdr_info* info, size_t, void* own) {
+    bool is_this = false;
+    size_t bytes = 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const auto& header = info->dlpi_phdr[i];
+        const char* start = reinterpret_cast<const char*>(info->dlpi_addr + header.p_vaddr);
+        if (header.p_type == PT_LOAD && own >= start && own < start + header.p_memsz) is_this = true;
+        if (header.p_type == PT_TLS) bytes = header.p_memsz;
+    }
+    if (!is_this) return 0;
+    static_start = static_cast<char*>(info->dlpi_tls_data);
+    static_bytes = bytes;
+    return 1;
+}
+
 inline void poison_shared() {
-    if (static_bytes()) memset(__start_shim_shared, 0xff, static_bytes());
+    memset(static_start, 0xff, static_bytes);
     if (dynamic_bytes) memset(dynamic_start, 0xff, dynamic_bytes);
 }
 
@@ -197,7 +216,7 @@ static void run_one_by_one(const Shape& shape) {
 }
 
 static void run_resident(const Shape& shape, size_t num_blocks) {
-    const size_t fixed = static_bytes();
+    const size_t fixed = static_bytes;
     char* memory = static_cast<char*>(map_memory(num_blocks * (fixed + dynamic_bytes) + 1));
     memset(memory, 0xff, num_blocks * (fixed + dynamic_bytes));
     for (size_t i = 0; i < num_blocks; ++i) {
@@ -216,11 +235,11 @@ static void run_resident(const Shape& shape, size_t num_blocks) {
                 ++done;
                 continue;
             }
-            if (fixed) memcpy(__start_shim_shared, b.static_copy, fixed);
+            if (fixed) memcpy(static_start, b.static_copy, fixed);
             if (dynamic_bytes) memcpy(dynamic_start, b.dynamic_copy, dynamic_bytes);
             wake_paused(&b);
             useful |= run_block(&b, shape.order);
-            if (fixed) memcpy(b.static_copy, __start_shim_shared, fixed);
+            if (fixed) memcpy(b.static_copy, static_start, fixed);
             if (dynamic_bytes) memcpy(b.dynamic_copy, dynamic_start, dynamic_bytes);
         }
         if (done == num_blocks) break;
@@ -249,6 +268,9 @@ static const char* launch(
     block_size = {shape.block, 1, 1};
     grid_size = {shape.grid[0], shape.grid[1], shape.grid[2]};
     allocate(shape.resident ? num_blocks : 1);
+    first_shared = 0;  // the memory is made when it is first touched
+    dl_iterate_phdr(find_static_shared, &kernel_name);
+    if (!static_start) return "the kernel's shared variables were not found";
 
     // Dynamic shared memory ends where a page that cannot be touched begins.
     const size_t page = 4096, bytes = (shape.shared_bytes + 127) / 128 * 128;

@@ -1,0 +1,200 @@
+"""Planted bugs: each must make at least one check fail, or the checks are worth little.
+
+A bug is a change of a kernel's text (or of a header's, put in its place), built and run on the
+shim. The attention kernels' own bugs are beside their tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.kernels import test_sampling_kernels, test_small_kernels
+from tests.kernels.backends import ShimBackend
+from tests.kernels.small_ops import check_case
+from tests.ops.cases import CASES, DTYPES
+from tests.shim import build
+from tests.shim.driver import KernelFault, host_kernel
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+
+def of_cases(op: str, storage: str = "bfloat16", *names: str) -> Callable[[Any], None]:
+    """The shared cases of an op, or those of them that are named."""
+
+    def run(backend: Any) -> None:
+        for case in CASES:
+            if case.op == op and (not names or case.name in names):
+                check_case(backend, case, DTYPES[storage])
+
+    return run
+
+
+def of_product(backend: Any) -> None:
+    """The shim's own product, in three orders of the threads."""
+    rng = np.random.default_rng(0)
+    for m, n, k in ((70, 65, 136), (64, 64, 32)):
+        a = rng.standard_normal((m, k)).astype(np.float16)
+        b = rng.standard_normal((n, k)).astype(np.float16)
+        kernel = host_kernel(
+            build.SHIM / "gemm.cu", "tiled_gemm", source=backend.changed["gemm.cu"], SCALAR=1
+        )
+        for order in (0, 1, 7):
+            c = np.full((m, n), np.nan, np.float32)
+            grid = (-(-n // 64), -(-m // 64))
+            kernel(grid, 128, a, b, c, m, n, k, shared_bytes=20480, order=order)
+            wanted = a.astype(float) @ b.astype(float).T
+            np.testing.assert_allclose(c, wanted, atol=1e-4)
+
+
+def of_reductions(backend: Any) -> None:
+    """Sums one behind the other, for blocks of several warps."""
+    source = backend.changed["reduce.cu"]
+    for threads in (64, 96, 1024):
+        for order in (0, 1, 7):
+            values, out = np.arange(threads, dtype=np.int32), np.zeros(threads, np.int32)
+            host_kernel("reduce.cu", "sums", source=source, SCALAR=0)(
+                1, threads, values, out, order=order
+            )
+            assert (out == values.sum() + 5 * threads).all()
+
+
+REDUCE_PROBE = """
+#include "types.cuh"
+#include "reduce.cuh"
+extern "C" __global__ void sums(const int32_t* in, int32_t* out) {
+    const int32_t first = block_sum(in[threadIdx.x]);
+    out[threadIdx.x] = first + block_sum(5);
+}
+"""
+
+
+def of_blocks(backend: Any) -> None:
+    for block_bytes in (24, 160):
+        test_small_kernels.test_copy_blocks(backend, block_bytes, None)
+
+
+def of_argmax(backend: Any) -> None:
+    for vocab, parts in ((31, 1), (4097, 3)):
+        test_sampling_kernels.test_argmax(backend, vocab, parts)
+
+
+def of_large_samples(backend: Any) -> None:
+    for options in ({}, {"top_k": 40, "top_p": 0.95}):
+        test_sampling_kernels.test_sampling_a_large_vocabulary(backend, options)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` in the text of `file` becomes `new`; `check` runs what must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: Callable[[Any], None]
+    header: str | None = None  # the bug is in this header
+
+
+ROPE = of_cases("rope_write_kv", "bfloat16", "h8-g2-d128-norms", "padding", "many-blocks")
+SAMPLE = of_cases("sample", "float32")
+BUGS = (
+    Bug("missing-wait", "gemm.cu", "cp_async_wait<1>();", "", of_product),
+    Bug("wait-for-one-too-few", "gemm.cu", "cp_async_wait<1>();", "cp_async_wait<2>();",
+        of_product),
+    Bug("missing-barrier-before-use", "gemm.cu", "block_sync();  // the tile is there", "",
+        of_product),
+    Bug("missing-barrier-after-use", "gemm.cu", "block_sync();  // the tile may", "// may",
+        of_product),
+    Bug("divergent-barrier", "gemm.cu", "block_sync();  // the tile may",
+        "if (warp != 1) block_sync();  // may", of_product),
+    Bug("wrong-stage", "gemm.cu", "stage = s % 2", "stage = (s + 1) % 2", of_product),
+    Bug("wrong-fragment-row", "gemm.cu", "lane % 8 + lane / 16 * 8", "lane % 16", of_product),
+    Bug("mask-of-width-off-by-one", "gemm.cu", "k + column < K", "k + column <= K", of_product),
+    Bug("mask-of-rows-off-by-one", "gemm.cu", "if (row < M &&", "if (row <= M &&", of_product),
+    Bug("missing-closing-barrier", "reduce.cu", "    block_sync();\n    return value;",
+        "    return value;", of_reductions, "reduce.cuh"),
+    Bug("missing-middle-barrier", "reduce.cu", "partial[warp_id()] = value;\n    block_sync();",
+        "partial[warp_id()] = value;", of_reductions, "reduce.cuh"),
+    Bug("idle-lanes-counted", "reduce.cu", "lane_id() < num_warps() ? partial[lane_id()]",
+        "lane_id() <= num_warps() ? partial[lane_id()]", of_reductions, "reduce.cuh"),
+    Bug("row-overrun", "embed.cu", "i < D; i += blockDim.x)", "i <= D; i += blockDim.x)",
+        of_cases("embed")),
+    Bug("blocks-and-rows-swapped", "rope.cu", "slot / P * static_cast<int64_t>(G) + kv_head) * P",
+        "slot % P * static_cast<int64_t>(G) + kv_head) * P", ROPE),
+    Bug("wrong-kv-head", "rope.cu", "(head - H) % G", "(head - H) / 2", ROPE),
+    Bug("values-rotated", "rope.cu", "is_value = head >= H + G", "is_value = head > H + G", ROPE),
+    Bug("neighbours-paired", "rope.cu", "first[j] = low[r][j] * cosine[j] - high",
+        "first[j] = low[r][j] * cosine[j] + high", ROPE),
+    Bug("norm-of-half-a-head", "rope.cu", "+ high[r][j] * high[r][j]", "", ROPE),
+    Bug("eps-dropped", "norm.cu", "/ D + eps", "/ D", of_cases("norm_linear", "float32")),
+    Bug("rows-not-gathered", "norm.cu", "rows != nullptr ? rows[blockIdx.x]",
+        "rows != nullptr ? blockIdx.x", of_cases("lm_head")),
+    Bug("bias-of-up-taken-from-gate", "activation.cu", "up += to_float(bias[F + i])",
+        "up += to_float(bias[i])", of_cases("norm_swiglu")),
+    Bug("residual-forgotten", "activation.cu", "to_float(residual[row + i]) + sum", "sum",
+        of_cases("linear_add")),
+    Bug("highest-of-a-tie", "sampling.cu", "(0xffffffffu - static_cast<uint32_t>(index))",
+        "static_cast<uint32_t>(index)", of_argmax),
+    Bug("top-k-keeps-one-more", "sampling.cu", "running < target", "running <= target", SAMPLE),
+    Bug("bins-not-cleared-in-time", "sampling.cu", "bins[i] = 0;\n        block_sync();",
+        "bins[i] = 0;", of_large_samples),
+    Bug("bins-read-too-early", "sampling.cu", "amount);\n        }\n        block_sync();",
+        "amount);\n        }", of_large_samples),
+    Bug("bin-found-too-late", "sampling.cu", "block_sync();\n        shift -= digit_bits;",
+        "shift -= digit_bits;", of_large_samples),
+    Bug("draw-forgets-warps-before", "sampling.cu", "left -= before;", "",
+        test_sampling_kernels.test_philox_is_the_hosts),
+    Bug("counter-words-swapped", "sampling.cu", "counters[2 * s], counters[2 * s + 1]",
+        "counters[2 * s + 1], counters[2 * s]", SAMPLE),
+    Bug("penalty-before-bias", "sampling.cu", "row[token_ids[e]] + bias[e];",
+        "row[token_ids[e]];", of_cases("penalize")),
+    Bug("pairs-swapped", "blocks.cu", "pairs[2 * static_cast<int64_t>(blockIdx.x)];",
+        "pairs[2 * static_cast<int64_t>(blockIdx.x) + 1];", of_blocks),
+    Bug("block-table-row-and-column-swapped", "decode_state.cu",
+        "static_cast<int64_t>(b) * M + position / P", "static_cast<int64_t>(position / P) * M + b",
+        test_small_kernels.test_advance_decode_state),
+    Bug("table-end-off-by-one", "decode_state.cu", "position / P >= M", "position / P > M",
+        test_small_kernels.test_advance_decode_state),
+)  # fmt: skip
+
+
+def text_of(file: str) -> str:
+    """The text of a kernel file."""
+    if file == "reduce.cu":
+        return REDUCE_PROBE
+    return (build.SHIM if file == "gemm.cu" else build.KERNELS).joinpath(file).read_text()
+
+
+def with_header(source: str, header: str, text: str) -> str:
+    """`source` with `header` written out in place of its include."""
+    changed, count = re.subn(
+        rf'#include "{re.escape(header)}"', lambda _: text.replace("#pragma once", ""), source
+    )
+    assert count == 1
+    return changed
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: Bug) -> None:
+    whole = text_of(bug.file) if bug.header is None else text_of(bug.header)
+    assert whole.count(bug.old) >= 1, "the text to change is gone: keep the bug up to date"
+    changed = whole.replace(bug.old, bug.new, 1)
+    if bug.header is not None:
+        changed = with_header(text_of(bug.file), bug.header, changed)
+    with pytest.raises((AssertionError, KernelFault)):
+        bug.check(ShimBackend(changed={bug.file: changed}))
+
+
+@pytest.mark.parametrize("file", sorted({bug.file for bug in BUGS}))
+def test_without_a_bug_the_same_checks_pass(file: str) -> None:
+    source = text_of(file)
+    for header in {bug.header for bug in BUGS if bug.file == file} - {None}:
+        source = with_header(source, header, text_of(header))
+    for check in {bug.check for bug in BUGS if bug.file == file}:
+        check(ShimBackend(changed={file: source}))
