@@ -146,7 +146,8 @@ def _splits(
 
     A pass takes what its bytes need at the multiprocessor's rate, but no less than its loads' way
     to memory and back, once for each batch of them. Splits shorten the last pass, which few warps
-    run, at a barrier each pass. Of equals the one with most warps at work. The number of tokens plays no part beyond the method it selects.
+    run, at a barrier each pass. Of equals the one with most warps at work. The number of tokens
+    plays no part beyond the method it selects.
     """
     if units == 0:
         return 1
@@ -158,7 +159,8 @@ def _splits(
 
     def cost(splits: int) -> float:
         slots = tuning.warps // splits
-        batches = -(-(-(-num_chunks // splits)) // batch)
+        chunks = -(-num_chunks // splits)
+        batches = -(-chunks // batch)
         total, left = 0.0, in_block
         full, last = divmod(left, slots)
         total += full * max(slots * unit_bytes / rate, batches * _LATENCY_NS)

@@ -110,7 +110,7 @@ def test_as_launched_on_a_device(backend, storage: np.dtype, op: str, rows: int)
             check_op(backend.run, op, call, **how, **macros)
 
 
-# ------------------------------------------------------------------------------ what must not matter
+# ----------------------------------------------------------------------------- what may not matter
 
 
 def test_the_grid_and_the_tiles_do_not_change_a_bit(backend) -> None:
