@@ -312,17 +312,17 @@ __device__ __forceinline__ void merge_rows(
 __device__ __forceinline__ void merge_if_last(
     const DecodeBatch& batch, const DecodeWork& work, const DecodeTile& tile,
     const Partials& partials, uint32_t* counters, float* scratch, scalar_t* out) {
-    __shared__ bool is_last;
+    __shared__ bool others_come;
     if (work.num_parts == 1 || counters == nullptr) return;
     device_fence();
     block_sync();
     if (threadIdx.x == 0) {
         uint32_t* counter = counters + static_cast<int64_t>(work.sequence) * gridDim.x + blockIdx.x;
         const uint32_t last = static_cast<uint32_t>(work.num_parts - 1);
-        is_last = atomic_count_to(counter, last) == last;
+        others_come = atomic_count_to(counter, last) != last;
     }
     block_sync();
-    if (!is_last) return;
+    if (others_come) return;
     device_fence();
     merge_rows(batch, work, partials, tile.first_token, tile.group, tile.first_row, tile.num_rows,
                scratch, out);

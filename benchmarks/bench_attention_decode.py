@@ -1,0 +1,440 @@
+"""Decode attention: GB/s of keys and values read, beside the card's read rate and torch's SDPA.
+
+    python -m benchmarks.bench_attention_decode [--record] [--variants] [--plain]
+
+One query a sequence, blocks of 16 in shuffled tables. Every time is of graphs of several launches
+over rotating caches of more than 256 MB; every launch's result is checked against float64 on
+sampled rows first. The ceiling is a kernel that only reads, in the same run. `--variants` times
+other shapes of blocks and other cuts of the context in one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.records import write_record
+from nanocupy.ops.launch_attention_decode import (
+    FILE,
+    MERGE_ENTRY,
+    DecodeLaunch,
+    DecodeTuning,
+    launch_attention_decode,
+)
+
+BLOCK_SIZE = 16
+BFLOAT16 = 2  # code of the kernels' SCALAR
+COLD_BYTES = 256 << 20
+CEILING_BYTES = 2 << 30
+RUNS = 9
+RUN_MS = 4.0
+TOLERANCE = 1.6e-2
+
+VARIANTS = {
+    "default": DecodeTuning(),
+    **{
+        f"{warps} warps, {stages} stages": DecodeTuning(warps=warps, stages=stages)
+        for warps, stages in (
+            *((4, 2), (4, 4), (4, 6), (2, 3), (2, 4), (2, 6), (1, 6), (8, 2), (8, 3)),
+        )
+    },
+    **{f"{waves} waves": DecodeTuning(waves=waves) for waves in (1, 2, 8, 16)},
+    **{
+        f"parts from {tokens}": DecodeTuning(least_part_tokens=tokens)
+        for tokens in (64, 128, 512, 1024)
+    },
+    "one part": DecodeTuning(num_items=1),
+    "merge kernel": DecodeTuning(merge_kernel=True),
+    "merged by the last": DecodeTuning(merge_kernel=False),
+    "plain": DecodeTuning(least_mma_rows=1 << 30),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    sequences: int
+    tokens: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+
+    @property
+    def name(self) -> str:
+        group = self.heads // self.kv_heads
+        return f"attention-decode/gqa{group}/d{self.head_size}/s{self.sequences}/t{self.tokens}"
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2 * 2 * self.sequences * self.tokens * self.kv_heads * self.head_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values, queries and results, once."""
+        return self.cache_bytes + 2 * 2 * self.sequences * self.heads * self.head_size
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.sequences * self.tokens * self.heads * self.head_size
+
+    @property
+    def num_sets(self) -> int:
+        return max(2, -(-COLD_BYTES // self.cache_bytes) + 1)
+
+    @property
+    def num_calls(self) -> int:
+        """Launches in a graph: some milliseconds' worth at 3 TB/s."""
+        return max(self.num_sets, min(200, round(RUN_MS / (self.num_bytes / 3e12 * 1e3))))
+
+
+PROBLEMS = (
+    Problem(32, 8192),
+    Problem(1, 131072),
+    Problem(128, 512),
+    Problem(8, 2048),
+    Problem(1, 512),
+    Problem(32, 8192, 16, 8, 128),
+    Problem(32, 8192, 8, 8, 128),
+    Problem(32, 8192, 32, 8, 64),
+    Problem(32, 8192, 56, 8, 128),
+)
+
+
+def graph_times_ms(body: Callable[[Any], None]) -> list[float]:
+    """Milliseconds of each replay of what `body` launches on the stream it is given."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        body(stream)
+        graph = stream.end_capture()
+    times = []
+    for _ in range(3 + RUNS):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record(stream)
+        graph.launch(stream)
+        end.record(stream)
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return times[3:]
+
+
+def read_ceiling(loader: Any) -> float:
+    """GB/s of a kernel that reads and does nothing else, the best of some grids."""
+    import cupy
+
+    from nanocupy.cuda.compiler import Compiler, Sources
+    from nanocupy.cuda.kernels import KernelLoader
+
+    sources = Sources(Path(__file__).parent / "kernels")
+    kernel = KernelLoader(loader.device, Compiler(sources)).get("stream_read.cu", "stream_read")
+    count = CEILING_BYTES // 16
+    data = cupy.random.randint(0, 1 << 31, count * 4, dtype=np.int32)
+    out = cupy.zeros(1, np.uint32)
+    best = 0.0
+    for blocks in (2, 4, 8, 16):
+        launch = kernel.prepare(
+            (loader.num_multiprocessors * blocks,), (512,), [data, out, np.int64(count)]
+        )
+        times = graph_times_ms(lambda stream, launch=launch: kernel.start(launch, stream))
+        best = max(best, CEILING_BYTES / statistics.median(times) / 1e6)
+    return best
+
+
+# ------------------------------------------------------------------------------ our kernel
+
+
+class Prepared:
+    """A problem's buffers on the device: `num_sets` caches, each with a table of its own."""
+
+    def __init__(self, problem: Problem) -> None:
+        import cupy
+        import ml_dtypes
+
+        self.problem = p = problem
+        bf16 = np.dtype(ml_dtypes.bfloat16)
+        cupy.random.seed(0)
+
+        def normal(*shape: int) -> Any:
+            out = cupy.empty(shape, bf16)
+            flat = out.reshape(-1)
+            for at in range(0, flat.size, 1 << 26):
+                part = flat[at : at + (1 << 26)]
+                part[...] = cupy.random.standard_normal(part.size, dtype=np.float32).astype(bf16)
+            return out
+
+        columns = -(-p.tokens // BLOCK_SIZE)
+        blocks = p.sequences * columns
+        cache = (blocks + 1, p.kv_heads, BLOCK_SIZE, p.head_size)
+        self.keys = [normal(*cache) for _ in range(p.num_sets)]
+        self.values = [normal(*cache) for _ in range(p.num_sets)]
+        self.queries = normal(p.sequences, p.heads, p.head_size)
+        self.out = cupy.empty(self.queries.shape, bf16)
+        rng = np.random.default_rng(0)
+        self.tables = [
+            1 + rng.permutation(blocks).astype(np.int32).reshape(p.sequences, columns)
+            for _ in range(p.num_sets)
+        ]
+        self.device_tables = [cupy.asarray(table) for table in self.tables]
+        self.query_starts = cupy.arange(p.sequences + 1, dtype=np.int32)
+        self.kv_lens = cupy.full(p.sequences, p.tokens, np.int32)
+
+    def arguments(self, index: int, launch: DecodeLaunch, workspace: tuple[Any, ...]) -> list[Any]:
+        p = self.problem
+        numbers = (
+            p.sequences, p.kv_heads, p.heads // p.kv_heads, BLOCK_SIZE,
+            self.tables[0].shape[1], launch.num_items, launch.least_part, launch.num_row_tiles,
+        )  # fmt: skip
+        return [
+            self.queries, self.keys[index], self.values[index], self.query_starts, self.kv_lens,
+            self.device_tables[index], np.float32(p.head_size**-0.5), self.out, *workspace,
+            *(np.int32(n) for n in numbers),
+        ]  # fmt: skip
+
+    def worst_error(self, index: int) -> float:
+        """|error| / (|wanted| + rms of the row), over sampled rows."""
+        import cupy
+
+        p, worst = self.problem, 0.0
+        rng = np.random.default_rng(1)
+        for _ in range(6):
+            b, head = int(rng.integers(p.sequences)), int(rng.integers(p.heads))
+            group = head // (p.heads // p.kv_heads)
+            k, v = (
+                cupy.asnumpy(cache[index][self.tables[index][b], group])
+                .astype(np.float64)
+                .reshape(-1, p.head_size)[: p.tokens]
+                for cache in (self.keys, self.values)
+            )
+            query, got = (
+                cupy.asnumpy(array[b, head]).astype(np.float64)
+                for array in (self.queries, self.out)
+            )
+            scores = k @ query * p.head_size**-0.5
+            weights = np.exp(scores - scores.max())
+            wanted = weights @ v / weights.sum()
+            error = np.abs(got - wanted) / (np.abs(wanted) + np.sqrt(np.mean(wanted**2)))
+            worst = max(worst, float("inf") if np.isnan(error).any() else float(error.max()))
+        return worst
+
+
+def launch_of(loader: Any, problem: Problem, tuning: DecodeTuning) -> DecodeLaunch:
+    return launch_attention_decode(
+        problem.sequences, problem.heads, problem.kv_heads, problem.head_size,
+        max_context=131072, scalar=BFLOAT16, cache=BFLOAT16,
+        compute_capability=loader.compute_capability,
+        num_multiprocessors=loader.num_multiprocessors,
+        max_shared_bytes=loader.max_shared_bytes, tuning=tuning,
+    )  # fmt: skip
+
+
+def module_of(problem: Problem, launch: DecodeLaunch) -> dict[str, int]:
+    return {"SCALAR": BFLOAT16, "HEAD_SIZE": problem.head_size, **launch.macros}
+
+
+def ours(loader: Any, prepared: Prepared, tuning: DecodeTuning) -> tuple[list[float], Any]:
+    """GB/s of each run, and the kernel. Raises RuntimeError where a result is wrong."""
+    import cupy
+
+    p = prepared.problem
+    launch = launch_of(loader, p, tuning)
+    kernel = loader.get(FILE, launch.entry, **module_of(p, launch))
+    merge = loader.get(FILE, MERGE_ENTRY, **module_of(p, launch))
+    workspace = (
+        cupy.full(launch.partial_values_shape, np.nan, np.float32),
+        cupy.full(launch.partial_states_shape, np.nan, np.float32),
+        None if launch.merge else cupy.zeros(launch.counters_shape, np.uint32),
+    )
+    calls = []
+    for i in range(p.num_sets):
+        args = prepared.arguments(i, launch, workspace)
+        main = kernel.prepare(launch.grid, (launch.block,), args, launch.shared_bytes)
+        after = None
+        if launch.merge:
+            m = launch.merge
+            after = merge.prepare(m.grid, (m.block,), args, m.shared_bytes)
+        calls.append((main, after))
+
+    def start(index: int, stream: Any) -> None:
+        main, after = calls[index]
+        kernel.start(main, stream)
+        if after is not None:
+            merge.start(after, stream)
+
+    for index in (0, p.num_sets - 1):
+        prepared.out.view(np.uint16).fill(0xFFFF)  # NaN
+        cupy.cuda.Device().synchronize()
+        start(index, cupy.cuda.get_current_stream())
+        cupy.cuda.Device().synchronize()
+        error = prepared.worst_error(index)
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"{p.name}, {tuning}: error {error:.3g}, {TOLERANCE} is allowed")
+
+    def body(stream: Any) -> None:
+        for i in range(p.num_calls):
+            start(i % p.num_sets, stream)
+
+    return [p.num_bytes * p.num_calls / ms / 1e6 for ms in graph_times_ms(body)], kernel
+
+
+# ------------------------------------------------------------------------------ the peer
+
+
+def peer(prepared: Prepared) -> tuple[str, float] | None:
+    """torch's best on keys and values without pages: (what it was, GB/s), None without torch.
+
+    A group's query heads stand as queries of one head, which spares torch its copies of the keys.
+    """
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    p = prepared.problem
+    kv = [
+        torch.randn(
+            p.num_sets, p.sequences, p.kv_heads, p.tokens, p.head_size, device="cuda",
+            dtype=torch.bfloat16,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    group = p.heads // p.kv_heads
+    shape = (p.sequences, p.kv_heads, group, p.head_size)
+    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    best: tuple[str, float] | None = None
+    for name, backend in (
+        ("FlashAttention-2", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        try:
+            with torch.no_grad(), sdpa_kernel([backend]):
+                rate = _peer_rate(torch, p, q, *kv)
+        except RuntimeError as exc:
+            print(f"  torch SDPA {name} does not run: {str(exc).splitlines()[0][:80]}")
+            continue
+        if best is None or rate > best[1]:
+            best = f"torch SDPA {name}", round(rate, 1)
+    del kv, q
+    torch.cuda.empty_cache()
+    return best
+
+
+def _peer_rate(torch: Any, problem: Problem, q: Any, keys: Any, values: Any) -> float:
+    def launch() -> None:
+        for i in range(problem.num_calls):
+            j = i % problem.num_sets
+            torch.nn.functional.scaled_dot_product_attention(q, keys[j], values[j])
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    times = []
+    for _ in range(3 + RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return problem.num_bytes * problem.num_calls / statistics.median(times[3:]) / 1e6
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def main_table(loader: Any, tuning: DecodeTuning, record: bool) -> None:
+    import cupy
+
+    device = cupy.cuda.runtime.getDeviceProperties(loader.device)["name"].decode()
+    ceiling = read_ceiling(loader)
+    cupy.get_default_memory_pool().free_all_blocks()
+    print(f"{device}: reads {ceiling:.0f} GB/s")
+    print(f"{'GB/s':42s} {'ours':>7s} {'range':>12s} {'share':>6s} {'us':>8s} {'torch':>7s}")
+    for problem in PROBLEMS:
+        prepared = Prepared(problem)
+        rates, _ = ours(loader, prepared, tuning)
+        value = statistics.median(rates)
+        beside = peer(prepared)
+        del prepared
+        cupy.get_default_memory_pool().free_all_blocks()
+        print(
+            f"{problem.name:42s} {value:7.0f} {min(rates):6.0f}-{max(rates):<5.0f} "
+            f"{value / ceiling:6.1%} {problem.num_bytes / value / 1e3:8.1f} "
+            f"{beside[1] if beside else float('nan'):7.0f}",
+            flush=True,
+        )
+        if record:
+            more: dict[str, Any] = {"bytes": problem.num_bytes, "flops": problem.flops}
+            more |= {"ceiling": round(ceiling, 1), "share": round(value / ceiling, 4)}
+            if beside:
+                more |= {"peer": beside[0], "peer_value": beside[1]}
+            write_record(
+                "attention-decode", problem.name, rates, "GB/s", device=device, dtype="bfloat16",
+                **more,
+            )  # fmt: skip
+
+
+def variants_table(loader: Any, problems: tuple[Problem, ...]) -> None:
+    import cupy
+
+    fitting = {
+        name: tuning
+        for name, tuning in VARIANTS.items()
+        if tuning.warps is None or launch_of(loader, problems[0], tuning).block == 32 * tuning.warps
+    }
+    loader.prefetch(
+        (FILE, module_of(problem, launch_of(loader, problem, tuning)))
+        for tuning in fitting.values()
+        for problem in problems
+    )
+    rows: dict[str, list[str]] = {name: [] for name in fitting}
+    facts: dict[str, str] = {}
+    for problem in problems:
+        prepared = Prepared(problem)
+        for name, tuning in fitting.items():
+            try:
+                rates, kernel = ours(loader, prepared, tuning)
+            except Exception as exc:
+                rows[name].append(f"{type(exc).__name__}: {exc}"[:60])
+                continue
+            launch = launch_of(loader, problem, tuning)
+            held = kernel.blocks_per_multiprocessor(launch.block, launch.shared_bytes)
+            facts[name] = f"{kernel.num_registers:4d} {kernel.local_bytes:4d} {held:5d}"
+            rows[name].append(f"{statistics.median(rates):8.0f} ({launch.num_items:4d} items)")
+        del prepared
+        cupy.get_default_memory_pool().free_all_blocks()
+    print(f"{'GB/s':22s} {'regs':>4s} {'loc.':>4s} {'an SM':>5s}  " + "  ".join(
+        f"{f's{p.sequences}/t{p.tokens}':>21s}" for p in problems
+    ))  # fmt: skip
+    for name, cells in rows.items():
+        print(f"{name:22s} {facts.get(name, ''):15s}  " + "  ".join(f"{c:>21s}" for c in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/records")
+    parser.add_argument("--variants", action="store_true", help="time other shapes, in one table")
+    parser.add_argument("--plain", action="store_true", help="the path without tensor cores")
+    args = parser.parse_args()
+    from nanocupy.cuda.kernels import KernelLoader
+
+    loader = KernelLoader()
+    tuning = VARIANTS["plain"] if args.plain else DecodeTuning()
+    main_table(loader, tuning, args.record and not args.plain)
+    if args.variants:
+        variants_table(loader, PROBLEMS[:5])
+
+
+if __name__ == "__main__":
+    main()
