@@ -90,7 +90,8 @@ __device__ __forceinline__ void copy_keys(
 //     STAGE_BYTES, R = H / G
 // q [T, H, d] scalar_t, aligned to 16; key_cache, value_cache [N, G, P, d] scalar_t, aligned to 16;
 // query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries; block_tables
-// [B, M] int32; out [T, H, d] scalar_t, aligned to 16; scale above 0; B, H, G, P, M from 1
+// [B, M] int32; out [T, H, d] scalar_t, aligned to 16; scale above 0; B, H, G, P, M from 1;
+// T * R below 2**31
 // REF: numpy_ops.attention
 // COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys seen
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_prefill(
