@@ -122,10 +122,9 @@ struct Row {
 __device__ __forceinline__ int place_of(int bin) { return bin + bin / BINS_OF_LANE; }
 
 // The smallest order v among the kept tokens for which those above v measure less than `target`
-// (at least 1): their number, or with BY_WEIGHT their weight. Digit by digit, the highest first:
+// (at least 1): their number, or where `by_weight` their weight. Digit by digit, the highest first:
 // a histogram of the tokens that agree in the digits so far, then the bin where the sum crosses.
-template <bool BY_WEIGHT>
-__device__ __forceinline__ uint32_t find_floor(const Row& row, uint64_t target) {
+__device__ __forceinline__ uint32_t find_floor(const Row& row, uint64_t target, bool by_weight) {
     __shared__ uint64_t bins[NUM_BINS + 32];
     __shared__ uint64_t found_above;
     __shared__ int found_bin;
@@ -140,7 +139,7 @@ __device__ __forceinline__ uint32_t find_floor(const Row& row, uint64_t target) 
             const float x = row.logits[i];
             const uint32_t order = order_of(x);
             if (order < row.floor || static_cast<uint64_t>(order) >> shift != agreed) continue;
-            const uint64_t amount = BY_WEIGHT ? row.weight(x) : 1;
+            const uint64_t amount = by_weight ? row.weight(x) : 1;
             const int bin = order >> (shift - digit_bits) & ((1 << digit_bits) - 1);
             if (amount != 0) atomic_add(&bins[place_of(bin)], amount);
         }
@@ -247,7 +246,7 @@ extern "C" __global__ void sample_rows(
     if (0 < top_k[s] && top_k[s] < V) {
         Row whole = row;
         whole.floor = 0;
-        const uint32_t floor = find_floor<false>(whole, top_k[s]);
+        const uint32_t floor = find_floor(whole, top_k[s], false);
         row.floor = max(row.floor, floor);
     }
     if (top_p[s] < 1.0f) {
@@ -255,7 +254,7 @@ extern "C" __global__ void sample_rows(
         for (int i = threadIdx.x; i < V; i += blockDim.x) sum += row.kept_weight(row.logits[i]);
         const double short_of = top_p[s] * static_cast<double>(block_sum(sum));
         const uint64_t target = static_cast<uint64_t>(ceil(fmax(short_of, 1.0)));
-        row.floor = max(row.floor, find_floor<true>(row, target));
+        row.floor = max(row.floor, find_floor(row, target, true));
     }
     draw(row, philox_uniform(seeds[s], counters[2 * s], counters[2 * s + 1]), out + s);
 }
