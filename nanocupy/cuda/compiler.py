@@ -266,7 +266,7 @@ def arch_for(compute_capability: tuple[int, int]) -> str:
 
     major, minor = compute_capability
     supported = set(nvrtc.getSupportedArchs())
-    fitting = [m for m in range(minor, -1, -1) if major * 10 + m in supported]
+    fitting = [m for m in range(min(minor, 9), -1, -1) if major * 10 + m in supported]
     if not fitting:
         raise DeviceError(
             f"NVRTC {dotted(nvrtc_version())} does not know compute capability {major}.{minor}; "

@@ -184,6 +184,7 @@ class Driver:
         rank = len(sizes)
         result = TensorMap(array)
         int32s, int64s = ctypes.c_uint32 * rank, ctypes.c_uint64 * rank
+        steps = ctypes.c_uint64 * len(strides)
         encode = self._function(
             "cuTensorMapEncodeTiled",
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
@@ -192,7 +193,7 @@ class Driver:
         )
         status = encode(
             *(result.address, dtype, rank, array.data.ptr),
-            *(int64s(*sizes), int64s(*strides), int32s(*boxes), int32s(*[1] * rank)),
+            *(int64s(*sizes), steps(*strides), int32s(*boxes), int32s(*[1] * rank)),
             *(0, TENSOR_MAP_SWIZZLES[swizzle_bytes]),
             *(TENSOR_MAP_L2_PROMOTIONS[l2_promotion_bytes], 0),
         )

@@ -1,0 +1,99 @@
+"""Which builds of every kernel file must compile, for which architectures.
+
+A new kernel file gets a row here; the tests fail for a file without one. The first set of macros is
+compiled for every architecture by the plain suite, each of the others for one of them in turn
+(for all with NANOCUPY_ALL_VARIANTS=1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
+HEAD_SIZES = (64, 80, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """A file, its `__global__` entries, and sets of macros."""
+
+    file: str
+    entries: tuple[str, ...]
+    macro_sets: tuple[dict[str, int], ...]
+
+
+def _scalars(**macros: int) -> tuple[dict[str, int], ...]:
+    return tuple({"SCALAR": scalar, **macros} for scalar in (BFLOAT16, FLOAT16, FLOAT32))
+
+
+def _heads(**macros: int) -> tuple[dict[str, int], ...]:
+    """Every head size, and every scalar type, but not every pair of them."""
+    scalars = (BFLOAT16, FLOAT16, FLOAT32, BFLOAT16, BFLOAT16)
+    return tuple(
+        {"SCALAR": scalar, "HEAD_SIZE": head_size, **macros}
+        for scalar, head_size in zip(scalars, (128, 64, 96, 80, 256), strict=True)
+    )
+
+
+VARIANTS = (
+    Variants(
+        "activation.cu",
+        ("fill_bias_rows", "add_bias_rows", "add_residual_rows", "swiglu_rows"),
+        (*_scalars(), {"SCALAR": BFLOAT16, "PRODUCT": FLOAT32, "RESIDUAL": FLOAT32}),
+    ),
+    Variants(
+        "attention_decode.cu",
+        ("attention_decode", "attention_decode_mma", "attention_decode_merge"),
+        (
+            *_heads(QUERIES=1),
+            {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "QUERIES": 8},
+            {"SCALAR": FLOAT32, "HEAD_SIZE": 64, "QUERIES": 4},
+        ),
+    ),
+    Variants("attention_prefill.cu", ("attention_prefill",), _heads()),
+    Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
+    Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
+    Variants("decode_state.cu", ("advance_decode_state", "apply_updates"), ({"SCALAR": BFLOAT16},)),
+    Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
+    Variants(
+        "gemv.cu",
+        ("norm_linear_rows", "linear_add_rows", "norm_swiglu_rows", "lm_head_rows"),
+        (
+            *({"SCALAR": BFLOAT16, "ROWS": rows} for rows in (1, 8, 2, 5)),
+            {"SCALAR": FLOAT16, "ROWS": 4, "RESIDUAL": FLOAT32},
+            {"SCALAR": FLOAT32, "ROWS": 1},
+            {"SCALAR": FLOAT32, "ROWS": 8},
+        ),
+    ),
+    Variants(
+        "norm.cu", ("rms_norm_rows",), (*_scalars(), {"SCALAR": BFLOAT16, "RESIDUAL": FLOAT32})
+    ),
+    Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
+    Variants(
+        "sampling.cu",
+        ("penalize_rows", "argmax_rows", "argmax_merge_rows", "sample_rows"),
+        ({"SCALAR": FLOAT32},),
+    ),
+)
+
+
+def plain_builds() -> list[tuple[Variants, dict[str, int], str]]:
+    """What the plain suite compiles: (variants, macros, architecture)."""
+    builds, turn = [], 0
+    for variants in VARIANTS:
+        builds += [(variants, variants.macro_sets[0], arch) for arch in ARCHITECTURES]
+        for macros in variants.macro_sets[1:]:
+            builds.append((variants, macros, ARCHITECTURES[turn % len(ARCHITECTURES)]))
+            turn += 1
+    return builds
+
+
+def all_builds() -> list[tuple[Variants, dict[str, int], str]]:
+    """Every set of macros for every architecture."""
+    return [
+        (variants, macros, arch)
+        for variants in VARIANTS
+        for macros in variants.macro_sets
+        for arch in ARCHITECTURES
+    ]
