@@ -93,7 +93,7 @@ __device__ __forceinline__ void copy_keys(
 // [B, M] int32; out [T, H, d] scalar_t, aligned to 16; scale above 0; B, H, G, P, M from 1;
 // T * R below 2**31
 // REF: numpy_ops.attention
-// COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys seen
+// COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_prefill(
     const scalar_t* __restrict__ q, const cache_t* __restrict__ key_cache,
     const cache_t* __restrict__ value_cache, const int32_t* __restrict__ query_starts,
@@ -192,7 +192,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 #pragma unroll
                 for (int k = 0; k < HEAD_SIZE / 16; ++k) {
                     ldmatrix_x4(
-                        queries[m][k], lane_piece(own_rows + low_row, low_turn, 2 * k) + m * row_step);
+                        queries[m][k],
+                        lane_piece(own_rows + low_row, low_turn, 2 * k) + m * row_step);
                 }
             }
         }
@@ -251,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                 }
             }
 
-            // Position 0 lies in the first tile and every row sees it: maxima are finite from there.
+            // Every row sees position 0, which lies in the first tile: maxima are finite from there.
             bool raised = false;
             float factor[ROW_TILES][2];
 #pragma unroll

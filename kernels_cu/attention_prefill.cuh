@@ -30,8 +30,8 @@ struct RowTile {
 
 // The tile of a slot; false where the slot is one of the unused. Every lane of the warp must come.
 __device__ __forceinline__ bool find_tile(
-    const int32_t* query_starts, const int32_t* kv_lens, int num_sequences, int group, int tile_rows,
-    int slot, RowTile& tile) {
+    const int32_t* query_starts, const int32_t* kv_lens, int num_sequences, int group,
+    int tile_rows, int slot, RowTile& tile) {
     // The last sequence whose first slot is not behind `slot`, 32 candidates at a time.
     int sequence = 0, count = num_sequences;
     while (count > 1) {

@@ -184,7 +184,9 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_prefill_pl
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int column = (p * PLAIN_LANES + part) * 4 + i;
-                if (column < HEAD_SIZE) target[column] = from_float<scalar_t>(sums[r][p][i] * inverse);
+                if (column < HEAD_SIZE) {
+                    target[column] = from_float<scalar_t>(sums[r][p][i] * inverse);
+                }
             }
         }
     }
