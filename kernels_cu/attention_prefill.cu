@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                 }
             }
 
-            // Every row sees position 0, which lies in the first tile: maxima are finite from there.
+            // Every row sees position 0, which lies in the first tile: maxima are finite then.
             bool raised = false;
             float factor[ROW_TILES][2];
 #pragma unroll
