@@ -34,3 +34,15 @@ extern "C" __global__ void advance_decode_state(
     if (rope_lens != nullptr) rope_lens[b] = max(rope_lens[b], position + 1);
     counters[2 * b] += 1;
 }
+
+// apply_updates: single words of the decode state change, as the host says between two steps
+// grid ceil(count / block), block any multiple of 32, no shared memory
+// updates  int32 [count, 2]: index into state, then its new value; indices are distinct
+// state    int32 [any]: every index lies in it
+// REF: engine.decode_state.DecodeState.updates
+// COST: 12 * count bytes
+extern "C" __global__ void apply_updates(
+    const int32_t* __restrict__ updates, int32_t* __restrict__ state, int32_t count) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) state[updates[2 * i]] = updates[2 * i + 1];
+}

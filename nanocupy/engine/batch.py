@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +30,14 @@ class ForwardBatch:
 
 
 def build_batch(
-    schedule: Sequence[ScheduledRequest], *, block_size: int, table_width: int
+    schedule: Sequence[ScheduledRequest], *, block_size: int, table_width: int | None = None
 ) -> ForwardBatch:
-    """Lay the schedule's requests one behind the other, in its order."""
+    """Lay the schedule's requests one behind the other, in its order.
+
+    table_width: columns of the block tables; None = as many as the longest sequence has blocks.
+    """
+    if table_width is None:
+        table_width = max((len(s.request.block_ids) for s in schedule), default=0)
     num_tokens = [s.num_tokens for s in schedule]
     starts = np.array([s.request.num_computed_tokens for s in schedule], np.int32)
     query_starts = np.zeros(len(schedule) + 1, np.int32)
@@ -138,3 +143,33 @@ def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> P
         presence=np.array([p.presence_penalty for p in params], np.float32),
         frequency=np.array([p.frequency_penalty for p in params], np.float32),
     )
+
+
+def split_penalties(
+    penalties: PenaltyBatch | None, max_entries: int
+) -> Iterator[tuple[slice, PenaltyBatch]]:
+    """The rows that have entries, as runs of rows with at most `max_entries` of them together (a
+    row with more is a run of its own)."""
+    if penalties is None:
+        return
+    starts = penalties.entry_starts
+    num_rows = len(starts) - 1
+    first = 0
+    while first < num_rows:
+        last = int(np.searchsorted(starts, starts[first] + max_entries, side="right")) - 1
+        last = min(max(last, first + 1), num_rows)
+        entries, rows = slice(starts[first], starts[last]), slice(first, last)
+        if starts[last] > starts[first]:
+            yield (
+                rows,
+                PenaltyBatch(
+                    entry_starts=starts[first : last + 1] - starts[first],
+                    **{n: getattr(penalties, n)[entries] for n in _ENTRY_FIELDS},
+                    **{n: getattr(penalties, n)[rows] for n in _ROW_FIELDS},
+                ),
+            )
+        first = last
+
+
+_ENTRY_FIELDS = ("token_ids", "output_counts", "in_context", "bias")
+_ROW_FIELDS = ("repetition", "presence", "frequency")

@@ -45,10 +45,10 @@ class NumpyRunner(Runner):
         self.dtype = np.dtype(dtype)
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
-        self.forward = decoder_forward(config, rope, self.table_width)
+        self.forward = decoder_forward(config, rope)
         self._dims = step_dims(
             limits.max_step_tokens, limits.max_num_seqs, limits.max_step_tokens, 0
-        ) | {"N": limits.num_blocks, "P": limits.block_size}
+        ) | {"N": limits.num_blocks, "P": limits.block_size, "M": self.table_width}
         self._memory = self._allocate()
         self._memory["inv_freq"] = rope.inv_freq
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.

@@ -19,7 +19,7 @@ from nanocupy.model.rope import RopeParameters
 class Buffer:
     """An array of the step: an input of the batch, an activation, or a part of the cache.
 
-    shape  ints, and "T", "B", "S" for the step's tokens, sequences and sampled rows ("B+1" too)
+    shape  ints, and letters of `ops.interface`: "T", "B", "B+1", "S", "M", "N", "P"
     dtype  a role ("activation", "residual", "cache") or a dtype's own name
     """
 
@@ -54,11 +54,10 @@ class OpCall:
     arguments: Mapping[str, Any]
 
 
-def decoder_forward(config: ModelConfig, rope: RopeParameters, table_width: int) -> list[OpCall]:
+def decoder_forward(config: ModelConfig, rope: RopeParameters) -> list[OpCall]:
     """The step of a decoder: token ids in, logits of the sampled rows out.
 
-    table_width: columns of the block table. Keys and values of layer i are the cache buffers
-    `key_cache.i` and `value_cache.i`, whose shape is the backend's.
+    Keys and values of layer i are the cache buffers `key_cache.i` and `value_cache.i`.
     """
     heads, kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
     eps = config.rms_norm_eps
@@ -68,7 +67,7 @@ def decoder_forward(config: ModelConfig, rope: RopeParameters, table_width: int)
     slots = Buffer("slots", ("T",), "int32")
     query_starts = Buffer("query_starts", ("B+1",), "int32")
     kv_lens = Buffer("kv_lens", ("B",), "int32")
-    block_tables = Buffer("block_tables", ("B", table_width), "int32")
+    block_tables = Buffer("block_tables", ("B", "M"), "int32")
     sample_rows = Buffer("sample_rows", ("S",), "int32")
     rope_lens = Buffer("rope_lens", ("T",), "int32") if rope.is_dynamic else None
 

@@ -406,6 +406,14 @@ class CudaOps(Ops):
             _i32(num_seqs), _i32(table_width), _i32(block_size), SCALAR=0,
         )  # fmt: skip
 
+    def apply_updates(self, updates: Array, state: Array) -> None:
+        """Set words of the decode state: updates int32 [n, 2], index and value; state int32."""
+        count = len(updates)
+        self._launch(
+            "decode_state.cu", "apply_updates", shapes.advance_decode_state(count),
+            updates, state, _i32(count), SCALAR=0,
+        )  # fmt: skip
+
 
 def _other(macro: str, dtype: str, scalar: str) -> dict[str, int]:
     """The macro of a type that differs from SCALAR; where it does not, one module serves both."""

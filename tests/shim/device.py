@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
+from nanocupy.cuda.arena import ArenaPlan, array_dtype
 from nanocupy.ops.cuda_ops import CudaOps, DeviceTraits, OpSizes, workspace_plan
 from tests.ops.cases import DTYPES
 from tests.shim.driver import HostKernel, host_kernel
@@ -56,3 +59,112 @@ def shim_ops(sizes: OpSizes, traits: DeviceTraits) -> CudaOps:
         array = poison.view(DTYPES.get(dtype, np.dtype(dtype)))[: int(np.prod(shape))]
         workspaces[name] = np.zeros_like(array) if name == "counters" else array.copy()
     return CudaOps(ShimKernels(), matmul, workspaces, sizes, traits)
+
+
+class ShimArena:
+    """Like cuda.arena.Arena, every buffer an array of its own, full of poison."""
+
+    def __init__(self, plan: ArenaPlan) -> None:
+        self._arrays = {}
+        for name, spec in plan.specs.items():
+            poison = np.full(spec.num_bytes, 0xFF, np.uint8)
+            self._arrays[name] = poison.view(array_dtype(spec.dtype)).reshape(spec.shape)
+
+    def view(self, name: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Any:
+        array = self._arrays[name]
+        if dtype is not None:
+            array = array.reshape(-1).view(np.dtype(dtype))
+        return array if shape is None else array.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+
+
+class ShimDevice:
+    """A `cuda.device.Device` on NumPy. A graph is the list of what was started while it was
+    captured: replaying does the same with the same memory, whatever has become of the host's
+    variables, as a real one does."""
+
+    name = "host shim"
+
+    def __init__(self, traits: DeviceTraits = MODERN, memory_bytes: int = 1 << 30) -> None:
+        self.traits = traits
+        self._memory_bytes = memory_bytes
+        self.kernels = _RecordingKernels(self)
+        self._graphs: dict[Any, list[Callable[[], None]]] = {}
+        self._seen: set[Any] = set()
+        self._recording: list[Callable[[], None]] | None = None
+        self.counts: Counter[str] = Counter()
+
+    def start(self, what: Callable[[], None]) -> None:
+        if self._recording is None:
+            what()
+        else:
+            self._recording.append(what)
+
+    def free_bytes(self) -> int:
+        return self._memory_bytes
+
+    def allocate(self, plan: ArenaPlan) -> ShimArena:
+        assert plan.total_bytes <= self._memory_bytes
+        return ShimArena(plan)
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        return np.full(num_bytes, 0xAB, np.uint8)
+
+    def matmul(self, x: Any, w: Any, out: Any, beta: float = 0.0) -> None:
+        self.start(lambda: matmul(x, w, out, beta))
+
+    def to_device(self, target: Any, source: np.ndarray) -> None:
+        assert target.nbytes == source.nbytes
+        self.counts["to_device"] += 1
+        self.start(lambda: np.copyto(target, source.view(target.dtype).reshape(target.shape)))
+
+    def to_host(self, target: np.ndarray, source: Any) -> None:
+        assert target.nbytes == source.nbytes
+        self.start(lambda: np.copyto(target, source.view(target.dtype).reshape(target.shape)))
+
+    def fill(self, array: Any, byte: int) -> None:
+        self.start(lambda: array.reshape(-1).view(np.uint8).fill(byte))
+
+    def run(self, key: Any, body: Callable[[], None]) -> None:
+        if key not in self._graphs:
+            if key not in self._seen:
+                self._seen.add(key)
+                self.eager("first", body)
+                return
+            self._recording = []
+            body()
+            self._graphs[key], self._recording = self._recording, None
+            self.counts["captured"] += 1
+        for step in self._graphs[key]:
+            step()
+        self.counts["replayed"] += 1
+
+    def eager(self, why: str, body: Callable[[], None]) -> None:
+        body()
+        self.counts["eager"] += 1
+
+    def synchronize(self, what: str) -> None:
+        assert self._recording is None, "a graph cannot wait"
+
+    def uploader(self, total_bytes: int, progress: Any) -> AbstractContextManager[Any]:
+        return nullcontext(_ShimUploader())
+
+
+class _ShimUploader:
+    def upload(self, name: str, source: np.ndarray, destination: np.ndarray) -> None:
+        destination[...] = source
+
+
+class _RecordingKernels(ShimKernels):
+    def __init__(self, device: ShimDevice) -> None:
+        super().__init__()
+        self._device = device
+
+    def get(self, file: str, entry: str, **macros: int) -> Any:
+        kernel = super().get(file, entry, **macros)
+        start = self._device.start
+
+        class Recorded:
+            def launch(self, *args: Any) -> None:
+                start(lambda: kernel.launch(*args))
+
+        return Recorded()

@@ -1,0 +1,176 @@
+"""A GPU as the engine uses it: memory by plan, launches, copies, graphs, all on one stream.
+
+`Device` is what the engine is written against; `CudaDevice` is the real one. The engine itself
+imports no CuPy, so its tests run it on a device made of NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanocupy.cuda.arena import Arena, ArenaPlan, BufferSpec
+from nanocupy.cuda.checks import LaunchLog, cuda_call
+from nanocupy.ops.cuda_ops import DeviceTraits
+
+
+class Device(Protocol):
+    """Everything is started on one stream, in order; nothing is waited for but in `synchronize`."""
+
+    name: str
+    traits: DeviceTraits
+    kernels: Any
+
+    def free_bytes(self) -> int:
+        """Memory that could be allocated now."""
+        ...
+
+    def allocate(self, plan: ArenaPlan) -> Any:
+        """Buffers of a plan: an object with `view(name, shape, dtype)`, as `Arena`."""
+        ...
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        """Host memory uint8 [num_bytes] that copies may go to and from without waiting."""
+        ...
+
+    def matmul(self, x: Any, w: Any, out: Any, beta: float = 0.0) -> None: ...
+
+    def to_device(self, target: Any, source: np.ndarray) -> None:
+        """Start a copy from pinned memory; it must stay as it is until the copy is done."""
+        ...
+
+    def to_host(self, target: np.ndarray, source: Any) -> None:
+        """Start a copy into pinned memory."""
+        ...
+
+    def fill(self, array: Any, byte: int) -> None:
+        """Set every byte of an array."""
+        ...
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Do `body`, which only starts work: as a graph, from its second time under `key` on."""
+        ...
+
+    def eager(self, why: str, body: Callable[[], None]) -> None:
+        """Do `body` as it is; `why` is counted."""
+        ...
+
+    def synchronize(self, what: str) -> None:
+        """Wait for all that was started; an error in it is an error of `what`."""
+        ...
+
+    def uploader(
+        self, total_bytes: int, progress: Callable[[int, int], None] | None
+    ) -> AbstractContextManager[Any]:
+        """An object with `upload(name, source, destination)`, as `cuda.upload.Uploader`."""
+        ...
+
+
+class CudaDevice:
+    """GPU number `index`, through CuPy. See `Device`."""
+
+    def __init__(
+        self,
+        index: int = 0,
+        *,
+        use_graphs: bool = True,
+        check_each_launch: bool = False,
+        separate_buffers: bool = False,
+        force_plain: bool = False,
+    ) -> None:
+        """check_each_launch waits after every launch, so that a fault names its kernel;
+        separate_buffers gives every buffer an allocation of its own, for memory checkers;
+        force_plain runs the paths of older cards. Raises CudaError, DeviceError."""
+        import cupy
+
+        from nanocupy.cuda.graphs import GraphCache
+        from nanocupy.cuda.kernels import KernelLoader
+        from nanocupy.cuda.streams import new_stream
+
+        with cuda_call(f"selecting GPU {index}"):
+            cupy.cuda.Device(index).use()
+            properties = cupy.cuda.runtime.getDeviceProperties(index)
+        self.name = properties["name"].decode()
+        self.log = LaunchLog()
+        self.kernels = KernelLoader(index, check_each_launch=check_each_launch, log=self.log)
+        self.traits = DeviceTraits(
+            self.kernels.compute_capability,
+            self.kernels.num_multiprocessors,
+            self.kernels.max_shared_bytes,
+            force_plain,
+        )
+        self.stream = new_stream()
+        self.stream.use()  # kernels, products and copies all go to CuPy's current stream
+        self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)
+        self._separate_buffers = separate_buffers
+        self._pinned: list[Any] = []
+
+    def free_bytes(self) -> int:
+        from cupy.cuda import runtime
+
+        with cuda_call("cudaMemGetInfo"):
+            return runtime.memGetInfo()[0]
+
+    def plan(self, specs: Iterable[BufferSpec]) -> ArenaPlan:
+        return ArenaPlan(specs, separate=self._separate_buffers)
+
+    def allocate(self, plan: ArenaPlan) -> Arena:
+        return Arena(plan)
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        from nanocupy.cuda.streams import PinnedBuffer
+
+        buffer = PinnedBuffer(num_bytes)
+        self._pinned.append(buffer)
+        return buffer.array((num_bytes,), np.uint8)
+
+    @cached_property
+    def _cublas(self) -> Any:
+        import cupy
+
+        from nanocupy.cuda.cublas import Cublas, workspace_bytes
+
+        memory = cupy.cuda.Memory(workspace_bytes(self.traits.compute_capability))
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        workspace = cupy.ndarray((memory.size,), cupy.uint8, memptr=pointer)
+        return Cublas(self.stream, workspace, log=self.log)
+
+    def matmul(self, x: Any, w: Any, out: Any, beta: float = 0.0) -> None:
+        self._cublas.matmul(x, w, out, beta)
+
+    def to_device(self, target: Any, source: np.ndarray) -> None:
+        from nanocupy.cuda.streams import copy_to_device
+
+        copy_to_device(target, source, self.stream)
+
+    def to_host(self, target: np.ndarray, source: Any) -> None:
+        from nanocupy.cuda.streams import copy_to_host
+
+        copy_to_host(target, source, self.stream)
+
+    def fill(self, array: Any, byte: int) -> None:
+        from nanocupy.cuda.streams import fill_bytes
+
+        fill_bytes(array, byte, self.stream)
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        self.graphs.run(key, body)
+
+    def eager(self, why: str, body: Callable[[], None]) -> None:
+        self.graphs.eager(why, body)
+
+    def synchronize(self, what: str) -> None:
+        from nanocupy.cuda.streams import synchronize
+
+        synchronize(self.stream, what, self.log)
+
+    def uploader(
+        self, total_bytes: int, progress: Callable[[int, int], None] | None
+    ) -> AbstractContextManager[Any]:
+        from nanocupy.cuda.upload import DeviceTransfer, Uploader
+
+        return Uploader(DeviceTransfer(self.stream), total_bytes, progress)

@@ -1,0 +1,177 @@
+"""The decode batch that lives on the device, as the host knows it: places, and words to change.
+
+Every decoding request has a place; its token, position, slot, block table and sampling parameters
+are words of one int32 array. A step ends by moving all of them on, on the device; the host moves
+its own copy on by the same rule, compares it with what the next step needs, and sends the words
+that differ: a request came or left, or got a block. Mostly there are none. Host side, NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanocupy.engine.batch import build_sampler_batch
+from nanocupy.engine.request import Request
+
+# name -> (words a place, dtype); seeds first, as 8-byte values want an even offset
+_FIELDS: dict[str, tuple[int, str]] = {
+    "seeds": (2, "uint64"),
+    "counters": (2, "uint32"),
+    "token_ids": (1, "int32"),
+    "positions": (1, "int32"),
+    "slots": (1, "int32"),
+    "kv_lens": (1, "int32"),
+    "rope_lens": (1, "int32"),
+    "temperature": (1, "float32"),
+    "top_k": (1, "int32"),
+    "top_p": (1, "float32"),
+    "min_p": (1, "float32"),
+}
+
+
+class DecodeState:
+    """Places for `max_num_seqs` requests, with block tables of `table_width` columns.
+
+    Fields lie one behind the other in `words` int32 [num_words], each [max_num_seqs, its words];
+    block tables come last, [max_num_seqs, table_width]. A free place has kv_len 0.
+    """
+
+    def __init__(self, max_num_seqs: int, table_width: int, block_size: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.table_width = table_width
+        self.block_size = block_size
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for name, (width, _) in _FIELDS.items():
+            self._offsets[name] = offset
+            offset += width * max_num_seqs
+        self._offsets["block_tables"] = offset
+        self.num_words = offset + max_num_seqs * table_width
+        self.words = np.zeros(self.num_words, np.int32)  # what the device holds
+        self.places: list[Request | None] = [None] * max_num_seqs
+        self._place_of: dict[str, int] = {}
+        self._num_blocks = [0] * max_num_seqs  # of each place's table, as the device has it
+        self._fresh: set[int] = set()  # places whose table is another request's
+
+    def view(self, array: Any, name: str, num_places: int) -> Any:
+        """The field `name` of the first places, in `array` (this state's words, here or on the
+        device), in its own dtype and shape."""
+        start = self._offsets[name]
+        if name == "block_tables":
+            size = num_places * self.table_width
+            return array[start : start + size].reshape(num_places, self.table_width)
+        width, dtype = _FIELDS[name]
+        part = array[start : start + width * num_places].view(np.dtype(dtype))
+        return part.reshape(num_places, 2) if name == "counters" else part
+
+    @property
+    def num_places(self) -> int:
+        """One above the highest place in use."""
+        return max(self._place_of.values(), default=-1) + 1
+
+    def place_of(self, request: Request) -> int:
+        """The place of a request of the last `updates`."""
+        return self._place_of[request.request_id]
+
+    def updates(self, requests: Sequence[Request]) -> np.ndarray:
+        """Make this the batch: int32 [n, 2], index and value of every word the device must change.
+
+        Each request decodes one token, its last. Other requests lose their places.
+        """
+        wanted = {request.request_id: request for request in requests}
+        changed: list[tuple[int, int]] = []
+        for request_id in [r for r in self._place_of if r not in wanted]:
+            changed += self._free(self._place_of.pop(request_id))
+        holes = [i for i in range(len(requests)) if self.places[i] is None]
+        # Places beyond the batch move into holes, so that a batch fills the first places.
+        for request_id, place in list(self._place_of.items()):
+            if place >= len(requests):
+                changed += self._free(place)
+                del self._place_of[request_id]
+        for request in requests:
+            if request.request_id not in self._place_of:
+                self._place_of[request.request_id] = place = holes.pop(0)
+                self.places[place] = request
+                self._fresh.add(place)
+        new = self._wanted_words(requests)
+        for name in _FIELDS:
+            width = _FIELDS[name][0]
+            start = self._offsets[name]
+            old = self.words[start : start + width * len(requests)]
+            for i in np.flatnonzero(old != new[name]):
+                changed.append((start + int(i), int(new[name][i])))
+            old[:] = new[name]
+        for place, request in enumerate(self.places[: len(requests)]):
+            changed += self._table_updates(place, request)
+        # A word may have been freed and taken again: the last value counts.
+        return np.array(list(dict(changed).items()), np.int32).reshape(-1, 2)
+
+    def advance(self) -> None:
+        """What the device does at the end of a step, but for the token ids: those are not known
+        yet, and a request's next `updates` find out by its last token."""
+        num = self.num_places
+        self.view(self.words, "positions", num)[:] += 1
+        positions = self.view(self.words, "positions", num)
+        self.view(self.words, "kv_lens", num)[:] = positions + 1
+        rope_lens = self.view(self.words, "rope_lens", num)
+        np.maximum(rope_lens, positions + 1, out=rope_lens)
+        self.view(self.words, "counters", num)[:, 0] += 1
+        columns = positions // self.block_size
+        tables = self.view(self.words, "block_tables", num)
+        inside = columns < self.table_width
+        blocks = tables[np.arange(num), np.where(inside, columns, 0)]
+        slots = np.where(inside, blocks, 0) * self.block_size + positions % self.block_size
+        self.view(self.words, "slots", num)[:] = slots
+
+    def sampled(self, token_ids: np.ndarray) -> None:
+        """Tell what the step sampled, int32 [num_places]: the device has taken it over."""
+        self.view(self.words, "token_ids", len(token_ids))[:] = token_ids
+
+    def _wanted_words(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
+        """Every field of the batch, in the order of places, as int32 words."""
+        order = self.places[: len(requests)]
+        positions = np.array([r.num_computed_tokens for r in order], np.int32)
+        blocks = [r.block_ids[p // self.block_size] for r, p in zip(order, positions, strict=True)]
+        prompt_lens = np.array([r.num_prompt_tokens for r in order], np.int32)
+        fields = {
+            "token_ids": np.array([(r.output_ids or r.prompt_ids)[-1] for r in order], np.int32),
+            "positions": positions,
+            "slots": np.array(blocks, np.int32) * self.block_size + positions % self.block_size,
+            "kv_lens": positions + 1,
+            "rope_lens": np.maximum(prompt_lens, positions + 1),
+            **vars(build_sampler_batch(order)),
+        }
+        return {
+            name: np.ascontiguousarray(fields[name], dtype).reshape(-1).view(np.int32)
+            for name, (_, dtype) in _FIELDS.items()
+        }
+
+    def _table_updates(self, place: int, request: Request) -> list[tuple[int, int]]:
+        before, count = self._num_blocks[place], len(request.block_ids)
+        if before == count and place not in self._fresh:
+            return []  # a running request's blocks are only ever added to
+        num_columns = max(before, count)
+        start = self._offsets["block_tables"] + place * self.table_width
+        row = self.words[start : start + num_columns]
+        # Columns beyond the request's blocks name the null block, so that a step too many of a
+        # request that has ended writes there.
+        new = np.zeros(num_columns, np.int32)
+        new[:count] = request.block_ids
+        changed = [(start + int(i), int(new[i])) for i in np.flatnonzero(row != new)]
+        row[:] = new
+        self._num_blocks[place] = count
+        self._fresh.discard(place)
+        return changed
+
+    def _free(self, place: int) -> list[tuple[int, int]]:
+        """Empty a place; its words but the kv_len and the slot may stay as they are."""
+        self.places[place] = None
+        changed = []
+        for name in ("kv_lens", "slots", "positions", "token_ids"):
+            index = self._offsets[name] + place
+            self.words[index] = 0
+            changed.append((index, 0))
+        return changed

@@ -1,0 +1,148 @@
+"""What a GPU must hold for a model: the table of all buffers, and how large the cache can be.
+
+Pure planning: nothing is allocated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanocupy.config import ModelConfig
+from nanocupy.cuda.arena import ArenaPlan, BufferSpec
+from nanocupy.cuda.device import Device
+from nanocupy.engine.binding import step_dims
+from nanocupy.engine.decode_state import DecodeState
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.errors import CapacityError
+from nanocupy.model.forward import Buffer, decoder_forward
+from nanocupy.model.rope import rope_parameters
+from nanocupy.model.weights import weight_layout
+from nanocupy.ops.cuda_ops import ITEMSIZES, OpSizes, workspace_plan
+from nanocupy.progress import human_bytes
+
+MAX_UPDATES = 1 << 14  # words of the decode state sent at once
+# The inputs of an eager step come in one copy, from staging memory of at least this size: enough
+# for the penalised entries of any one sequence.
+MIN_INPUT_BYTES = 8 << 20
+_INPUTS = (
+    "token_ids", "positions", "slots", "rope_lens", "query_starts", "kv_lens", "block_tables",
+    "sample_rows",
+)  # fmt: skip
+_SAMPLER_WORDS = 24  # a sequence: parameters of the sampler and the penalties, gaps included
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Storage types by name: of weights and activations, of the residual stream, of the cache;
+    gpu_memory_utilization: the share of the card's free memory to take, weights included."""
+
+    dtype: str = "bfloat16"
+    residual_dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    gpu_memory_utilization: float = 0.9
+
+
+def plan_limits(
+    config: ModelConfig,
+    device: Device,
+    settings: DeviceSettings,
+    *,
+    max_context: int,
+    max_num_seqs: int,
+    max_step_tokens: int,
+    block_size: int = 16,
+) -> RunnerLimits:
+    """Limits whose cache takes what weights and workspaces leave; at most what can be used.
+
+    Raises CapacityError where not even one short sequence fits.
+    """
+    wanted = 1 + max_num_seqs * -(-max_context // block_size)
+    small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
+    fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
+    block_bytes = 2 * config.num_layers * config.kv_size * block_size
+    block_bytes *= ITEMSIZES[settings.cache_dtype]
+    budget = int(device.free_bytes() * settings.gpu_memory_utilization)
+    num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
+    if num_blocks < 2:
+        raise CapacityError(
+            f"{device.name}: weights and workspaces need {human_bytes(fixed)}, "
+            f"{human_bytes(budget)} may be used; take a smaller model or dtype, lower "
+            "max_num_seqs, or raise gpu_memory_utilization"
+        )
+    return RunnerLimits(num_blocks, block_size, max_context, max_step_tokens, max_num_seqs)
+
+
+def buffer_specs(
+    config: ModelConfig, device: Device, settings: DeviceSettings, limits: RunnerLimits
+) -> list[BufferSpec]:
+    """The table of everything on the device, by owner."""
+    sizes = op_sizes(config, settings, limits)
+    width = table_width(limits)
+    table = [
+        BufferSpec(f"weight.{weight.name}", weight.shape, settings.dtype, "weights")
+        for weight in weight_layout(config)
+    ]
+    largest = step_dims(limits.max_step_tokens, limits.max_num_seqs, sizes.max_rows, 1)
+    largest |= {"N": limits.num_blocks, "P": limits.block_size, "M": width}
+    types = {
+        "activation": settings.dtype,
+        "residual": settings.residual_dtype,
+        "cache": settings.cache_dtype,
+    }
+    seen = set(_INPUTS)
+    for call in decoder_forward(config, rope_parameters(config)):
+        for buffer in call.arguments.values():
+            if isinstance(buffer, Buffer) and buffer.name not in seen:
+                seen.add(buffer.name)
+                shape = tuple(largest.get(n, n) for n in buffer.shape)
+                owner = "kv cache" if buffer.dtype == "cache" else "activations"
+                table.append(
+                    BufferSpec(buffer.name, shape, types.get(buffer.dtype, buffer.dtype), owner)
+                )
+    for name, (shape, dtype) in workspace_plan(sizes, device.traits).items():
+        table.append(BufferSpec(name, shape, dtype, "workspaces"))
+    state = DecodeState(limits.max_num_seqs, width, limits.block_size)
+    input_bytes = 4 * (
+        len(_INPUTS) * limits.max_step_tokens + limits.max_num_seqs * (width + _SAMPLER_WORDS)
+    )
+    table += [
+        BufferSpec("decode_state", (state.num_words,), "int32", "batch"),
+        BufferSpec("updates", (MAX_UPDATES, 2), "int32", "batch"),
+        BufferSpec("sampled", (limits.max_num_seqs,), "int32", "batch"),
+        BufferSpec("place_numbers", (limits.max_num_seqs + 1,), "int32", "batch"),
+        BufferSpec("inputs", (max(input_bytes, MIN_INPUT_BYTES),), "uint8", "batch"),
+    ]
+    return table
+
+
+def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:
+    return OpSizes(
+        max_tokens=limits.max_step_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_rows=limits.max_num_seqs,
+        max_context=limits.max_context,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_size=config.head_size,
+        dtype=settings.dtype,
+        residual_dtype=settings.residual_dtype,
+        cache_dtype=settings.cache_dtype,
+    )
+
+
+def table_width(limits: RunnerLimits) -> int:
+    return -(-limits.max_context // limits.block_size)
+
+
+def decode_bucket(num_seqs: int, max_num_seqs: int) -> int:
+    """The size of the graph that `num_seqs` decode in: 1, 2, 4, 8, then multiples of 8, of 16
+    from 64 on."""
+    if num_seqs <= 8:
+        size = 1 << (num_seqs - 1).bit_length()
+    else:
+        step = 8 if num_seqs <= 64 else 16
+        size = -(-num_seqs // step) * step
+    return min(size, max_num_seqs)

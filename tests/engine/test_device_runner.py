@@ -1,0 +1,154 @@
+"""The GPU's runner on the host shim: the same tokens as the NumPy runner, graphs and all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nanocupy.config import RopeScaling
+from nanocupy.engine.batch import build_batch
+from nanocupy.engine.device_plan import DeviceSettings, plan_limits
+from nanocupy.engine.device_runner import DeviceRunner
+from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.numpy_runner import NumpyRunner
+from nanocupy.engine.request import Request
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.errors import CapacityError
+from nanocupy.model.load import load_numpy_weights
+from nanocupy.sampling_params import SamplingParams
+from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
+from tests.shim import build
+from tests.shim.device import MODERN, OLD, ShimDevice
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+SIZES = {"head_size": 64, "num_heads": 2, "num_kv_heads": 1, "max_context": 96}
+CONFIGS = {
+    "llama": tiny_config(**SIZES),
+    "qwen2": tiny_config(architecture="qwen2", has_qkv_bias=True, tied_lm_head=True, **SIZES),
+    "qwen3-ntk": tiny_config(
+        architecture="qwen3", has_qk_norm=True, has_o_bias=True, has_mlp_bias=True,
+        rope_scaling=RopeScaling("dynamic", factor=2.0, original_context=16), **SIZES,
+    ),
+}  # fmt: skip
+FLOAT32 = DeviceSettings("float32", "float32", "float32")
+GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+
+
+def runners(name: str, device: ShimDevice, *, num_blocks: int = 40, chunk: int = 32):
+    """The device's and the NumPy runner over the same weights."""
+    checkpoint = TinyCheckpoint(CONFIGS[name], seed=3)
+    limits = RunnerLimits(num_blocks, 4, 96, chunk, 12)
+    on_device = DeviceRunner(checkpoint.config, device, limits, FLOAT32)
+    on_device.upload_weights(checkpoint)
+    return on_device, NumpyRunner(checkpoint.config, load_numpy_weights(checkpoint), limits)
+
+
+def generate(runner, requests):
+    engine = LLMEngine(runner.config, runner)
+    outputs: dict[str, list[int]] = {}
+    waiting = dict(requests)
+    step = 0
+    while waiting or engine.has_unfinished:
+        for request_id in list(waiting):
+            at, ids, params = waiting[request_id]
+            if step >= at:
+                engine.add_request(request_id, ids, params)
+                del waiting[request_id]
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output.token_id)
+        step += 1
+    return outputs
+
+
+def arrivals(count: int, params: SamplingParams, seed: int = 0):
+    """Prompts that come at different steps and end at different ones."""
+    rng = np.random.default_rng(seed)
+    return {
+        str(i): (
+            3 * i,
+            rng.integers(0, 48, rng.integers(1, 30)).tolist(),
+            params.with_(max_tokens=int(rng.integers(2, 10))),
+        )
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("traits", [MODERN, OLD], ids=["modern", "old"])
+def test_tokens_are_those_of_numpy(name, traits):
+    device = ShimDevice(traits)
+    on_device, on_numpy = runners(name, device)
+    requests = arrivals(4, GREEDY)
+    assert generate(on_device, requests) == generate(on_numpy, requests)
+    assert device.counts["captured"]
+    assert device.counts["replayed"] > device.counts["captured"]
+
+
+def test_sampling_and_penalties_are_those_of_numpy():
+    on_device, on_numpy = runners("llama", ShimDevice())
+    hot = GREEDY.with_(temperature=1.2, top_k=30, top_p=0.95, seed=5)
+    requests = arrivals(3, hot) | {
+        "penalised": (2, [1, 2, 3], hot.with_(repetition_penalty=1.3, frequency_penalty=0.5)),
+        "biased": (4, [4, 5], GREEDY.with_(logit_bias={7: 100.0}, max_tokens=3)),
+        "greedy": (5, [6], GREEDY),
+    }
+    assert generate(on_device, requests) == generate(on_numpy, requests)
+
+
+def test_preemption_and_a_large_batch():
+    on_device, on_numpy = runners("llama", ShimDevice(), num_blocks=17)
+    requests = {i: (0, ids, p) for i, (_, ids, p) in arrivals(11, GREEDY, seed=2).items()}
+    assert generate(on_device, requests) == generate(on_numpy, requests)
+
+
+def test_a_decode_step_of_a_fixed_batch_sends_nothing():
+    device = ShimDevice()
+    on_device, _ = runners("llama", device)
+    engine = LLMEngine(on_device.config, on_device)
+    for number in range(2):
+        engine.add_request(str(number), [1, 2, 3, 4, 5], GREEDY.with_(max_tokens=16))
+    sent = []
+    while engine.has_unfinished:
+        before = device.counts["to_device"]
+        engine.step()
+        sent.append(device.counts["to_device"] - before)
+    # Step 0 is the prompt, step 1 makes the batch; step n decodes position n + 4, and where that
+    # begins a block of 4 tokens, its number is sent. All other steps send nothing.
+    assert sent[1:] == [int(n == 1 or (n + 4) % 4 == 0) for n in range(1, len(sent))]
+    assert device.counts["replayed"] >= 13
+
+
+def test_logits_in_sixteen_bits():
+    checkpoint = TinyCheckpoint(CONFIGS["qwen2"], seed=3, dtype="bfloat16")
+    limits = RunnerLimits(40, 16, 96, 64, 40)
+    device_runner = DeviceRunner(checkpoint.config, ShimDevice(), limits)
+    device_runner.upload_weights(checkpoint)
+    exact = NumpyRunner(
+        checkpoint.config, load_numpy_weights(checkpoint, np.float64), limits, np.float64
+    )
+    ids = np.random.default_rng(1).integers(0, 48, 37).tolist()
+    request = Request("a", ids, GREEDY, 0, 60)
+    request.block_ids = [5, 2, 9]
+    batch = build_batch([ScheduledRequest(request, 37, True)], block_size=16, table_width=6)
+    batch = type(batch)(**vars(batch) | {"sample_rows": np.arange(37, dtype=np.int32)})
+    wanted, got = exact.logits(batch), device_runner.logits(batch)
+    rms = np.sqrt(np.mean(wanted**2, axis=-1, keepdims=True))
+    assert np.abs(got - wanted).max() < 0.06 * rms.max()
+    assert np.abs(got - wanted).mean() < 0.02 * rms.mean()
+
+
+def test_the_cache_takes_what_is_left_and_too_little_is_refused():
+    config = CONFIGS["llama"]
+    settings = {"max_context": 96, "max_num_seqs": 4, "max_step_tokens": 32}
+    roomy = plan_limits(config, ShimDevice(), FLOAT32, **settings)
+    assert roomy.num_blocks == 1 + 4 * 6  # all that four sequences can use
+    fixed = DeviceRunner(config, ShimDevice(), roomy, FLOAT32).plan.total_bytes
+    block_bytes = 2 * config.num_layers * config.kv_size * 16 * 4
+    tight = ShimDevice(memory_bytes=int((fixed - 10 * block_bytes) / 0.9) + 4096)
+    limits = plan_limits(config, tight, FLOAT32, **settings)
+    assert 10 <= limits.num_blocks <= 16
+    assert DeviceRunner(config, tight, limits, FLOAT32).plan.total_bytes <= tight.free_bytes()
+    with pytest.raises(CapacityError, match="weights and workspaces need"):
+        plan_limits(config, ShimDevice(memory_bytes=1 << 20), FLOAT32, **settings)
