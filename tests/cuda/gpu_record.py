@@ -63,7 +63,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.outcomes["failed"] += report.when == "call" or not report.passed
+            self.outcomes["failed"] += 1  # also where only setup or teardown failed
         elif report.skipped:
             self.outcomes["skipped"] += 1
         elif report.when == "call":
