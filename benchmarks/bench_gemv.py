@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,8 @@ VARIANTS = {
     "w8 x3": GemvTuning(blocks_per_multiprocessor=3),
     "1 row u8": GemvTuning(rows_per_warp=1, unroll=8),
     "4 rows u2": GemvTuning(rows_per_warp=4, unroll=2),
-    "4 rows u4": GemvTuning(rows_per_warp=4),
-    "u2": GemvTuning(unroll=2),
     "lanes": GemvTuning(tensor=False),
     "tensor": GemvTuning(tensor=True),
-    "tensor u2": GemvTuning(tensor=True, unroll=2),
     "ahead 0": GemvTuning(prefetch=0),
     "ahead 4": GemvTuning(prefetch=4),
 }
@@ -200,8 +197,7 @@ class Bench:
         def start(i: int) -> None:
             self.cublas.matmul(x, matrices[i % len(matrices)], out)
 
-        guess = 3 + matrices[0].nbytes / 2e6
-        return statistics.median(self.microseconds(start, guess))
+        return statistics.median(self.microseconds(start, 3 + matrices[0].nbytes / 2e6))
 
     # --------------------------------------------------------------- our kernels
 
@@ -371,15 +367,12 @@ def variants_table(bench: Bench, products: list[Product], rows_list: list[int]) 
 def splits_table(bench: Bench, products: list[Product], rows_list: list[int]) -> None:
     splits = {"planned": None, **{f"{s} splits": s for s in (1, 2, 4, 8)}}
     small = [p for p in products if p.weight_rows * p.inputs < 64 << 20]
-    for blocks in (1, 2):
-        tuning = replace(DEFAULT_TUNING, blocks_per_multiprocessor=blocks)
-        prefetch(bench, [tuning], rows_list)
-        matrix_of_times(
-            f"{blocks} blocks a multiprocessor", list(splits), small, rows_list,
-            lambda name, product, rows, tuning=tuning: statistics.median(
-                bench.ours_us(product, rows, tuning, overlap=True, k_splits=splits[name])
-            ),
-        )  # fmt: skip
+    matrix_of_times(
+        "warps that share a unit", list(splits), small, rows_list,
+        lambda name, product, rows: statistics.median(
+            bench.ours_us(product, rows, DEFAULT_TUNING, overlap=True, k_splits=splits[name])
+        ),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -398,10 +391,9 @@ def main() -> None:
     bench = Bench(args.dtype)
     prefetch(bench, [DEFAULT_TUNING], rows_list)
     main_table(bench, products, rows_list, args.record)
-    if args.variants:
-        variants_table(bench, products, rows_list)
-    if args.splits:
-        splits_table(bench, products, rows_list)
+    for wanted, table in ((args.variants, variants_table), (args.splits, splits_table)):
+        if wanted:
+            table(bench, products, rows_list)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 // Products of 1 to 8 tokens with a matrix of weights, which is read once and sets the time.
 //
-// Owns how the matrix is shared out over blocks and warps, the loads, the sums and their merge. What
-// the inputs are (gemv_input.cuh) and what becomes of a sum (an Epilogue of gemv.cu) is not its part.
+// Owns how the matrix is shared out over blocks and warps, and the merge of their sums. What the
+// inputs are (gemv_input.cuh), how a warp multiplies (gemv_products.cuh), and what becomes of a sum
+// (an Epilogue of gemv.cu) is not its part.
 //
 // WARPS          of a block (8)
 // ROWS_PER_WARP  rows of weights that a warp reads side by side: 1, 2, 4 (2)
@@ -14,20 +15,11 @@
 // A unit is the rows of weights that a warp, or `k_splits` warps along the inputs, takes at a time;
 // with PAIRS they alternate between the matrix's first and second half. Every block gets the same
 // number of units, or one more, in a row. The sum of an output is taken in an order that depends on
-// the method and on k_splits, not on the grid, the batch or the other rows.
+// the method and on k_splits (above 1, on k_tile too), not on the grid, the batch or other rows.
 #pragma once
 
-#include "gemv_input.cuh"
+#include "gemv_products.cuh"
 
-#ifndef ROWS_PER_WARP
-#define ROWS_PER_WARP 2
-#endif
-#ifndef UNROLL
-#define UNROLL 4
-#endif
-#ifndef TENSOR
-#define TENSOR (ROWS >= 3)
-#endif
 #ifndef PREFETCH
 #define PREFETCH 1
 #endif
@@ -35,199 +27,16 @@
 #define MIN_BLOCKS 2
 #endif
 
-static_assert(
-    ROWS_PER_WARP == 1 || ROWS_PER_WARP == 2 || ROWS_PER_WARP == 4, "ROWS_PER_WARP is 1, 2 or 4");
-
 constexpr int LOG_WARPS =
     WARPS == 1 ? 0 : WARPS == 2 ? 1 : WARPS == 4 ? 2 : WARPS == 8 ? 3 : WARPS == 16 ? 4 : 5;
-constexpr int ROWS_POWER = ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8;
 
-// The matrix, and where a warp is in it.
+// The matrix, and how its inputs are shared.
 struct GemvMatrix {
     const scalar_t* weight;  // [num_outputs, num_inputs], with PAIRS twice as many rows
     int num_outputs;
     int num_inputs;
     int k_splits;  // warps that share a unit: a power of two, at most WARPS
 };
-
-// Sums over the lanes of N values (a power of two), spread: lane l gets that of value l / (32 / N).
-// The tree of additions is that of warp_sum.
-template <int N, int LANES = 16>
-__device__ __forceinline__ float warp_sum_spread(const float (&values)[N]) {
-    if constexpr (N == 1) {
-        return warp_sum<2 * LANES>(values[0]);
-    } else {
-        const bool upper = (lane_id() & LANES) != 0;
-        float halves[N / 2];
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            const float send = upper ? values[i] : values[i + N / 2];
-            const float keep = upper ? values[i + N / 2] : values[i];
-            halves[i] = keep + shuffle_xor(send, LANES);
-        }
-        return warp_sum_spread<N / 2, LANES / 2>(halves);
-    }
-}
-
-union WeightVector {
-    uint4 bits;
-    Vec<scalar_t, WIDE> values;
-};
-
-// The weights p[k … k + WIDE - 1], zero from `limit` on.
-template <bool ALIGNED>
-__device__ __forceinline__ uint4 load_weights(const scalar_t* p, int k, int limit) {
-    WeightVector v;
-    v.bits = make_uint4(0, 0, 0, 0);
-    if constexpr (ALIGNED) {
-        if (k < limit) v.bits = ld_nc_16(p + k);
-    } else {
-#pragma unroll
-        for (int i = 0; i < WIDE; ++i) {
-            if (k + i < limit) v.values.data[i] = p[k + i];
-        }
-    }
-    return v.bits;
-}
-
-// A warp's product, plain: the lanes lie along the inputs, and a lane multiplies its weights of every
-// row with its inputs of every token. One value a lane at the end.
-template <typename Input, int UNIT, int BATCH_CHUNKS, bool ALIGNED>
-struct LaneProduct {
-    static constexpr int UNIT_ROWS = UNIT;
-    static constexpr int CHUNK = 32 * WIDE;
-    static constexpr int BATCH = BATCH_CHUNKS;
-    static constexpr int VALUES = 1;
-    static constexpr int N = UNIT * ROWS_POWER;
-    static_assert(N <= 32, "a value a lane");
-
-    uint4 weights[BATCH][UNIT_ROWS];
-    float sums[UNIT_ROWS][ROWS];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int r = 0; r < UNIT_ROWS; ++r) {
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) sums[r][m] = 0.0f;
-        }
-    }
-
-    template <typename RowStart>
-    __device__ __forceinline__ void load(const RowStart& row_start, int chunk, int limit) {
-#pragma unroll
-        for (int r = 0; r < UNIT_ROWS; ++r) {
-            const scalar_t* p = row_start(r);
-#pragma unroll
-            for (int u = 0; u < BATCH; ++u) {
-                const int k = (chunk + u) * CHUNK + lane_id() * WIDE;
-                weights[u][r] = load_weights<ALIGNED>(p, k, limit);
-            }
-        }
-    }
-
-    // Chunk u of the batch, which is chunk tile_chunk of the tile.
-    __device__ __forceinline__ void multiply(const Input& input, int u, int tile_chunk) {
-        float w[UNIT_ROWS][WIDE];
-#pragma unroll
-        for (int r = 0; r < UNIT_ROWS; ++r) {
-            WeightVector v;
-            v.bits = weights[u][r];
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) w[r][i] = to_float(v.values.data[i]);
-        }
-        const int k = tile_chunk * CHUNK + lane_id() * WIDE;
-#pragma unroll
-        for (int m = 0; m < ROWS; ++m) {
-            float x[WIDE];
-            load_values<typename Input::act_t, WIDE>(input.row(m) + k, x);
-#pragma unroll
-            for (int r = 0; r < UNIT_ROWS; ++r) {
-#pragma unroll
-                for (int i = 0; i < WIDE; ++i) sums[r][m] += w[r][i] * x[i];
-            }
-        }
-    }
-
-    // The sums over all lanes: the value of row value_row, token value_token, where owns_value.
-    __device__ __forceinline__ void reduce(float (&values)[VALUES]) {
-        float spread[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const int r = i / ROWS_POWER, m = i % ROWS_POWER;
-            spread[i] = m < ROWS ? sums[r][m < ROWS ? m : 0] : 0.0f;
-        }
-        values[0] = warp_sum_spread<N>(spread);
-    }
-    static __device__ __forceinline__ int value_row(int) {
-        return lane_id() / (32 / N) / ROWS_POWER;
-    }
-    static __device__ __forceinline__ int value_token() {
-        return lane_id() / (32 / N) % ROWS_POWER;
-    }
-    static __device__ __forceinline__ bool owns_value() {
-        return lane_id() % (32 / N) == 0 && value_token() < ROWS;
-    }
-    // Of a pair of rows: the lane that owns the first gets both.
-    static __device__ __forceinline__ void pair(
-        const float (&values)[VALUES], float& gate, float& up) {
-        gate = values[0];
-        up = shuffle_xor(values[0], 32 / N * ROWS_POWER);
-    }
-};
-
-#if TENSOR && HAS_MMA && SCALAR != 0
-// A warp's product on the tensor cores: tokens are the operand's rows, eight rows of weights its
-// columns. Lane 4 g + t reads the inputs 8 t … 8 t + 7 of row g and of token g, 16 bytes each, and
-// gives them to two products as they lie: which input a lane calls first is the same on both sides,
-// so the sum is the same. Two values a lane at the end, of neighbouring rows.
-template <typename Input, int BATCH_CHUNKS>
-struct TensorProduct {
-    static constexpr int UNIT_ROWS = 8;
-    static constexpr int CHUNK = 4 * WIDE;
-    static constexpr int BATCH = BATCH_CHUNKS;
-    static constexpr int VALUES = 2;
-
-    uint4 weights[BATCH];
-    float sums[2][4];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
-    }
-
-    template <typename RowStart>
-    __device__ __forceinline__ void load(const RowStart& row_start, int chunk, int limit) {
-        const scalar_t* p = row_start(lane_id() / 4);
-#pragma unroll
-        for (int u = 0; u < BATCH; ++u) {
-            const int k = (chunk + u) * CHUNK + lane_id() % 4 * WIDE;
-            weights[u] = load_weights<true>(p, k, limit);
-        }
-    }
-
-    __device__ __forceinline__ void multiply(const Input& input, int u, int tile_chunk) {
-        const int token = lane_id() / 4, k = tile_chunk * CHUNK + lane_id() % 4 * WIDE;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (token < ROWS) v = *reinterpret_cast<const uint4*>(input.row(token) + k);
-        const uint32_t low[4] = {v.x, 0, v.y, 0}, high[4] = {v.z, 0, v.w, 0};
-        mma_m16n8k16<scalar_t>(sums[0], low, weights[u].x, weights[u].y);
-        mma_m16n8k16<scalar_t>(sums[1], high, weights[u].z, weights[u].w);
-    }
-
-    __device__ __forceinline__ void reduce(float (&values)[VALUES]) {
-        values[0] = sums[0][0] + sums[1][0];
-        values[1] = sums[0][1] + sums[1][1];
-    }
-    static __device__ __forceinline__ int value_row(int v) { return lane_id() % 4 * 2 + v; }
-    static __device__ __forceinline__ int value_token() { return lane_id() / 4; }
-    static __device__ __forceinline__ bool owns_value() { return value_token() < ROWS; }
-    static __device__ __forceinline__ void pair(
-        const float (&values)[VALUES], float& gate, float& up) {
-        gate = values[0];
-        up = values[1];
-    }
-};
-#endif
 
 // Where a warp is: pass over the block's units, tile of inputs, chunks left of its part of the tile.
 struct GemvPlace {

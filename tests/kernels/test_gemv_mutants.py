@@ -16,7 +16,7 @@ from tests.shim.build import KERNELS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-HEADERS = ("gemv_input.cuh", "gemv.cuh")
+HEADERS = ("gemv_input.cuh", "gemv_products.cuh", "gemv.cuh")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ MUTANTS = [
 def sources(op: str, old: str = "", new: str = "") -> str:
     """The kernel of one op with its headers in one text, and `old` in it replaced."""
     headers = "\n".join((KERNELS / name).read_text() for name in HEADERS)
-    headers = headers.replace('#include "gemv_input.cuh"', "").replace("#pragma once", "")
+    for name in HEADERS:
+        headers = headers.replace(f'#include "{name}"', "")
+    headers = headers.replace("#pragma once", "")
     text = (KERNELS / "gemv.cu").read_text().replace('#include "gemv.cuh"', headers)
     # Without the other kernels it builds in a fraction of the time.
     for entry in build.entries(text):
