@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
+_GPU_PLUGIN = "tests.cuda.gpu_record"
 _NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever part of the suite is run: GPU tests skip with the reason, or are recorded."""
+    if not config.pluginmanager.has_plugin(_GPU_PLUGIN):
+        config.pluginmanager.import_plugin(_GPU_PLUGIN)
 
 
 def _cache_folder() -> Path:

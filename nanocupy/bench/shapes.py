@@ -1,24 +1,12 @@
-"""Public models by their shapes, and checkpoints of random weights in those shapes.
-
-Numbers are those of the models' published config.json files.
-"""
+"""Public models by their shapes: the numbers of their published config.json files."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import ml_dtypes
-import numpy as np
-
-from nanocupy.checkpoint.base import Checkpoint, TensorInfo
+from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.config import ModelConfig, RopeScaling
-from nanocupy.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from nanocupy.tokenizer.base import Tokenizer
+from nanocupy.errors import ConfigError
 
 
 def _qwen(architecture: str, dims: tuple[int, ...], **more: object) -> ModelConfig:
@@ -62,46 +50,9 @@ SHAPES: Mapping[str, ModelConfig] = {
     "llama-3.1-8b": _llama3((128256, 4096, 14336, 32, 32, 8, 128), 8.0),
 }
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
-
-class RandomCheckpoint(Checkpoint):
-    """Normal random weights in a shape, never zeros: what a bench runs on.
-
-    Matrices have standard deviation 1 / sqrt(columns), so that activations keep their size; norms
-    are one. The same shape and seed give the same weights. There is no tokenizer.
-    """
-
-    format = "random"
-
-    def __init__(self, shape: str, dtype: str = "bfloat16", seed: int = 0) -> None:
-        """shape: a name in SHAPES. Raises ConfigError for another."""
-        if shape not in SHAPES:
-            raise ConfigError(f"shape {shape!r} is not known; known: {', '.join(SHAPES)}")
-        self.path = Path(f"{shape} (random weights)")
-        self.config = SHAPES[shape].with_(name=shape)
-        self.seed = seed
-        self.dtype = DTYPES[dtype]
-        self.tensors = {
-            name: TensorInfo(name, dims, dtype, math.prod(dims) * self.dtype.itemsize)
-            for name, dims in self.config.tensor_shapes().items()
-        }
-        self._order = {name: number for number, name in enumerate(self.tensors)}
-
-    def read(self, name: str) -> np.ndarray:
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: no tensor {name}")
-        dims = self.tensors[name].shape
-        if name.endswith("norm.weight"):
-            return np.ones(dims, self.dtype)
-        rng = np.random.default_rng([self.seed, self._order[name]])
-        values = rng.standard_normal(dims, np.float32)
-        values *= dims[-1] ** -0.5
-        return values.astype(self.dtype, copy=False)
-
-    def _load_tokenizer(self) -> Tokenizer | None:
-        return None
+def random_checkpoint(shape: str, dtype: str = "bfloat16", seed: int = 0) -> RandomCheckpoint:
+    """Random weights in the shape of that name. Raises ConfigError for a name not in SHAPES."""
+    if shape not in SHAPES:
+        raise ConfigError(f"shape {shape!r} is not known; known: {', '.join(SHAPES)}")
+    return RandomCheckpoint(SHAPES[shape].with_(name=shape), dtype, seed)

@@ -102,14 +102,14 @@ def prefill(shape: str, device: str, repeats: int, as_json: bool, lengths: list[
 
 
 def _engine(shape: str, device: str, max_context: int, max_num_seqs: int) -> tuple[LLMEngine, str]:
-    from nanocupy.bench.shapes import SHAPES, RandomCheckpoint
+    from nanocupy.bench.shapes import SHAPES, random_checkpoint
     from nanocupy.engine.backend import make_runner
     from nanocupy.engine.engine import LLMEngine
 
     if max_context > SHAPES[shape].max_context:
         raise ConfigError(f"{shape} takes {SHAPES[shape].max_context} tokens, not {max_context}")
     dtype = "float32"  # what the CPU computes in
-    checkpoint = RandomCheckpoint(shape, dtype)
+    checkpoint = random_checkpoint(shape, dtype)
     runner = make_runner(
         checkpoint,
         device=device,

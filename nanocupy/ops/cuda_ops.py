@@ -406,6 +406,15 @@ class CudaOps(Ops):
             _i32(num_seqs), _i32(table_width), _i32(block_size), SCALAR=0,
         )  # fmt: skip
 
+    def fill_normal(self, out: Array, deviation: float, seed: int) -> None:
+        """Normal values of mean 0 in an array of the storage type, the same for the same seed."""
+        size = math.prod(out.shape)
+        grid = min(-(-size // 1024), 32 * self._traits.num_multiprocessors)
+        self._launch(
+            "random.cu", "fill_normal", LaunchShape((grid,), 256), out, _i64(size),
+            _f32(deviation), np.uint64(seed), **self._types,
+        )  # fmt: skip
+
     def apply_updates(self, updates: Array, state: Array) -> None:
         """Set words of the decode state: updates int32 [n, 2], index and value; state int32."""
         count = len(updates)

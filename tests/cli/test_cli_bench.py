@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nanocupy import cli
-from nanocupy.bench import measure, shapes
-from nanocupy.bench.shapes import SHAPES, RandomCheckpoint
+from nanocupy.bench import measure
+from nanocupy.bench.shapes import SHAPES, random_checkpoint
 from nanocupy.cli.bench import SHAPE_NAMES
 from nanocupy.errors import ConfigError
 from tests.checkpoint.tiny import tiny_config
@@ -32,7 +32,7 @@ def test_shapes_have_the_size_their_names_say() -> None:
 
 
 def test_random_weights_are_the_same_again_and_never_zero(tiny_shape: None) -> None:
-    one, two = (RandomCheckpoint("smollm2-135m", "bfloat16") for _ in range(2))
+    one, two = (random_checkpoint("smollm2-135m", "bfloat16") for _ in range(2))
     for name in one.tensors:
         assert np.array_equal(one.read(name), two.read(name))
         assert np.count_nonzero(one.read(name)) > 0.99 * one.read(name).size
@@ -65,4 +65,4 @@ def test_what_does_not_fit_is_refused(tiny_shape: None, capsys: pytest.CaptureFi
     assert cli.main(["bench", "decode", "--batch", "0"]) == 2
     assert "'0' must be whole numbers from 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="shape 'x' is not known"):
-        shapes.RandomCheckpoint("x")
+        random_checkpoint("x")

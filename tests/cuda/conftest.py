@@ -9,13 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-_PLUGIN = "tests.cuda.gpu_record"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.has_plugin(_PLUGIN):
-        config.pluginmanager.import_plugin(_PLUGIN)
-
 
 @pytest.fixture(scope="session")
 def nvrtc() -> tuple[int, int]:

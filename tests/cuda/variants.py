@@ -55,6 +55,7 @@ VARIANTS = (
     Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants("decode_state.cu", ("advance_decode_state", "apply_updates"), ({"SCALAR": BFLOAT16},)),
+    Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
     Variants(
         "gemv.cu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.config import RopeScaling
 from nanocupy.engine.batch import build_batch
 from nanocupy.engine.device_plan import DeviceSettings, plan_limits
@@ -137,6 +138,19 @@ def test_logits_in_sixteen_bits():
     rms = np.sqrt(np.mean(wanted**2, axis=-1, keepdims=True))
     assert np.abs(got - wanted).max() < 0.06 * rms.max()
     assert np.abs(got - wanted).mean() < 0.02 * rms.mean()
+
+
+def test_random_weights_are_made_on_the_device():
+    checkpoint = RandomCheckpoint(CONFIGS["qwen2"], "float32", seed=4)
+    runner = DeviceRunner(checkpoint.config, ShimDevice(), RunnerLimits(40, 4, 96, 32, 12), FLOAT32)
+    runner.upload_weights(checkpoint)
+    for weight in runner.weights.values():
+        assert np.isfinite(weight).all()
+        assert np.count_nonzero(weight) == weight.size
+    gate_up = runner.weights["layers.0.gate_up.weight"]
+    assert abs(gate_up.std() * gate_up.shape[1] ** 0.5 - 1) < 0.05
+    assert not np.array_equal(gate_up[:64], gate_up[64:])
+    assert len(generate(runner, {"a": (0, [1, 2, 3], GREEDY)})["a"]) == 7
 
 
 def test_the_cache_takes_what_is_left_and_too_little_is_refused():
