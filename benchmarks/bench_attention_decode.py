@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.read_ceiling import graph_times_ms, read_ceiling
 from benchmarks.records import write_record
 from nanocupy.ops.launch_attention_decode import (
     FILE,
@@ -31,27 +30,20 @@ from nanocupy.ops.launch_attention_decode import (
 BLOCK_SIZE = 16
 BFLOAT16 = 2  # code of the kernels' SCALAR
 COLD_BYTES = 256 << 20
-CEILING_BYTES = 2 << 30
 RUNS = 9
 RUN_MS = 4.0
 TOLERANCE = 1.6e-2
 
+SHAPES = ((4, 2), (4, 4), (4, 6), (2, 3), (2, 4), (2, 6), (1, 6), (8, 2), (8, 3))
 VARIANTS = {
     "default": DecodeTuning(),
-    **{
-        f"{warps} warps, {stages} stages": DecodeTuning(warps=warps, stages=stages)
-        for warps, stages in (
-            *((4, 2), (4, 4), (4, 6), (2, 3), (2, 4), (2, 6), (1, 6), (8, 2), (8, 3)),
-        )
-    },
-    **{f"{waves} waves": DecodeTuning(waves=waves) for waves in (1, 2, 8, 16)},
-    **{
-        f"parts from {tokens}": DecodeTuning(least_part_tokens=tokens)
-        for tokens in (64, 128, 512, 1024)
-    },
+    **{f"{w} warps, {s} stages": DecodeTuning(warps=w, stages=s) for w, s in SHAPES},
+    **{f"{n} waves": DecodeTuning(waves=n) for n in (1, 2, 8, 16)},
+    **{f"parts from {n}": DecodeTuning(least_part_tokens=n) for n in (64, 128, 512, 1024)},
     "one part": DecodeTuning(num_items=1),
     "merge kernel": DecodeTuning(merge_kernel=True),
     "merged by the last": DecodeTuning(merge_kernel=False),
+    "tensor cores": DecodeTuning(least_mma_rows=1),
     "plain": DecodeTuning(least_mma_rows=1 << 30),
 }
 
@@ -93,58 +85,10 @@ class Problem:
 
 
 PROBLEMS = (
-    Problem(32, 8192),
-    Problem(1, 131072),
-    Problem(128, 512),
-    Problem(8, 2048),
-    Problem(1, 512),
-    Problem(32, 8192, 16, 8, 128),
-    Problem(32, 8192, 8, 8, 128),
-    Problem(32, 8192, 32, 8, 64),
-    Problem(32, 8192, 56, 8, 128),
+    *(Problem(s, t) for s, t in ((32, 8192), (1, 131072), (128, 512), (8, 2048), (1, 512))),
+    *(Problem(32, 8192, heads) for heads in (16, 8, 56)),
+    Problem(32, 8192, head_size=64),
 )
-
-
-def graph_times_ms(body: Callable[[Any], None]) -> list[float]:
-    """Milliseconds of each replay of what `body` launches on the stream it is given."""
-    import cupy
-
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
-        body(stream)
-        graph = stream.end_capture()
-    times = []
-    for _ in range(3 + RUNS):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record(stream)
-        graph.launch(stream)
-        end.record(stream)
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end))
-    return times[3:]
-
-
-def read_ceiling(loader: Any) -> float:
-    """GB/s of a kernel that reads and does nothing else, the best of some grids."""
-    import cupy
-
-    from nanocupy.cuda.compiler import Compiler, Sources
-    from nanocupy.cuda.kernels import KernelLoader
-
-    sources = Sources(Path(__file__).parent / "kernels")
-    kernel = KernelLoader(loader.device, Compiler(sources)).get("stream_read.cu", "stream_read")
-    count = CEILING_BYTES // 16
-    data = cupy.random.randint(0, 1 << 31, count * 4, dtype=np.int32)
-    out = cupy.zeros(1, np.uint32)
-    best = 0.0
-    for blocks in (2, 4, 8, 16):
-        launch = kernel.prepare(
-            (loader.num_multiprocessors * blocks,), (512,), [data, out, np.int64(count)]
-        )
-        times = graph_times_ms(lambda stream, launch=launch: kernel.start(launch, stream))
-        best = max(best, CEILING_BYTES / statistics.median(times) / 1e6)
-    return best
 
 
 # ------------------------------------------------------------------------------ our kernel
@@ -206,12 +150,12 @@ class Prepared:
         for _ in range(6):
             b, head = int(rng.integers(p.sequences)), int(rng.integers(p.heads))
             group = head // (p.heads // p.kv_heads)
-            k, v = (
-                cupy.asnumpy(cache[index][self.tables[index][b], group])
-                .astype(np.float64)
-                .reshape(-1, p.head_size)[: p.tokens]
+            blocks = self.device_tables[index][b]
+            k, v = (  # taken as plain integers
+                cache[index].view(np.uint16)[:, group].take(blocks, axis=0).get()
+                .view(self.out.dtype).astype(np.float64).reshape(-1, p.head_size)[: p.tokens]
                 for cache in (self.keys, self.values)
-            )
+            )  # fmt: skip
             query, got = (
                 cupy.asnumpy(array[b, head]).astype(np.float64)
                 for array in (self.queries, self.out)
@@ -415,7 +359,7 @@ def variants_table(loader: Any, problems: tuple[Problem, ...]) -> None:
         del prepared
         cupy.get_default_memory_pool().free_all_blocks()
     print(f"{'GB/s':22s} {'regs':>4s} {'loc.':>4s} {'an SM':>5s}  " + "  ".join(
-        f"{f's{p.sequences}/t{p.tokens}':>21s}" for p in problems
+        f"{p.name.removeprefix('attention-decode/').replace('d128/', ''):>21s}" for p in problems
     ))  # fmt: skip
     for name, cells in rows.items():
         print(f"{name:22s} {facts.get(name, ''):15s}  " + "  ".join(f"{c:>21s}" for c in cells))
@@ -433,7 +377,7 @@ def main() -> None:
     tuning = VARIANTS["plain"] if args.plain else DecodeTuning()
     main_table(loader, tuning, args.record and not args.plain)
     if args.variants:
-        variants_table(loader, PROBLEMS[:5])
+        variants_table(loader, PROBLEMS[:7])
 
 
 if __name__ == "__main__":

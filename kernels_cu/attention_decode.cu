@@ -2,35 +2,13 @@
 // context over the grid (Flash-Decoding: Dao, Haziza, Massa, Sizov 2023; online softmax: Milakov,
 // Gimelshein 2018). All query heads of a key/value head, and all queries, share each read of it.
 //
-// SCALAR, CACHE     types of q and out, and of the cache
 // HEAD_SIZE         attention_decode: any; attention_decode_mma: a multiple of 16
-// QUERIES           most queries of a sequence, 1 to 8
 // TILE_ROWS         attention_decode: rows (query, head) of a block
 // ROW_TILES         attention_decode_mma: rows of a block, in units of 16
 // STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2
-//
+// SCALAR, CACHE, QUERIES: as in the headers.
 // nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
 #include "attention_decode.cuh"
-
-#ifndef TILE_ROWS
-#define TILE_ROWS 4
-#endif
-#ifndef ROW_TILES
-#define ROW_TILES 1
-#endif
-#ifndef STAGES
-#define STAGES 3
-#endif
-
-#define DECODE_PARAMETERS                                                                          \
-    const scalar_t *q, const cache_t *key_cache, const cache_t *value_cache,                       \
-        const int32_t *query_starts, const int32_t *kv_lens, const int32_t *block_tables,          \
-        float scale, scalar_t *out, float *partial_values, float *partial_states,                  \
-        uint32_t *counters, int num_sequences, int num_kv_heads, int heads_per_group,              \
-        int block_size, int table_width, int num_items, int least_part, int num_row_tiles
-
-#define DECODE_BATCH                                                                               \
-    { query_starts, kv_lens, num_sequences, num_items, least_part, num_kv_heads, heads_per_group }
 
 // ------------------------------------------------------------------------------ any card
 
@@ -64,7 +42,7 @@ constexpr int STEP = AHEAD * (WARP_SIZE / LANES);                  // positions 
 // REF: numpy_ops.attention
 // COST: bytes: keys and values of each sequence's positions, once for each row tile; 4 flops for
 //   each row, position and d
-extern "C" __global__ void __launch_bounds__(128) attention_decode(DECODE_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PARAMETERS) {
     grid_dependency_wait();
     const DecodeBatch batch = DECODE_BATCH;
     const DecodeWork work = find_work<true>(batch, blockIdx.y);
@@ -404,11 +382,11 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 
 // attention_decode_merge: makes one of the parts that attention_decode or attention_decode_mma left,
 //   where their counters are null. Sequences of one part are done already.
-// grid (G * H / G * QUERIES, B); block 32 to 256; shared: warps * d * 4 bytes
+// grid (G * H / G * QUERIES, B); block 32 to 128; shared: warps * d * 4 bytes
 // arrays: as attention_decode, with the same numbers; q, caches, block_tables and counters unread
 // REF: numpy_ops.attention
 // COST: bytes: 4 * (d + 2) for each part and row
-extern "C" __global__ void __launch_bounds__(256) attention_decode_merge(DECODE_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 4) attention_decode_merge(DECODE_PARAMETERS) {
     grid_dependency_wait();
     const DecodeBatch batch = DECODE_BATCH;
     const DecodeWork work = find_work<false>(batch, blockIdx.y);

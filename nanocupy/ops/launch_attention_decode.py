@@ -114,7 +114,7 @@ def launch_attention_decode(
     else:
         entry = "attention_decode"
         tile_rows = 4 if rows > 2 else rows
-        warps, blocks, macros = 4, 3, {"TILE_ROWS": tile_rows}
+        warps, blocks, macros = 4, 2 if tile_rows > 2 else 3, {"TILE_ROWS": tile_rows}
         shared_bytes = warps * tile_rows * head_size * 4
     num_row_tiles = -(-rows // tile_rows)
     columns = num_kv_heads * num_row_tiles

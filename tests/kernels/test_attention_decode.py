@@ -56,7 +56,7 @@ def most_queries(call: Call) -> int:
 
 
 def launch_for(
-    call: Call, tuning: DecodeTuning | None, queries: int = 0, force_plain: bool = False
+    call: Call, tuning: DecodeTuning | None, queries: int, force_plain: bool = False
 ) -> DecodeLaunch:
     a = call.arguments
     code = CODES[a["q"].dtype.name]
@@ -65,7 +65,7 @@ def launch_for(
         a["q"].shape[1],
         a["key_cache"].shape[1],
         a["q"].shape[2],
-        queries=queries or most_queries(call),
+        queries=queries,
         max_context=int(a["kv_lens"].max(initial=1)),
         scalar=code,
         cache=code,
@@ -121,10 +121,11 @@ def wanted(call: Call) -> np.ndarray:
 
 def check(
     backend: Any, case: Case, storage: np.dtype, tuning: DecodeTuning | None = many_parts,
-    force_plain: bool = False, entry: str | None = None, **macros: int,
+    force_plain: bool = False, entry: str | None = None, queries: int = 0, **macros: int,
 ) -> None:  # fmt: skip
     call = case.build(storage)
-    launch = launch_for(call, tuning, force_plain=force_plain)
+    queries = queries or most_queries(call)
+    launch = launch_for(call, tuning, queries, force_plain)
     assert entry in (None, launch.entry)
     if force_plain:
         macros["FORCE_PLAIN"] = 1
@@ -132,7 +133,7 @@ def check(
     starts = call.arguments["query_starts"]
     skipped = np.zeros(out.shape, bool)
     for begin, end in pairwise(starts):
-        if end - begin > most_queries(call):
+        if end - begin > queries:
             skipped[begin:end] = True
             assert np.isnan(out[begin:end].astype(np.float32)).all(), "not this kernel's to write"
     assert_close(out, wanted(call), str(case), ignored=skipped)
@@ -143,7 +144,7 @@ SHARED = [case for case in CASES if case.op == "attention"]
 
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_shared_cases(backend: Any, case: Case, storage: np.dtype) -> None:
-    check(backend, case, storage)
+    check(backend, case, storage, queries=8)
 
 
 GROUPS = [(2, 2), (4, 1), (7, 1), (16, 2), (16, 1), (40, 2)]
@@ -243,7 +244,7 @@ def test_padding_sequences_are_zero(backend: Any, entry: str) -> None:
     call.arguments["kv_lens"][1:] = 0
     call.arguments["block_tables"][1:] = cases.FAR_BLOCK
     force_plain = entry == "attention_decode"
-    launch = launch_for(call, many_parts, force_plain=force_plain)
+    launch = launch_for(call, many_parts, 1, force_plain)
     out = run(backend, call, launch, FORCE_PLAIN=int(force_plain)).astype(np.float64)
     assert_close(out[:1].astype(DTYPES["bfloat16"]), expected[:1])
     assert (out[1:] == 0).all()
@@ -265,6 +266,28 @@ def test_parts_never_outnumber_items(backend: Any, items: int) -> None:
     case = attention_case("unequal", [(1, n) for n in lens], 1, 1, 4)
     tuning = DecodeTuning(num_items=items, least_part_tokens=64)
     check(backend, case, DTYPES["float32"], tuning)
+
+
+@pytest.mark.parametrize("shared_kb", [64, 99, 163, 227])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_launches_fit_every_card(shared_kb: int, head_size: int) -> None:
+    for heads, queries, sequences in ((8, 1, 1), (32, 8, 3), (32, 2, 256), (64, 1, 4000)):
+        launch = launch_attention_decode(
+            sequences, heads, 8, head_size, queries=queries, max_context=1 << 20, scalar=2, cache=2,
+            compute_capability=(8, 0) if shared_kb > 64 else (7, 5), num_multiprocessors=108,
+            max_shared_bytes=shared_kb << 10,
+        )  # fmt: skip
+        rows = heads // 8 * queries
+        uses_mma = launch.entry == "attention_decode_mma"
+        assert uses_mma == (rows >= 4 and shared_kb > 64)
+        assert launch.shared_bytes <= shared_kb << 10
+        tile_rows = 16 * launch.macros["ROW_TILES"] if uses_mma else launch.macros["TILE_ROWS"]
+        assert launch.grid == (8 * launch.num_row_tiles, launch.num_items)
+        assert rows <= launch.num_row_tiles * tile_rows < rows + tile_rows
+        assert sequences <= launch.num_items <= 65535
+        if uses_mma:  # as the kernel asserts: a warp's sums take the place of its ring
+            ring = launch.macros["STAGES"] * 2 * 16 * head_size * 2
+            assert ring >= tile_rows * (head_size + 8) * 4
 
 
 # ------------------------------------------------------------------------------ planted bugs
@@ -335,7 +358,7 @@ def planting_call() -> tuple[Call, DecodeLaunch]:
     sequences = [(1, 2500), (3, 81), (4, 40), (2, 5)]
     call = attention_case("planted", sequences, 8, 2, 32, 8).build(DTYPES["float16"])
     tuning = DecodeTuning(num_items=50, least_part_tokens=64, warps=2, merge_kernel=False)
-    return call, launch_for(call, tuning)
+    return call, launch_for(call, tuning, 4)
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
