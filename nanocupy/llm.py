@@ -7,6 +7,7 @@ print(llm.generate("The capital of France is", SamplingParams(max_tokens=8)).tex
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_runner
 from nanocupy.engine.engine import LLMEngine, StepOutput
 from nanocupy.engine.stops import StopMatcher
-from nanocupy.errors import TokenizerError
+from nanocupy.errors import RequestError, TokenizerError
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.tokenizer import Tokenizer, stream_decoder
 from nanocupy.tokenizer.chat import ChatTemplate
@@ -231,12 +232,11 @@ class LLM:
         """Continue a prompt, or many in one batch. A prompt is text or a list of token ids; the
         answers come in the prompts' order."""
         if isinstance(prompts, str):
-            prompts, single = [prompts], True
-        else:
-            single = False
-        ids = [self.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        completions = self._complete(ids, params, continuing=True)
-        return completions[0] if single else completions
+            return self._complete([self.encode(prompts)], params, continuing=True)[0]
+        if not isinstance(prompts, Sequence):
+            raise RequestError(f"prompts are {prompts!r}; give a text or a list of prompts")
+        ids = [self.encode(p) if isinstance(p, str) else _token_ids(p) for p in prompts]
+        return self._complete(ids, params, continuing=True)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
@@ -251,11 +251,14 @@ class LLM:
     ) -> Answer:
         """The answer piece by piece, as it comes. The prompt is text, token ids, or a
         conversation. Several can be read in turns: they run in one batch."""
-        is_chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
+        is_chat = False
         if isinstance(prompt, str):
             ids = self.encode(prompt)
+        elif isinstance(prompt, Sequence) and any(isinstance(m, Mapping) for m in prompt[:1]):
+            is_chat = True
+            ids = self.encode_chat(prompt)  # type: ignore[arg-type]
         else:
-            ids = self.encode_chat(prompt) if is_chat else list(prompt)  # type: ignore[arg-type]
+            ids = _token_ids(prompt)
         return self._add([ids], params, continuing=not is_chat)[0]
 
     def _complete(
@@ -276,6 +279,8 @@ class LLM:
         """Queue all prompts, or none of them. continuing: the answers go on a text, so that the
         space before their first word is theirs."""
         params = params if params is not None else self.default_params()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params are {params!r}; give a SamplingParams")
         added: list[Answer] = []
         try:
             for ids in prompts:
@@ -320,3 +325,15 @@ def _author_settings(defaults: GenerationDefaults) -> dict[str, Any]:
     if defaults.repetition_penalty is not None:
         settings["repetition_penalty"] = defaults.repetition_penalty
     return settings
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """A prompt of token ids as a list of int; RequestError for anything else."""
+    try:
+        if isinstance(prompt, (str, bytes)) or any(isinstance(i, bool) for i in prompt):
+            raise TypeError
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        text = repr(prompt)
+        text = text if len(text) <= 80 else f"{text[:80]}…"
+        raise RequestError(f"prompt {text} is neither text nor a list of token ids") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -224,7 +225,7 @@ def compile_source(
     program = nvrtc.createProgram(source, name, texts, names)
     try:
         nvrtc.compileProgram(program, arguments)
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        return _whole_elf(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as exc:
         log = nvrtc.getProgramLog(program)
         error = CudaError(f"{what or name} does not compile: {_error_lines(log) or exc}")
@@ -283,3 +284,14 @@ def _define(file: str, name: str, value: int | str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise CudaError(f"{file}: macro {name} must be an int or a string, not {value!r}")
     return f"-D{name}={value}"
+
+
+def _whole_elf(cubin: bytes) -> bytes:
+    """`cubin` with the last byte that CuPy takes for a string's end and cuts off (seen in 14.2).
+
+    An ELF file's header says where its tables end; what is missing of them is at most that zero.
+    """
+    tables = struct.unpack_from("<QQ", cubin, 32), struct.unpack_from("<HHHH", cubin, 54)
+    (segments, sections), (segment_size, num_segments, section_size, num_sections) = tables
+    end = max(segments + segment_size * num_segments, sections + section_size * num_sections)
+    return cubin + b"\0" if len(cubin) == end - 1 else cubin

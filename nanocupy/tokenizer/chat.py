@@ -127,6 +127,10 @@ def _checked(messages: Any) -> Sequence[Mapping[str, Any]]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TokenizerError(f"chat: message {index} is no object with a role")
+        if "content" not in message and message["role"] in ("system", "user"):
+            raise TokenizerError(f"chat: message {index} ({message['role']}) has no content")
+    if not messages:
+        raise TokenizerError("chat: there are no messages; give one at least")
     return messages
 
 

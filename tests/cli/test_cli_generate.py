@@ -217,6 +217,15 @@ def test_python_mistakes(model: Path) -> None:
     llm = LLM(model, device="cpu")
     with pytest.raises(RequestError, match="empty"):
         llm.generate([[]])
+    for prompts in (5, [1, 2, 3], [["a"]], [[True]], [[1.5]], [b"x"]):
+        with pytest.raises(RequestError, match=r"prompt.* (neither|give)"):
+            llm.generate(prompts)
+    with pytest.raises(RequestError, match="params are"):
+        llm.generate("x", {"temperature": 0})
+    with pytest.raises(TokenizerError, match="message"):
+        llm.chat([{"role": "user"}])
+    with pytest.raises(TokenizerError, match="no messages"):
+        llm.chat([])
     with pytest.raises(RequestError, match="token id 999"):
         llm.generate([[1], [999]])
     assert not llm._engine.has_unfinished  # the good prompt was not left behind

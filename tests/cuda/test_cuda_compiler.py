@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_compiles_for_every_architecture(folder: Path, tmp_path: Path, arch: str
     assert cubin.data[18:20] == b"\xbe\x00"  # ELF: EM_CUDA
     assert cubin.path is not None
     assert cubin.path.read_bytes() == cubin.data
+
+
+def test_cubins_are_whole_files(folder: Path, tmp_path: Path) -> None:
+    """Headers of an ELF file name where its tables lie: all of them must be there."""
+    (folder / "one.cu").write_text('extern "C" __global__ void one(int* p) { p[0] = 1; }')
+    cubin = Compiler(Sources(folder), tmp_path / "cubins").compile("one.cu", {}, arch="90a").data
+    for offset, size in ((32, 54), (40, 58)):
+        (start,) = struct.unpack_from("<Q", cubin, offset)
+        entry_bytes, count = struct.unpack_from("<HH", cubin, size)
+        assert 0 < start + entry_bytes * count <= len(cubin)
 
 
 def test_the_second_time_comes_from_the_cache(folder: Path, tmp_path: Path) -> None:

@@ -55,7 +55,6 @@ VARIANTS = (
     Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants("decode_state.cu", ("advance_decode_state", "apply_updates"), ({"SCALAR": BFLOAT16},)),
-    Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
     Variants(
         "gemv.cu",
@@ -70,6 +69,7 @@ VARIANTS = (
     Variants(
         "norm.cu", ("rms_norm_rows",), (*_scalars(), {"SCALAR": BFLOAT16, "RESIDUAL": FLOAT32})
     ),
+    Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
     Variants(
         "sampling.cu",
