@@ -10,18 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanocupy.checkpoint import open_checkpoint
+    from nanocupy.engine.config import EngineConfig
     from nanocupy.errors import NanocupyError
     from nanocupy.llm import LLM, Completion, TextChunk
     from nanocupy.sampling_params import SamplingParams
 
 __version__ = "0.1.0"  # the one place: pyproject.toml and `nanocupy --version` read it here
 
-__all__ = ["LLM", "Completion", "NanocupyError", "SamplingParams", "TextChunk", "open_checkpoint"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "EngineConfig",
+    "NanocupyError",
+    "SamplingParams",
+    "TextChunk",
+    "open_checkpoint",
+]
 
 _HOMES = {
     "LLM": "nanocupy.llm",
     "Completion": "nanocupy.llm",
     "TextChunk": "nanocupy.llm",
+    "EngineConfig": "nanocupy.engine.config",
     "SamplingParams": "nanocupy.sampling_params",
     "NanocupyError": "nanocupy.errors",
     "open_checkpoint": "nanocupy.checkpoint",

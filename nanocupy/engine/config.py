@@ -1,0 +1,331 @@
+"""The settings of an engine: every one declared once, with unit, default, bounds and meaning.
+
+Owns the declaration, its checks, and reading it from a YAML or JSON file. Files, flags, the printed
+list and the manual's table all follow the declaration. It knows no model, device or command line.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nanocupy.errors import ConfigError
+from nanocupy.strict_json import parse_object, read_small_file, shown
+
+MAX_CONFIG_BYTES = 64 << 10
+# Larger than any model's context, and small enough that no product with a width overflows.
+_MAX_TOKENS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of EngineConfig.
+
+    kind      type of its values: bool, int, float or str
+    low, high bounds of a number, both allowed
+    choices   the values a str may have
+    optional  None is a value too ("null" in files, "none" as a flag); meaning says what it stands
+              for
+    live      may change while the engine runs
+    """
+
+    name: str
+    kind: type
+    default: Any
+    meaning: str
+    unit: str = ""
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    live: bool = False
+
+    @property
+    def bounds(self) -> str:
+        """The allowed values, for people: "1 to 65536"."""
+        if self.kind is bool:
+            text = "true or false"
+        else:
+            text = ", ".join(self.choices) or f"{self.low:.15g} to {self.high:.15g}"
+        return text + (", or null" if self.optional else "")
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """`value` as the field holds it (a whole number given for a float becomes one). Raises
+        ConfigError naming field, value and bounds."""
+        if value is None and self.optional:
+            return None
+        if self.kind is bool or isinstance(value, bool):
+            ok = self.kind is bool and isinstance(value, bool)
+        elif self.kind is str:
+            ok = isinstance(value, str) and value in self.choices
+        elif self.kind is int:
+            ok = isinstance(value, int) and self.low <= value <= self.high
+        else:
+            # Compared before it is converted: an int may be too large for a float.
+            ok = isinstance(value, (int, float)) and self.low <= value <= self.high
+        if not ok:
+            kinds = {bool: "", str: "one of ", int: "a whole number from ", float: "a number from "}
+            text = "null" if value is None else shown(value)
+            raise ConfigError(f"{self.name} is {text}; it must be {kinds[self.kind]}{self.bounds}")
+        return float(value) if self.kind is float else value
+
+    def parse(self, text: str) -> Any:
+        """The value written as `text` on the command line. Raises ConfigError."""
+        if self.optional and text.lower() in ("none", "null"):
+            return None
+        value: Any = text
+        try:
+            if self.kind is int:
+                value = int(text) if len(text) <= 20 else text
+            elif self.kind is float and math.isfinite(float(text)):
+                value = float(text)
+        except ValueError:
+            pass  # the text itself is shown
+        return self.check(value)
+
+
+def _setting(kind: type, default: Any, meaning: str, **rest: Any) -> Any:
+    """A dataclass field that carries its Setting."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning, **rest})
+
+
+def _choice(default: str, choices: tuple[str, ...], meaning: str, **rest: Any) -> Any:
+    return _setting(str, default, meaning, choices=choices, **rest)
+
+
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_COUNT = {"low": 1, "high": 65536}
+_WEIGHT = {"low": 0.0, "high": 1e6, "live": True}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything about an engine that is not the model's; immutable, and checked when made.
+
+    Raises ConfigError, one line, for a value out of bounds. `SETTINGS` has the declaration as data.
+    """
+
+    # fmt: off
+    device: Literal["auto", "cuda", "cpu"] = _choice(
+        "auto", ("auto", "cuda", "cpu"),
+        "where to compute; auto takes the GPU where one is usable")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
+        "auto", _DTYPES,
+        "type of weights and activations; auto: CPU float32, GPU bfloat16 (float16 if old)")
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
+        "auto", _DTYPES,
+        "type of the key/value cache; auto: as dtype")
+    max_context: int | None = _setting(
+        int, None, "prompt and output of one sequence at most; null = the model's",
+        unit="tokens", low=2, high=_MAX_TOKENS, optional=True)
+    max_num_seqs: int = _setting(
+        int, 16, "sequences that can ever run at once; memory is planned for them at start",
+        unit="sequences", **_COUNT)
+    batch_size: int | None = _setting(
+        int, None, "sequences that run at once now, up to max_num_seqs; null = max_num_seqs",
+        unit="sequences", **_COUNT, optional=True, live=True)
+    max_chunk_size: int | None = _setting(
+        int, None, "the largest chunk_size while running; null = chunk_size at start",
+        unit="tokens", **_COUNT, optional=True)
+    chunk_size: int = _setting(
+        int, 512, "tokens one step computes, prompts cut to fit; up to max_chunk_size",
+        unit="tokens", **_COUNT, live=True)
+    block_size: int = _setting(
+        int, 16, "tokens in one block of the key/value cache",
+        unit="tokens", low=1, high=256)
+    gpu_memory_utilization: float = _setting(
+        float, 0.9, "GPU: share of its free memory to take, weights and cache together",
+        unit="share", low=0.05, high=0.98)
+    cpu_cache_share: float = _setting(
+        float, 0.5, "CPU: share of the machine's memory that the key/value cache may grow to",
+        unit="share", low=0.01, high=0.9)
+    policy: Literal["fcfs", "priority"] = _choice(
+        "fcfs", ("fcfs", "priority"),
+        "who runs first: by arrival, or by the weights below", live=True)
+    level_weight: float = _setting(
+        float, 1.0, "policy priority: what one level of a request's priority counts", **_WEIGHT)
+    vip_weight: float = _setting(
+        float, 1.0, "policy priority: what being VIP counts", **_WEIGHT)
+    deadline_weight: float = _setting(
+        float, 1.0, "policy priority: what a near deadline counts", **_WEIGHT)
+    shortest_first_weight: float = _setting(
+        float, 1.0, "policy priority: what a short rest of the prompt counts", **_WEIGHT)
+    ageing_weight: float = _setting(
+        float, 1.0, "policy priority: what waiting counts, so that everyone's turn comes",
+        **_WEIGHT)
+    preemption: Literal["auto", "swap", "recompute"] = _choice(
+        "auto", ("auto", "swap", "recompute"),
+        "how a request makes room: copied to the host, computed again, or the cheaper")
+    max_preemptions: int = _setting(
+        int, 4, "times one request may be made to wait; then it stays",
+        unit="times", low=0, high=1000)
+    host_cache_gb: float = _setting(
+        float, 4.0, "host memory for swapped requests; 0 = never swap",
+        unit="GB", low=0.0, high=4096.0)
+    prefix_cache: bool = _setting(
+        bool, True, "keep blocks of past prompts and reuse them where a prompt begins alike")
+    use_graphs: bool = _setting(
+        bool, True, "GPU: replay steps as captured CUDA graphs")
+    run_ahead: bool = _setting(
+        bool, True, "launch a step before the last one's tokens are read")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, setting.check(getattr(self, name)))
+        for name, limit in (("batch_size", "max_num_seqs"), ("chunk_size", "max_chunk_size")):
+            value, most = getattr(self, name), getattr(self, limit)
+            if value is not None and most is not None and value > most:
+                raise ConfigError(
+                    f"{name} is {value}, above {limit}, which is {most}; lower the one or raise "
+                    "the other"
+                )
+
+    # ------------------------------------------------------------- derived
+
+    @property
+    def chunk_limit(self) -> int:
+        """The largest chunk_size an engine started with this takes: max_chunk_size, resolved."""
+        return self.chunk_size if self.max_chunk_size is None else self.max_chunk_size
+
+    @property
+    def max_step_tokens(self) -> int:
+        """The most tokens of one step that memory must be planned for: every running sequence has
+        one even where chunks are small."""
+        return max(self.chunk_limit, self.max_num_seqs)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that may run now: batch_size, resolved."""
+        return self.max_num_seqs if self.batch_size is None else self.batch_size
+
+    @property
+    def policy_weights(self) -> dict[str, float]:
+        """The weights of policy "priority": level, vip, deadline, shortest_first, ageing."""
+        ending = "_weight"
+        return {n.removesuffix(ending): getattr(self, n) for n in SETTINGS if n.endswith(ending)}
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """host_cache_gb in bytes (a GB is 10^9 of them)."""
+        return int(self.host_cache_gb * 1e9)
+
+    # ------------------------------------------------------------- changes
+
+    def with_(self, **changes: Any) -> EngineConfig:
+        """A copy with some fields changed, checked again. Raises ConfigError."""
+        require_known(changes)
+        return replace(self, **changes)
+
+    def changes_allowed(self, new: EngineConfig) -> tuple[str, ...]:
+        """Names of the fields in which `new` differs from this, the configuration an engine was
+        started with, where a running engine can take all of them.
+
+        Raises ConfigError naming the first that it cannot: fixed at start, or above its maximum. A
+        maximum that `new` leaves open (None) is this one's.
+        """
+        if new.max_chunk_size in (None, self.chunk_limit):
+            if new.chunk_size > self.chunk_limit:
+                raise ConfigError(
+                    f"chunk_size is {new.chunk_size}; this engine was started for at most "
+                    f"{self.chunk_limit} (max_chunk_size)"
+                )
+            new = replace(new, max_chunk_size=self.max_chunk_size)
+        changed = tuple(n for n in SETTINGS if getattr(self, n) != getattr(new, n))
+        for name in changed:
+            if not SETTINGS[name].live:
+                raise ConfigError(
+                    f"{name} is fixed at start, where it was {shown(getattr(self, name))}; start "
+                    f"again for {shown(getattr(new, name))}. While running can change: "
+                    f"{', '.join(n for n, s in SETTINGS.items() if s.live)}"
+                )
+        return changed
+
+    # ------------------------------------------------------------- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form; `EngineConfig(**…)` of it is equal."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> EngineConfig:
+        """The settings of a YAML or JSON file over the defaults. Raises ConfigError naming the
+        file, the field, its value and bounds."""
+        values = read_settings(path)
+        try:
+            return cls(**values)
+        except ConfigError as exc:  # one value against another
+            raise ConfigError(f"{os.fspath(path)}: {exc}") from None
+
+
+def _declared(declaration: Field[Any]) -> Setting:
+    return Setting(name=declaration.name, default=declaration.default, **declaration.metadata)
+
+
+# name -> its declaration, in the order of the class
+SETTINGS: dict[str, Setting] = {f.name: _declared(f) for f in fields(EngineConfig)}
+
+# Declared, and not used by this version's engine yet: refused unless left at their defaults, so
+# that no setting is ever ignored in silence.
+UNUSED: frozenset[str] = frozenset({
+    "batch_size", "max_chunk_size", "policy", "level_weight", "vip_weight", "deadline_weight",
+    "shortest_first_weight", "ageing_weight", "preemption", "max_preemptions", "host_cache_gb",
+    "prefix_cache", "run_ahead",
+})  # fmt: skip
+
+
+def refuse_unused(config: EngineConfig) -> None:
+    """ConfigError for a setting that was changed and would have no effect."""
+    for name, setting in SETTINGS.items():
+        value = getattr(config, name)
+        if name in UNUSED and value != setting.default:
+            raise ConfigError(
+                f"{name} is {shown(value)}; this version of nanocupy does not use that setting "
+                f"yet: leave it out, or at {_written(setting.default)}"
+            )
+
+
+def _written(value: Any) -> str:
+    """A value as a file has it."""
+    return "null" if value is None else str(value).lower()
+
+
+def require_known(names: Mapping[str, Any], where: str = "") -> None:
+    """ConfigError for a name that is no setting, with the nearest that is."""
+    for name in names:
+        if name not in SETTINGS:
+            from difflib import get_close_matches
+
+            spelt = name.strip().lower().replace("-", "_")[:80] if isinstance(name, str) else ""
+            near = get_close_matches(spelt, SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`nanocupy config --show` lists them"
+            raise ConfigError(f"{where}no setting is called {shown(name)}; {hint}")
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings a file has, each one checked by itself. JSON where its name ends in .json, else
+    YAML. Raises ConfigError."""
+    from nanocupy.strict_yaml import parse_flat_mapping
+
+    where = os.fspath(path)
+    data = read_small_file(Path(where), MAX_CONFIG_BYTES, error=ConfigError)
+    if data is None:
+        raise ConfigError(f"{where}: no such file; `nanocupy config --init {where}` writes one")
+    if where.lower().endswith(".json"):
+        found = parse_object(data, where, MAX_CONFIG_BYTES, error=ConfigError)
+    else:
+        found = parse_flat_mapping(data, where)
+    require_known(found, f"{where}: ")
+    try:
+        return {name: SETTINGS[name].check(value) for name, value in found.items()}
+    except ConfigError as exc:
+        raise ConfigError(f"{where}: {exc}") from None
