@@ -13,20 +13,23 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, overload
 from weakref import WeakValueDictionary
 
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_runner
+from nanocupy.engine.config import EngineConfig, refuse_unused
 from nanocupy.engine.engine import LLMEngine, StepOutput
 from nanocupy.engine.stops import StopMatcher
-from nanocupy.errors import RequestError, TokenizerError
+from nanocupy.errors import ConfigError, RequestError, TokenizerError
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.tokenizer import Tokenizer, stream_decoder
 from nanocupy.tokenizer.chat import ChatTemplate
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+_CHECKPOINT_OPTIONS = ("legacy_format", "legacy_kind", "rope_scaling", "tokenizer_path")
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,10 @@ class LLM:
 
     model        a NanoInfer or GGUF file, a Hugging Face folder, "smollm2-135m" (fetched on first
                  use), or owner/name on a hub
-    device       "auto" (a GPU where one is usable, else the CPU), "cuda" or "cpu"
-    max_context  tokens a sequence may have at most; None = what the model was made for
-    max_num_seqs sequences that run at once
-    chunk_size   tokens of prompt computed in one step
+    config       the engine's settings; None = all defaults
     progress     show a bar on stderr while a model is fetched or loaded
-    Other keywords go to `open_checkpoint` (a legacy file's tokenizer_path, say).
+    Other keywords are settings of EngineConfig (device="cpu", max_num_seqs=4), which win over
+    `config`, or go to `open_checkpoint` (a legacy file's tokenizer_path, say).
     Raises a NanocupyError that says what is wrong.
     """
 
@@ -143,27 +144,19 @@ class LLM:
         self,
         model: str | os.PathLike[str],
         *,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        max_context: int | None = None,
-        max_num_seqs: int = 16,
-        chunk_size: int = 512,
+        config: EngineConfig | None = None,
         progress: bool = False,
-        **checkpoint_options: Any,
+        **options: Any,
     ) -> None:
+        # Wrong settings are refused before a model is fetched or loaded.
+        self.engine_config, checkpoint_options = _split_options(config, options)
         from nanocupy.hub import resolve_model
 
         path = resolve_model(os.fspath(model), progress=progress)
         self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
         self.config = self.checkpoint.config
         _ = self.tokenizer  # whatever is wrong with it is said before gigabytes are loaded
-        runner = make_runner(
-            self.checkpoint,
-            device=device,
-            max_context=max_context,
-            max_num_seqs=max_num_seqs,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        runner = make_runner(self.checkpoint, config=self.engine_config, progress=progress)
         self.device = runner.device
         self._engine = LLMEngine(self.config, runner)
         self._num_requests = 0
@@ -311,6 +304,20 @@ class LLM:
         """Forget an answer that has ended; the engine may not know yet (a stop string)."""
         self._answers.pop(answer.request_id, None)
         self._engine.abort(answer.request_id)
+
+
+def _split_options(
+    config: EngineConfig | None, options: dict[str, Any]
+) -> tuple[EngineConfig, dict[str, Any]]:
+    """The engine's settings and the keywords of `open_checkpoint`; ConfigError for anything else,
+    and for a setting without effect."""
+    if config is not None and not isinstance(config, EngineConfig):
+        raise ConfigError(f"config is {config!r}; give an EngineConfig")
+    of_checkpoint = {n: v for n, v in options.items() if n in _CHECKPOINT_OPTIONS}
+    changes = {n: v for n, v in options.items() if n not in of_checkpoint}
+    config = (config or EngineConfig()).with_(**changes)
+    refuse_unused(config)
+    return config, of_checkpoint
 
 
 def _author_settings(defaults: GenerationDefaults) -> dict[str, Any]:

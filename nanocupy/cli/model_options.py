@@ -1,4 +1,5 @@
-"""What `generate` and `chat` share: options of the model and the sampler, loading, statistics."""
+"""What `generate` and `chat` share: options of the model, the sampler and the engine, loading,
+statistics."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from nanocupy.cli.engine_options import engine_config, engine_options
 from nanocupy.cli.legacy_options import NAMES as LEGACY_NAMES
 from nanocupy.cli.legacy_options import legacy_options
 from nanocupy.errors import RequestError
@@ -62,24 +64,12 @@ _OPTIONS: list[Callable[..., Any]] = [
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given often."
     ),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cuda", "cpu"]),
-        default="auto",
-        show_default=True,
-        help="Where to compute; auto takes the GPU where one is usable.",
-    ),
-    click.option(
-        "--max-context",
-        type=click.IntRange(2),
-        help="Tokens of prompt and answer at most. [default: the model's]",
-    ),
 ]
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options above, in their order, and those of legacy files."""
-    command = legacy_options(command)
+    """Give a command the options above, in their order, those of the engine and of legacy files."""
+    command = engine_options()(legacy_options(command))
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -97,15 +87,16 @@ def load_model(options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
     from nanocupy.sampling_params import SamplingParams
 
     SamplingParams(**changes)
+    # One conversation: memory is planned for one sequence, unless more are asked for.
+    config = engine_config(options, max_num_seqs=1)
 
     from nanocupy.llm import LLM
 
-    model_settings = ("device", "max_context", *LEGACY_NAMES)
     llm = LLM(
         options["model"],
-        max_num_seqs=1,
+        config=config,
         progress=True,
-        **{name: options[name] for name in model_settings},
+        **{name: options[name] for name in LEGACY_NAMES},
     )
     return llm, llm.default_params(**changes)
 
