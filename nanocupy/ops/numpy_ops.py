@@ -13,6 +13,9 @@ from nanocupy.ops.interface import Ops
 
 # Scores of one tile of attention, in elements: bounds the temporary memory of a long prefill.
 MAX_SCORE_ELEMENTS = 1 << 24
+# Logits that are sampled together: rows of small vocabularies share the cost of each call.
+MAX_SAMPLE_ELEMENTS = 1 << 16
+WIDE_VOCAB = 1 << 12  # rows of more are drawn one by one, without sorting them
 
 
 class NumpyOps(Ops):
@@ -183,18 +186,28 @@ class NumpyOps(Ops):
         logits[rows, token_ids] = values
 
     def sample(self, logits, temperature, top_k, top_p, min_p, seeds, counters, out) -> None:
+        num_rows, vocab = logits.shape
         draws = philox.uniforms(seeds, counters)
-        for s, row in enumerate(logits):
-            if temperature[s] == 0:
-                out[s] = row.argmax()
-            else:
-                probabilities = kept_probabilities(
-                    row, float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s])
-                )
-                cumulative = np.cumsum(probabilities)
-                pick = np.searchsorted(cumulative, draws[s] * cumulative[-1], side="right")
-                # Rounding can carry the draw to the very end: take the last token with weight.
-                out[s] = min(pick, np.flatnonzero(probabilities)[-1])
+        # What stays of this: greedy rows, and those whose largest logit is infinite or NaN.
+        out[...] = logits.argmax(axis=1)
+        drawn = np.flatnonzero((temperature != 0) & np.isfinite(logits[np.arange(num_rows), out]))
+        if vocab > WIDE_VOCAB:
+            for s in drawn:
+                options = float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s])
+                out[s] = _draw_wide(logits[s], *options, draws[s])
+            return
+        num_tile = max(1, MAX_SAMPLE_ELEMENTS // vocab)
+        for start in range(0, len(drawn), num_tile):
+            rows = drawn[start : start + num_tile]
+            weights = _kept_weights(
+                logits[rows], temperature[rows], top_k[rows], top_p[rows], min_p[rows]
+            )
+            cumulative = np.cumsum(weights, axis=1)
+            picks = (cumulative <= draws[rows, None] * cumulative[:, -1:]).sum(axis=1)
+            for i in np.flatnonzero(picks == vocab):
+                # Rounding carried the draw to the very end: take the last token with weight.
+                picks[i] = np.flatnonzero(weights[i])[-1]
+            out[rows] = picks
 
 
 def kept_probabilities(
@@ -204,18 +217,90 @@ def kept_probabilities(
 
     logits float32 [V], temperature > 0. The largest weight is 1.
     """
-    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    threshold = min_p
-    if 0 < top_k < len(weights):
-        threshold = max(threshold, np.partition(weights, -top_k)[-top_k])
-    weights[weights < threshold] = 0
-    if top_p < 1:
-        descending = np.sort(weights[weights > 0])[::-1]
-        mass_before = np.cumsum(descending) - descending
+    options = (np.array([value]) for value in (temperature, top_k, top_p, min_p))
+    return _kept_weights(logits[None], *options)[0]
+
+
+def _weights(logits: np.ndarray, temperature: np.ndarray | float) -> np.ndarray:
+    """exp((logits - largest of the row) / temperature), float64, of rows [S, V] or of one [V]."""
+    weights = np.subtract(logits, logits.max(axis=-1, keepdims=True), dtype=np.float64)
+    weights /= temperature
+    return np.exp(weights, out=weights)
+
+
+def _kept_weights(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
+    """As `kept_probabilities` for rows [S, V], every option [S]."""
+    vocab = logits.shape[1]
+    temperature, min_p = temperature[:, None], min_p[:, None]
+    weights = _weights(logits, temperature)
+    if min_p.any():
+        weights[weights < min_p] = 0
+    limits_count = (top_k > 0) & (top_k < vocab)
+    rows = np.flatnonzero(limits_count | (top_p < 1))
+    if not len(rows):
+        return weights
+    # Logits are sorted, not weights: two of them can differ where their weights do not.
+    descending = np.sort(logits[rows], axis=1)[:, ::-1]
+    last = np.where(limits_count, top_k, vocab)[rows, None] - 1
+    floors = np.take_along_axis(descending, last, axis=1)
+    if (top_p[rows] < 1).any():
+        sorted_weights = _weights(descending, temperature[rows])
+        sorted_weights[(descending < floors) | (sorted_weights < min_p[rows])] = 0
+        up_to = np.cumsum(sorted_weights, axis=1)
+        share = np.where(top_p < 1, top_p, np.inf)[rows, None] * up_to[:, -1:]
         # A token stays while the mass of those above it is short of top_p; the first always does.
-        num_kept = max(1, np.count_nonzero(mass_before < top_p * descending.sum()))
-        weights[weights < descending[num_kept - 1]] = 0
+        num_kept = 1 + (up_to[:, :-1] < share).sum(axis=1, keepdims=True)
+        floors = np.maximum(floors, np.take_along_axis(descending, num_kept - 1, axis=1))
+    weights[rows] *= logits[rows] >= floors
     return weights
+
+
+def _draw_wide(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, draw: float
+) -> int:
+    """The id that `draw` picks of one row [V], by the same rules without a sort."""
+    weights = _weights(logits, temperature)
+    ids = None
+    if 0 < top_k < len(logits) or min_p > 0:
+        stays = weights >= min_p
+        if 0 < top_k < len(logits):
+            stays &= logits >= np.partition(logits, -top_k)[-top_k]
+        ids = np.flatnonzero(stays)
+        logits, weights = logits[ids], weights[ids]
+    if top_p < 1:
+        stays = np.flatnonzero(logits >= _floor_of_mass(logits, weights, top_p))
+        ids = stays if ids is None else ids[stays]
+        weights = weights[stays]
+    cumulative = np.cumsum(weights)
+    pick = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+    if pick == len(weights):
+        pick = int(np.flatnonzero(weights)[-1])
+    return pick if ids is None else int(ids[pick])
+
+
+def _floor_of_mass(logits: np.ndarray, weights: np.ndarray, share: float) -> float:
+    """The lowest logit [n] for which those above it hold less than `share` < 1 of the weight.
+
+    Narrowed down around pivots, as quickselect does, to a number that is sorted.
+    """
+    target = share * weights.sum()
+    above = 0.0  # the weight of what lies above all that is left
+    floor = logits.max()
+    while len(logits) > 256:
+        pivot = np.sort(logits[:: len(logits) // 64])[32]
+        stays = np.flatnonzero(logits > pivot)  # indices, as masks are slow to pick by
+        up_to = above + weights[stays].sum()
+        if up_to < target:
+            floor = pivot
+            above = up_to + weights[np.flatnonzero(logits == pivot)].sum()
+            if above >= target:
+                return floor
+            stays = np.flatnonzero(logits < pivot)
+        logits, weights = logits[stays], weights[stays]
+    order = np.argsort(logits)[::-1]
+    up_to = above + np.cumsum(weights[order])
+    num_short = int(np.searchsorted(up_to, target))  # whose whole weight does not reach it
+    return logits[order[min(num_short, len(order) - 1)]] if len(order) else floor
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
