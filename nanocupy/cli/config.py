@@ -82,7 +82,9 @@ def as_yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)  # names need no quotes; Python's floats read back equal
+    text = str(value)  # names need no quotes; Python's floats read back equal
+    # Most YAML readers take a number with an exponent for text unless it has a point.
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def commented_yaml(config: EngineConfig) -> str:

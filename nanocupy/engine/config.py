@@ -120,7 +120,7 @@ class EngineConfig:
         "where to compute; auto takes the GPU where one is usable")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
-        "type of weights and activations; auto: CPU float32, GPU bfloat16 (float16 if old)")
+        "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of the key/value cache; auto: as dtype")
