@@ -150,18 +150,22 @@ class EngineConfig:
         unit="share", low=0.01, high=0.9)
     policy: Literal["fcfs", "priority"] = _choice(
         "fcfs", ("fcfs", "priority"),
-        "who runs first: by arrival, or by the weights below", live=True)
+        "who runs first: by arrival, or by the weights below, in steps of waiting", live=True)
     level_weight: float = _setting(
-        float, 1.0, "policy priority: what one level of a request's priority counts", **_WEIGHT)
+        float, 1.0, "priority: how far each level puts a request back",
+        unit="× 4000 steps", **_WEIGHT)
     vip_weight: float = _setting(
-        float, 1.0, "policy priority: what being VIP counts", **_WEIGHT)
+        float, 1.0, "priority: how far requests that are not VIP are put back",
+        unit="× 2000 steps", **_WEIGHT)
     deadline_weight: float = _setting(
-        float, 1.0, "policy priority: what a near deadline counts", **_WEIGHT)
+        float, 1.0, "priority: how far no deadline is behind one that has passed",
+        unit="× 2000 steps", **_WEIGHT)
     shortest_first_weight: float = _setting(
-        float, 1.0, "policy priority: what a short rest of the prompt counts", **_WEIGHT)
+        float, 1.0, "priority: how far the longest prompt is behind the shortest",
+        unit="× 200 steps", **_WEIGHT)
     ageing_weight: float = _setting(
-        float, 1.0, "policy priority: what waiting counts, so that everyone's turn comes",
-        **_WEIGHT)
+        float, 1.0, "priority: what a step of waiting makes up; at 0 some may wait for ever",
+        unit="× 1 step", **_WEIGHT)
     preemption: Literal["auto", "swap", "recompute"] = _choice(
         "auto", ("auto", "swap", "recompute"),
         "how a request makes room: copied to the host, computed again, or the cheaper")

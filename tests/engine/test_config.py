@@ -114,6 +114,16 @@ def test_a_running_value_stays_below_its_maximum() -> None:
     }  # fmt: skip
 
 
+def test_the_weights_are_those_of_the_policy() -> None:
+    from nanocupy.engine import policy
+
+    assert vars(policy.PolicyWeights()) == EngineConfig().policy_weights
+    units = (policy.LEVEL_STEPS, policy.VIP_STEPS, policy.DEADLINE_STEPS, policy.SHORT_PROMPT_STEPS)
+    names = ("level", "vip", "deadline", "shortest_first")
+    for name, steps in zip(names, units, strict=True):
+        assert SETTINGS[f"{name}_weight"].unit == f"× {steps:g} steps"
+
+
 def test_copies_are_checked_and_nothing_changes() -> None:
     config = EngineConfig()
     assert config.with_(chunk_size=7).chunk_size == 7
