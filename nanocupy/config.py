@@ -142,6 +142,10 @@ class ModelConfig:
         """Rows of the key (or value) projection: num_kv_heads * head_size."""
         return self.num_kv_heads * self.head_size
 
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of the keys and values of one token in all layers, `itemsize` bytes a value."""
+        return 2 * self.num_layers * self.kv_size * itemsize
+
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied LM head is counted once."""

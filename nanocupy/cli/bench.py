@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanocupy.cli.engine_options import engine_config, engine_options
+from nanocupy.engine.config import refuse_unused
 from nanocupy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,13 +31,6 @@ _OPTIONS = [
         help="The public model whose dimensions are run.",
     ),
     click.option(
-        "--device",
-        type=click.Choice(["auto", "cuda", "cpu"]),
-        default="auto",
-        show_default=True,
-        help="Where to compute.",
-    ),
-    click.option(
         "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Counted runs."
     ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result."),
@@ -43,6 +38,7 @@ _OPTIONS = [
 
 
 def _bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = engine_options()(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -72,12 +68,12 @@ def bench() -> None:
     "--batch", "batches", default="1", show_default=True, callback=_numbers, help="As in 1,8,32."
 )
 @_bench_options
-def decode(shape: str, device: str, repeats: int, as_json: bool, batches: list[int]) -> None:
+def decode(shape: str, repeats: int, as_json: bool, batches: list[int], **options: Any) -> None:
     """Milliseconds of a decode step, from context 128 to 384."""
     from nanocupy.bench import measure
 
     context = measure.DECODE_PROMPT + measure.DECODE_OUTPUT
-    engine, dtype = _engine(shape, device, context, max(batches))
+    engine, dtype = _engine(shape, options, context, max(batches))
     results = [measure.decode(engine, shape, dtype, batch, repeats) for batch in batches]
     _report(results, engine.runner.device, as_json, per_second=batches)
 
@@ -92,32 +88,39 @@ def decode(shape: str, device: str, repeats: int, as_json: bool, batches: list[i
     help="As in 512,2048.",
 )
 @_bench_options
-def prefill(shape: str, device: str, repeats: int, as_json: bool, lengths: list[int]) -> None:
+def prefill(shape: str, repeats: int, as_json: bool, lengths: list[int], **options: Any) -> None:
     """Milliseconds from a prompt to its first token."""
     from nanocupy.bench import measure
 
-    engine, dtype = _engine(shape, device, max(lengths) + 1, 1)
+    engine, dtype = _engine(shape, options, max(lengths) + 1, 1)
     results = [measure.prefill(engine, shape, dtype, tokens, repeats) for tokens in lengths]
     _report(results, engine.runner.device, as_json, per_second=lengths)
 
 
-def _engine(shape: str, device: str, max_context: int, max_num_seqs: int) -> tuple[LLMEngine, str]:
+def _engine(
+    shape: str, options: dict[str, Any], max_context: int, max_num_seqs: int
+) -> tuple[LLMEngine, str]:
+    """An engine that holds the bench's work, and its dtype."""
     from nanocupy.bench.shapes import SHAPES, random_checkpoint
     from nanocupy.engine.backend import make_runner
     from nanocupy.engine.engine import LLMEngine
 
     if max_context > SHAPES[shape].max_context:
         raise ConfigError(f"{shape} takes {SHAPES[shape].max_context} tokens, not {max_context}")
-    dtype = "float32"  # what the CPU computes in
+    config = engine_config(options, max_context=max_context, max_num_seqs=max_num_seqs)
+    refuse_unused(config)
+    for name, value, needed in (
+        ("max_context", config.max_context, max_context),
+        ("max_num_seqs", config.max_num_seqs, max_num_seqs),
+        ("batch_size", config.num_running, max_num_seqs),
+    ):
+        if value is not None and value < needed:
+            raise ConfigError(f"{name} is {value}; this bench needs {needed} or more")
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if config.device == "cuda" else "float32"
     checkpoint = random_checkpoint(shape, dtype)
-    runner = make_runner(
-        checkpoint,
-        device=device,
-        max_context=max_context,
-        max_num_seqs=max_num_seqs,
-        chunk_size=512,
-        progress=True,
-    )
+    runner = make_runner(checkpoint, config.with_(dtype=dtype), progress=True)
     return LLMEngine(checkpoint.config, runner), dtype
 
 

@@ -63,6 +63,14 @@ class Device(Protocol):
         """Wait for all that was started; an error in it is an error of `what`."""
         ...
 
+    def mark(self) -> Any:
+        """A moment of the stream's work, for `seconds`."""
+        ...
+
+    def seconds(self, mark: Any) -> float:
+        """When that was, on one time line; the work up to it must have ended."""
+        ...
+
     def uploader(
         self, total_bytes: int, progress: Callable[[int, int], None] | None
     ) -> AbstractContextManager[Any]:
@@ -108,6 +116,7 @@ class CudaDevice:
         self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)
         self._separate_buffers = separate_buffers
         self._pinned: list[Any] = []
+        self._first_mark: Any = None
 
     def free_bytes(self) -> int:
         from cupy.cuda import runtime
@@ -167,6 +176,25 @@ class CudaDevice:
         from nanocupy.cuda.streams import synchronize
 
         synchronize(self.stream, what, self.log)
+
+    def mark(self) -> Any:
+        """A moment on the stream: an event, with `seconds` its time on one time line."""
+        from nanocupy.cuda.streams import new_event
+
+        if self._first_mark is None:
+            self._first_mark = new_event(timing=True)
+            self._first_mark.record(self.stream)
+        event = new_event(timing=True)
+        event.record(self.stream)
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        """When the stream came past `mark`, which it has, since the first mark."""
+        import cupy
+
+        with cuda_call("cudaEventElapsedTime"):
+            mark.synchronize()
+            return cupy.cuda.get_elapsed_time(self._first_mark, mark) / 1e3
 
     def uploader(
         self, total_bytes: int, progress: Callable[[int, int], None] | None

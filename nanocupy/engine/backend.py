@@ -2,79 +2,96 @@
 
 from __future__ import annotations
 
-from nanocupy.checkpoint import Checkpoint
+import os
+
+from nanocupy.checkpoint.base import Checkpoint
+from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.runner import Runner, RunnerLimits
-from nanocupy.errors import ConfigError, DeviceError
+from nanocupy.errors import ConfigError
 from nanocupy.progress import byte_progress, say
 
-BLOCK_SIZE = 16  # tokens
-# The share of the machine's memory that the key/value cache may grow to on the CPU.
-CPU_CACHE_SHARE = 0.5
+BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 arithmetic
 
 
-def make_runner(
-    checkpoint: Checkpoint,
-    *,
-    device: str,
-    max_context: int | None,
-    max_num_seqs: int,
-    chunk_size: int,
-    progress: bool = False,
-) -> Runner:
-    """A runner for `checkpoint` on `device` ("auto", "cuda" or "cpu").
+def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False) -> Runner:
+    """A runner for `checkpoint` as `config` says. progress: a bar and notes on stderr.
 
-    Raises DeviceError where the GPU was asked for and cannot be used, ConfigError for settings out
-    of bounds, CapacityError where the weights do not fit.
+    Raises DeviceError where the GPU was asked for and cannot be used, ConfigError for settings this
+    model or device does not take, CapacityError where the weights do not fit.
     """
-    config = checkpoint.config
-    for name, value in (("max_num_seqs", max_num_seqs), ("chunk_size", chunk_size)):
-        if not isinstance(value, int) or not 1 <= value <= 65536:
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 to 65536")
-    if max_context is not None and not 2 <= max_context <= config.max_context:
+    context = config.max_context or checkpoint.config.max_context
+    if context > checkpoint.config.max_context:
         raise ConfigError(
-            f"max_context is {max_context}; this model takes 2 to {config.max_context} tokens"
+            f"max_context is {context}; this model takes 2 to {checkpoint.config.max_context} "
+            "tokens"
         )
-    if device not in ("auto", "cuda", "cpu"):
-        raise ConfigError(f"device is {device!r}; it must be auto, cuda or cpu")
-    if device == "cuda":
+    if config.device == "cuda":
         from nanocupy.cuda.probe import find_cuda
 
         find_cuda().require()
-        raise DeviceError(
-            "a usable GPU is here, but this version of nanocupy computes on the CPU only; "
-            "use --device cpu"
-        )
-    if device == "auto" and progress:
+        return _cuda_runner(checkpoint, config, context, progress)
+    if config.device == "auto" and progress:
         say(f"computing on the CPU: {_why_not_cuda()}")
-    return _cpu_runner(checkpoint, max_context, max_num_seqs, chunk_size, progress)
+    return _cpu_runner(checkpoint, config, context, progress)
 
 
 def _cpu_runner(
-    checkpoint: Checkpoint,
-    max_context: int | None,
-    max_num_seqs: int,
-    chunk_size: int,
-    progress: bool,
+    checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
     from nanocupy.engine.numpy_runner import NumpyRunner
     from nanocupy.model.load import load_numpy_weights
 
-    config = checkpoint.config
-    context = max_context or config.max_context
-    block_bytes = 2 * config.num_layers * config.kv_size * 4 * BLOCK_SIZE
+    for name in ("dtype", "kv_cache_dtype"):
+        if getattr(config, name) not in ("auto", "float32"):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}; the CPU computes in float32 alone"
+            )
     # Pages of the cache are committed as they are written, so a large one costs nothing unused.
-    affordable = int(_machine_memory() * CPU_CACHE_SHARE) // block_bytes
-    wanted = max_num_seqs * -(-context // BLOCK_SIZE)
+    affordable = int(_machine_memory() * config.cpu_cache_share)
+    affordable //= checkpoint.config.kv_bytes_per_token(4) * config.block_size
+    wanted = config.max_num_seqs * -(-context // config.block_size)
     limits = RunnerLimits(
         num_blocks=1 + max(1, min(wanted, affordable)),
-        block_size=BLOCK_SIZE,
+        block_size=config.block_size,
         max_context=context,
-        max_step_tokens=max(chunk_size, max_num_seqs),
-        max_num_seqs=max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        max_num_seqs=config.max_num_seqs,
     )
     with byte_progress("loading", progress, quiet_s=1.0) as report:
         weights = load_numpy_weights(checkpoint, progress=report)
-    return NumpyRunner(config, weights, limits)
+    return NumpyRunner(checkpoint.config, weights, limits)
+
+
+def _cuda_runner(
+    checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
+) -> Runner:
+    from nanocupy.cuda.device import CudaDevice
+    from nanocupy.engine.device_plan import DeviceSettings, plan_limits
+    from nanocupy.engine.device_runner import DeviceRunner
+
+    device = CudaDevice(use_graphs=config.use_graphs)
+    dtype = config.dtype
+    if dtype == "auto":
+        modern = device.traits.compute_capability >= BFLOAT16_CAPABILITY
+        dtype = "bfloat16" if modern else "float16"
+    if config.kv_cache_dtype not in ("auto", dtype):
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype} and dtype {dtype}; they must be the same"
+        )
+    settings = DeviceSettings(dtype, dtype, dtype, config.gpu_memory_utilization)
+    limits = plan_limits(
+        checkpoint.config,
+        device,
+        settings,
+        max_context=context,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        block_size=config.block_size,
+    )
+    runner = DeviceRunner(checkpoint.config, device, limits, settings)
+    with byte_progress("loading", progress, quiet_s=1.0) as report:
+        runner.upload_weights(checkpoint, report)
+    return runner
 
 
 def _why_not_cuda() -> str:
@@ -83,13 +100,11 @@ def _why_not_cuda() -> str:
     problem = probe_driver().problem  # asks the driver alone: no CuPy, no context
     if problem is not None:
         return problem.reason
-    return "this version of nanocupy has no CUDA backend yet"
+    return "the CUDA backend is experimental; --device cuda takes it"
 
 
 def _machine_memory() -> int:
     """Bytes of memory of this machine; a cautious guess where the system does not say."""
-    import os
-
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from nanocupy.model.forward import Buffer, OpCall, Size, WeightRef
 from nanocupy.ops.interface import Array, Ops
+
+BoundCall = tuple[OpCall, Callable[[], None]]
+
+
+class StepObserver(Protocol):
+    """Sees every call of a step: `profiling.recorder.StepRecorder`, for one."""
+
+    def begin_step(
+        self, dims: Mapping[str, int], query_starts: Sequence[int], kv_lens: Sequence[int]
+    ) -> None:
+        """A step of these dimensions, queries and lengths starts."""
+        ...
+
+    def run(self, call: OpCall, function: Callable[[], None]) -> None:
+        """Do one call of it."""
+        ...
+
+    def end_step(self) -> None:
+        """All that the step started has ended."""
+        ...
 
 
 def bind_calls(
@@ -16,8 +36,8 @@ def bind_calls(
     view: Callable[[str, tuple[int, ...]], Array],
     weights: Mapping[str, Array],
     dims: Mapping[str, int],
-) -> list[Callable[[], None]]:
-    """Each call as a function without arguments, for a step of these dimensions.
+) -> list[BoundCall]:
+    """Each call with a function without arguments that does it, for a step of these dimensions.
 
     view(name, shape) gives a buffer's memory in a shape; dims: letters of buffers' shapes, and
     sizes. Without sampled rows (S = 0, a chunk that is not its prompt's last) the LM head is left
@@ -31,11 +51,22 @@ def bind_calls(
             return weights[value.name]
         return dims[value.name] if isinstance(value, Size) else value
 
-    return [
-        partial(getattr(ops, call.op), **{n: value_of(v) for n, v in call.arguments.items()})
-        for call in calls
-        if call.op != "lm_head" or dims["S"]
-    ]
+    bound = []
+    for call in calls:
+        if call.op != "lm_head" or dims["S"]:
+            arguments = {name: value_of(value) for name, value in call.arguments.items()}
+            bound.append((call, partial(getattr(ops, call.op), **arguments)))
+    return bound
+
+
+def run_calls(bound: Sequence[BoundCall], observer: StepObserver | None = None) -> None:
+    """Do the calls in order; an observer does each of them itself."""
+    if observer is None:
+        for _, function in bound:
+            function()
+    else:
+        for call, function in bound:
+            observer.run(call, function)
 
 
 def step_dims(num_tokens: int, num_seqs: int, num_rows: int, max_queries: int) -> dict[str, int]:

@@ -52,7 +52,8 @@ class DecodeState:
         self.num_words = offset + max_num_seqs * table_width
         self.words = np.zeros(self.num_words, np.int32)  # what the device holds
         self.places: list[Request | None] = [None] * max_num_seqs
-        self._place_of: dict[str, int] = {}
+        # By the request itself, as a later one may have an ended one's name.
+        self._place_of: dict[int, int] = {}
         self._num_blocks = [0] * max_num_seqs  # of each place's table, as the device has it
         self._fresh: set[int] = set()  # places whose table is another request's
 
@@ -74,26 +75,26 @@ class DecodeState:
 
     def place_of(self, request: Request) -> int:
         """The place of a request of the last `updates`."""
-        return self._place_of[request.request_id]
+        return self._place_of[id(request)]
 
     def updates(self, requests: Sequence[Request]) -> np.ndarray:
         """Make this the batch: int32 [n, 2], index and value of every word the device must change.
 
         Each request decodes one token, its last. Other requests lose their places.
         """
-        wanted = {request.request_id: request for request in requests}
+        wanted = {id(request) for request in requests}
         changed: list[tuple[int, int]] = []
-        for request_id in [r for r in self._place_of if r not in wanted]:
-            changed += self._free(self._place_of.pop(request_id))
+        for key in self._place_of.keys() - wanted:
+            changed += self._free(self._place_of.pop(key))
         holes = [i for i in range(len(requests)) if self.places[i] is None]
         # Places beyond the batch move into holes, so that a batch fills the first places.
-        for request_id, place in list(self._place_of.items()):
+        for key, place in list(self._place_of.items()):
             if place >= len(requests):
                 changed += self._free(place)
-                del self._place_of[request_id]
+                del self._place_of[key]
         for request in requests:
-            if request.request_id not in self._place_of:
-                self._place_of[request.request_id] = place = holes.pop(0)
+            if id(request) not in self._place_of:
+                self._place_of[id(request)] = place = holes.pop(0)
                 self.places[place] = request
                 self._fresh.add(place)
         new = self._wanted_words(requests)

@@ -59,8 +59,7 @@ def plan_limits(
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
     fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
-    block_bytes = 2 * config.num_layers * config.kv_size * block_size
-    block_bytes *= ITEMSIZES[settings.cache_dtype]
+    block_bytes = config.kv_bytes_per_token(ITEMSIZES[settings.cache_dtype]) * block_size
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
     num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
     if num_blocks < 2:

@@ -24,7 +24,7 @@ from nanocupy.engine.batch import (
     build_sampler_batch,
     split_penalties,
 )
-from nanocupy.engine.binding import bind_calls, step_dims
+from nanocupy.engine.binding import StepObserver, bind_calls, run_calls, step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_plan import (
     MAX_UPDATES,
@@ -62,6 +62,7 @@ class DeviceRunner(Runner):
         self.settings = settings
         self._device = device
         self.device = device.name
+        self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
         self.plan = ArenaPlan(buffer_specs(config, device, settings, limits))
         arena = device.allocate(self.plan)
         self._view = arena.view
@@ -91,6 +92,14 @@ class DeviceRunner(Runner):
             if name.startswith(("key_cache.", "value_cache.")):
                 device.fill(self._view(name), 0)
         device.synchronize("preparing the device")
+
+    @property
+    def clock(self) -> Device:
+        """What tells the times of a step's calls."""
+        return self._device
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        return self.plan.bytes_by_owner()
 
     def upload_weights(
         self, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
@@ -126,8 +135,14 @@ class DeviceRunner(Runner):
         batch = build_batch(schedule, block_size=self.limits.block_size)
         self._inputs_used = 0
         why = "a prompt's chunk" if not decodes else "penalties"
+        if self.observer is not None:
+            self.observer.begin_step(
+                _dims(batch), batch.query_starts.tolist(), batch.kv_lens.tolist()
+            )
         self._device.eager(why, lambda: self._eager_step(batch, sampling, penalties))
         self._device.synchronize("a step")
+        if self.observer is not None:
+            self.observer.end_step()
         return self._sampled_host[: len(sampling)].tolist()
 
     def logits(self, batch: ForwardBatch) -> np.ndarray:
@@ -163,12 +178,20 @@ class DeviceRunner(Runner):
             if start:
                 device.synchronize("sending the decode batch")  # the staging memory is reused
             send(updates[start : start + MAX_UPDATES])
-        device.run(
-            ("decode", num_places, "greedy" if greedy else "sampled"),
-            lambda: self._decode_step(num_places, greedy),
-        )
+        if self.observer is None:
+            device.run(
+                ("decode", num_places, "greedy" if greedy else "sampled"),
+                lambda: self._decode_step(num_places, greedy),
+            )
+        else:  # the calls of a graph cannot be seen one by one
+            dims = step_dims(num_places, num_places, num_places, 1)
+            kv_lens = state.view(state.words, "kv_lens", num_places).tolist()
+            self.observer.begin_step(dims, range(num_places + 1), kv_lens)
+            device.eager("observed", lambda: self._decode_step(num_places, greedy))
         state.advance()
         device.synchronize("a decode step")
+        if self.observer is not None:
+            self.observer.end_step()
         state.sampled(self._sampled_host[: state.num_places])
         return [int(self._sampled_host[state.place_of(r)]) for r in requests]
 
@@ -227,12 +250,7 @@ class DeviceRunner(Runner):
         self._device.to_host(self._sampled_host[: len(requests)], sampled)
 
     def _forward_eager(self, batch: ForwardBatch) -> None:
-        inputs = self._put_all(vars(batch))
-        max_queries = int(np.diff(batch.query_starts).max(initial=0))
-        dims = step_dims(
-            len(batch.token_ids), len(batch.kv_lens), len(batch.sample_rows), max_queries
-        )
-        self._forward(inputs, dims)
+        self._forward(self._put_all(vars(batch)), _dims(batch))
 
     def _forward(self, inputs: Mapping[str, Any], dims: Mapping[str, int]) -> None:
         """The op calls of a step, in order. `inputs`: the batch's arrays, where they lie."""
@@ -242,8 +260,8 @@ class DeviceRunner(Runner):
         def view(name: str, shape: tuple[int, ...]) -> Any:
             return inputs[name] if name in inputs else self._view(name, shape)
 
-        for call in bind_calls(self.forward, self.ops, view, self.weights, all_dims):
-            call()
+        bound = bind_calls(self.forward, self.ops, view, self.weights, all_dims)
+        run_calls(bound, self.observer)
 
     # ----------------------------------------------------------------- inputs
 
@@ -276,3 +294,8 @@ class DeviceRunner(Runner):
             .reshape(array.shape)
             for name, array in arrays.items()
         }
+
+
+def _dims(batch: ForwardBatch) -> dict[str, int]:
+    max_queries = int(np.diff(batch.query_starts).max(initial=0))
+    return step_dims(len(batch.token_ids), len(batch.kv_lens), len(batch.sample_rows), max_queries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from nanocupy.engine.batch import (
     build_penalty_batch,
     build_sampler_batch,
 )
-from nanocupy.engine.binding import bind_calls, step_dims
+from nanocupy.engine.binding import BoundCall, StepObserver, bind_calls, run_calls, step_dims
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.scheduler import ScheduledRequest
 from nanocupy.errors import CheckpointError
@@ -38,6 +38,7 @@ class NumpyRunner(Runner):
         dtype: type[np.floating] = np.float32,
     ) -> None:
         self.device = "cpu"
+        self.observer: StepObserver | None = None
         self.config = config
         self.limits = limits
         self.weights = weights
@@ -52,7 +53,14 @@ class NumpyRunner(Runner):
         self._memory = self._allocate()
         self._memory["inv_freq"] = rope.inv_freq
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.
-        self._bound: dict[tuple[int, ...], list[Callable[[], None]]] = {}
+        self._bound: dict[tuple[int, ...], list[BoundCall]] = {}
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        owners = {"weights": sum(w.nbytes for w in self.weights.values())}
+        for memory in self._memory.values():
+            owner = "kv cache" if memory.ndim == 4 else "activations"
+            owners[owner] = owners.get(owner, 0) + memory.nbytes
+        return owners
 
     def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
         batch = build_batch(
@@ -70,8 +78,12 @@ class NumpyRunner(Runner):
         for name, values in vars(batch).items():
             if name in self._memory:
                 self._view(name, values.shape)[...] = values
-        for call in self._bind(*key):
-            call()
+        if self.observer is not None:
+            lists = batch.query_starts.tolist(), batch.kv_lens.tolist()
+            self.observer.begin_step(step_dims(*key), *lists)
+        run_calls(self._bind(*key), self.observer)
+        if self.observer is not None:
+            self.observer.end_step()
         return self._view("logits", (key[2], self.config.vocab_size))
 
     def _sample(self, requests: Sequence[Any], logits: np.ndarray) -> list[int]:
@@ -90,7 +102,7 @@ class NumpyRunner(Runner):
 
     # ----------------------------------------------------------------- binding
 
-    def _bind(self, *key: int) -> list[Callable[[], None]]:
+    def _bind(self, *key: int) -> list[BoundCall]:
         if key not in self._bound:
             if len(self._bound) >= 64:
                 self._bound.clear()

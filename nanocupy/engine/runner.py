@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanocupy.config import ModelConfig
+from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.scheduler import ScheduledRequest
 
 
@@ -27,8 +29,15 @@ class RunnerLimits:
 class Runner(ABC):
     """Turns a schedule into one sampled id for each of its requests that samples."""
 
+    config: ModelConfig
     limits: RunnerLimits
     device: str  # a name for people: "cpu", "NVIDIA H100"
+
+    observer: StepObserver | None  # sees every op call of a step while it is set
+
+    @abstractmethod
+    def bytes_by_owner(self) -> dict[str, int]:
+        """Memory of the device by what it is for: weights, kv cache, activations, …"""
 
     @abstractmethod
     def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:

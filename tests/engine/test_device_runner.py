@@ -17,6 +17,7 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import ScheduledRequest
 from nanocupy.errors import CapacityError
 from nanocupy.model.load import load_numpy_weights
+from nanocupy.profiling.profile import profile
 from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.shim import build
@@ -166,3 +167,22 @@ def test_the_cache_takes_what_is_left_and_too_little_is_refused():
     assert DeviceRunner(config, tight, limits, FLOAT32).plan.total_bytes <= tight.free_bytes()
     with pytest.raises(CapacityError, match="weights and workspaces need"):
         plan_limits(config, ShimDevice(memory_bytes=1 << 20), FLOAT32, **settings)
+
+
+def test_a_profile_of_the_device_sees_every_call():
+    device = ShimDevice()
+    on_device, on_numpy = runners("llama", device)
+    settings = {"prompt_tokens": 9, "output_tokens": 4, "batch": 2, "itemsize": 4}
+    spans = profile(on_device, **settings).decode
+    on_host = profile(on_numpy, **settings).decode
+    assert [(s.name, s.layer, s.cost) for s in spans] == [
+        (s.name, s.layer, s.cost) for s in on_host
+    ]
+    assert device.counts["captured"]  # before it was observed
+
+
+def test_a_name_can_be_used_again():
+    on_device, on_numpy = runners("llama", ShimDevice())
+    for ids in ([1, 2, 3], [9, 8, 7, 6]):
+        requests = {"same": (0, ids, GREEDY)}
+        assert generate(on_device, requests) == generate(on_numpy, requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -144,6 +145,12 @@ class ShimDevice:
 
     def synchronize(self, what: str) -> None:
         assert self._recording is None, "a graph cannot wait"
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
 
     def uploader(self, total_bytes: int, progress: Any) -> AbstractContextManager[Any]:
         return nullcontext(_ShimUploader())

@@ -1,0 +1,1 @@
+"""Where the time and the memory of a model go: costs of op calls, timelines, traces."""

@@ -1,0 +1,63 @@
+"""Profiles a model: some prompts and some decode steps, timed op by op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.runner import Runner
+from nanocupy.model.weights import weight_layout
+from nanocupy.profiling.recorder import HostClock, StepRecorder
+from nanocupy.profiling.timeline import Span
+from nanocupy.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Spans of the prompts' steps and of the decode steps, and bytes by owner at the end."""
+
+    prefill: list[Span]
+    decode: list[Span]
+    memory: list[tuple[float, dict[str, int]]]
+
+
+def profile(
+    runner: Runner, *, prompt_tokens: int, output_tokens: int, batch: int, itemsize: int
+) -> Profile:
+    """Run `batch` random prompts of `prompt_tokens` ids and `output_tokens` greedy tokens each,
+    after one uncounted run. Raises RequestError where they do not fit."""
+    config = runner.config
+    params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.vocab_size, (batch, prompt_tokens)).tolist()
+    engine = LLMEngine(config, runner)
+
+    def run() -> None:
+        for number, ids in enumerate(prompts):
+            engine.add_request(f"profile-{number}", ids, params)
+        while engine.has_unfinished:
+            engine.step()
+
+    run()
+    shapes = {weight.name: weight.shape for weight in weight_layout(config)}
+    clock = getattr(runner, "clock", None) or HostClock()
+    recorder = StepRecorder(clock, shapes, itemsize)
+    runner.observer = recorder
+    try:
+        run()
+    finally:
+        runner.observer = None
+    # A step with more tokens than sequences had some of a prompt.
+    prefill: list[Span] = []
+    decode: list[Span] = []
+    part = decode
+    for span in recorder.spans:
+        if span.track == "steps":
+            part = prefill if span.num_tokens > span.num_seqs else decode
+        part.append(span)
+    start = min(span.start_s for span in recorder.spans)
+    end = max(span.start_s + span.duration_s for span in recorder.spans)
+    memory = runner.bytes_by_owner()
+    return Profile(prefill, decode, [(start, memory), (end, memory)])
