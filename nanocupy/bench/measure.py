@@ -49,6 +49,11 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
             outputs = engine.step()
             if len(outputs) == batch:  # every sequence decodes: neither a prompt nor a straggler
                 times.append(time.perf_counter() - start)
+        if not times:
+            raise ConfigError(
+                f"with chunk_size {engine.runner.limits.max_step_tokens} the first of {batch} "
+                "sequences ends before the last one's prompt is in; raise it, or take fewer"
+            )
         return 1e3 * statistics.median(times)
 
     values = _repeat(run, repeats)

@@ -220,3 +220,31 @@ def test_keywords_over_config_in_python(model: Path, used: list[EngineConfig]) -
     with pytest.raises(ConfigError, match="chunk_size is 0"):
         LLM("/nowhere/model", config=config, chunk_size=0)
     assert len(used) == 3
+
+
+def test_benches_take_file_and_flags(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from nanocupy.bench import measure
+    from nanocupy.bench.shapes import SHAPES
+    from nanocupy.engine import backend
+
+    seen: list[EngineConfig] = []
+    make_runner = backend.make_runner
+    monkeypatch.setattr(
+        backend, "make_runner", lambda c, config, **k: seen.append(config) or make_runner(c, config)
+    )
+    monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(max_context=512))
+    monkeypatch.setattr(measure, "DECODE_OUTPUT", 6)
+    file = tmp_path / "engine.yaml"
+    file.write_text("device: cpu\nblock_size: 8\nchunk_size: 64\n")
+    argv = ["bench", "decode", "--batch", "1,3", "--repeats", "1", "--config", str(file)]
+    assert cli.main([*argv, "--chunk-size", "256"]) == 0
+    assert changed(seen[-1]) == {
+        "device": "cpu", "block_size": 8, "chunk_size": 256, "max_context": 134,
+        "max_num_seqs": 3, "dtype": "float32",
+    }  # fmt: skip
+    capsys.readouterr()
+    assert "max_num_seqs is 2; this bench needs 3" in error(capsys, *argv, "--max-num-seqs", "2")
+    assert "max_context is 9; this bench needs 134" in error(capsys, *argv, "--max-context", "9")
+    assert "with chunk_size 4 the first of 3 sequences" in error(capsys, *argv, "--chunk-size", "4")
