@@ -13,13 +13,15 @@ from nanocupy.cuda.device import Device
 from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.errors import CapacityError
+from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import ITEMSIZES, OpSizes, workspace_plan
 from nanocupy.progress import human_bytes
 
+HEAD_SIZES = (64, 80, 96, 128, 256)
+_MAX_CACHE_ROWS = (1 << 32) - 1  # of a layer: the kernels count them in 32 bits
 MAX_UPDATES = 1 << 14  # words of the decode state sent at once
 # The inputs of an eager step come in one copy, from staging memory of at least this size: enough
 # for the penalised entries of any one sequence.
@@ -56,12 +58,18 @@ def plan_limits(
 
     Raises CapacityError where not even one short sequence fits.
     """
+    if config.head_size not in HEAD_SIZES:
+        raise ConfigError(
+            f"head size {config.head_size}: the kernels are made for "
+            f"{', '.join(map(str, HEAD_SIZES))}; run this model with --device cpu"
+        )
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
     fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
     block_bytes = config.kv_bytes_per_token(ITEMSIZES[settings.cache_dtype]) * block_size
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
     num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
+    num_blocks = min(num_blocks, _MAX_CACHE_ROWS // (config.num_kv_heads * block_size))
     if num_blocks < 2:
         raise CapacityError(
             f"{device.name}: weights and workspaces need {human_bytes(fixed)}, "

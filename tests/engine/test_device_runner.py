@@ -14,8 +14,8 @@ from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.engine.scheduler import ScheduledRequest
-from nanocupy.errors import CapacityError
+from nanocupy.engine.schedule import ScheduledRequest
+from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.profiling.profile import profile
 from nanocupy.sampling_params import SamplingParams
@@ -165,6 +165,8 @@ def test_the_cache_takes_what_is_left_and_too_little_is_refused():
     limits = plan_limits(config, tight, FLOAT32, **settings)
     assert 10 <= limits.num_blocks <= 16
     assert DeviceRunner(config, tight, limits, FLOAT32).plan.total_bytes <= tight.free_bytes()
+    with pytest.raises(ConfigError, match="head size 8: the kernels are made for 64, 80"):
+        plan_limits(tiny_config(), ShimDevice(), FLOAT32, **settings)
     with pytest.raises(CapacityError, match="weights and workspaces need"):
         plan_limits(config, ShimDevice(memory_bytes=1 << 20), FLOAT32, **settings)
 
