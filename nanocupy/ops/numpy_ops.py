@@ -228,30 +228,39 @@ def _weights(logits: np.ndarray, temperature: np.ndarray | float) -> np.ndarray:
     return np.exp(weights, out=weights)
 
 
+def _floors(logits, temperature, min_p) -> np.ndarray:
+    """The lowest logits min-p keeps, float64; logits [S, V] with [S, 1], or [V] with numbers.
+
+    Logits are compared, here and below, not weights: they can differ where weights do not.
+    """
+    top = logits.max(axis=-1, keepdims=True).astype(np.float64)
+    with np.errstate(divide="ignore"):  # log(0): no floor
+        return np.minimum(top + temperature * np.log(np.float64(min_p)), top)
+
+
 def _kept_weights(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
     """As `kept_probabilities` for rows [S, V], every option [S]."""
     vocab = logits.shape[1]
-    temperature, min_p = temperature[:, None], min_p[:, None]
+    temperature, min_p, top_p = temperature[:, None], min_p[:, None], top_p[:, None]
     weights = _weights(logits, temperature)
-    if min_p.any():
-        weights[weights < min_p] = 0
+    floors = _floors(logits, temperature, min_p)  # [S, 1]
     limits_count = (top_k > 0) & (top_k < vocab)
-    rows = np.flatnonzero(limits_count | (top_p < 1))
-    if not len(rows):
-        return weights
-    # Logits are sorted, not weights: two of them can differ where their weights do not.
-    descending = np.sort(logits[rows], axis=1)[:, ::-1]
-    last = np.where(limits_count, top_k, vocab)[rows, None] - 1
-    floors = np.take_along_axis(descending, last, axis=1)
-    if (top_p[rows] < 1).any():
+    limits_mass = top_p[:, 0] < 1
+    rows = np.flatnonzero(limits_count | limits_mass)
+    if len(rows):
+        descending = np.sort(logits[rows], axis=1)[:, ::-1]
+        last = np.where(limits_count, top_k, vocab)[rows, None] - 1
+        floors[rows] = np.maximum(floors[rows], np.take_along_axis(descending, last, axis=1))
+    if limits_mass.any():
         sorted_weights = _weights(descending, temperature[rows])
-        sorted_weights[(descending < floors) | (sorted_weights < min_p[rows])] = 0
+        sorted_weights[descending < floors[rows]] = 0
         up_to = np.cumsum(sorted_weights, axis=1)
-        share = np.where(top_p < 1, top_p, np.inf)[rows, None] * up_to[:, -1:]
+        share = np.where(top_p < 1, top_p, np.inf)[rows] * up_to[:, -1:]
         # A token stays while the mass of those above it is short of top_p; the first always does.
         num_kept = 1 + (up_to[:, :-1] < share).sum(axis=1, keepdims=True)
-        floors = np.maximum(floors, np.take_along_axis(descending, num_kept - 1, axis=1))
-    weights[rows] *= logits[rows] >= floors
+        lowest = np.take_along_axis(descending, num_kept - 1, axis=1)
+        floors[rows] = np.maximum(floors[rows], lowest)
+    weights *= logits >= floors
     return weights
 
 
@@ -262,10 +271,10 @@ def _draw_wide(
     weights = _weights(logits, temperature)
     ids = None
     if 0 < top_k < len(logits) or min_p > 0:
-        stays = weights >= min_p
+        floor = _floors(logits, temperature, min_p)
         if 0 < top_k < len(logits):
-            stays &= logits >= np.partition(logits, -top_k)[-top_k]
-        ids = np.flatnonzero(stays)
+            floor = np.maximum(floor, np.partition(logits, -top_k)[-top_k])
+        ids = np.flatnonzero(logits >= floor)
         logits, weights = logits[ids], weights[ids]
     if top_p < 1:
         stays = np.flatnonzero(logits >= _floor_of_mass(logits, weights, top_p))
