@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nanocupy.engine.request import Request
-from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.engine.schedule import ScheduledRequest
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class ForwardBatch:
 
 
 def build_batch(
-    schedule: Sequence[ScheduledRequest], *, block_size: int, table_width: int | None = None
+    schedule: Collection[ScheduledRequest], *, block_size: int, table_width: int | None = None
 ) -> ForwardBatch:
-    """Lay the schedule's requests one behind the other, in its order.
+    """Lay the schedule's requests one behind the other, in its order. A token that was not read
+    yet, always the last of its request, has the id PENDING_TOKEN.
 
     table_width: columns of the block tables; None = as many as the longest sequence has blocks.
     """
@@ -122,7 +123,7 @@ def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> P
             context = set(request.prompt_ids)
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             context |= request.output_counts.keys()
-        if len(request.output_ids) < p.min_tokens:
+        if request.num_output_tokens < p.min_tokens:
             entries |= dict.fromkeys([*banned, *p.stop_token_ids], -np.inf)
         entries = dict.fromkeys(context, 0.0) | entries
         token_ids += entries

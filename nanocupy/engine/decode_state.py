@@ -56,6 +56,8 @@ class DecodeState:
         self._place_of: dict[int, int] = {}
         self._num_blocks = [0] * max_num_seqs  # of each place's table, as the device has it
         self._fresh: set[int] = set()  # places whose table is another request's
+        # Preemptions of each place's request: one that comes back has other blocks.
+        self._num_preemptions = [0] * max_num_seqs
 
     def view(self, array: Any, name: str, num_places: int) -> Any:
         """The field `name` of the first places, in `array` (this state's words, here or on the
@@ -96,6 +98,10 @@ class DecodeState:
             if id(request) not in self._place_of:
                 self._place_of[id(request)] = place = holes.pop(0)
                 self.places[place] = request
+                self._fresh.add(place)
+            place = self._place_of[id(request)]
+            if self._num_preemptions[place] != request.num_preemptions:
+                self._num_preemptions[place] = request.num_preemptions
                 self._fresh.add(place)
         new = self._wanted_words(requests)
         for name in _FIELDS:

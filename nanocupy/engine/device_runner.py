@@ -35,9 +35,10 @@ from nanocupy.engine.device_plan import (
     op_sizes,
     table_width,
 )
+from nanocupy.engine.device_swap import HostBlocks
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import Runner, RunnerLimits
-from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.engine.schedule import Schedule
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
@@ -87,10 +88,13 @@ class DeviceRunner(Runner):
         self._put("inv_freq", rope.inv_freq)
         places = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
         self._put("place_numbers", places)
+        caches = [
+            self._view(n) for n in self.plan.specs if n.startswith(("key_cache.", "value_cache."))
+        ]
         # A cache that was never written must not hold NaN where padding reads it.
-        for name in self.plan.specs:
-            if name.startswith(("key_cache.", "value_cache.")):
-                device.fill(self._view(name), 0)
+        for cache in caches:
+            device.fill(cache, 0)
+        self._host_blocks = HostBlocks(device, caches, limits.num_host_blocks)
         device.synchronize("preparing the device")
 
     @property
@@ -126,8 +130,11 @@ class DeviceRunner(Runner):
 
     # ----------------------------------------------------------------- steps
 
-    def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
-        sampling = [s.request for s in schedule if s.samples]
+    def run(self, schedule: Schedule) -> list[int]:
+        self._host_blocks.copy(schedule)
+        if not schedule.requests:
+            return []
+        sampling = schedule.sampling
         penalties = build_penalty_batch(sampling, self.config.eos_ids)
         decodes = all(s.samples and s.num_tokens == 1 for s in schedule)
         if decodes and penalties is None:

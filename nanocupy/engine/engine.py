@@ -1,21 +1,45 @@
 """The engine: requests are added, `step` is called, tokens come out. It knows no text, no arrays.
 
-A step: schedule → run → append each sampled id → finish what has ended.
+A step: schedule → launch → read the ids of the step that is due → finish what has ended. That is
+the same step, or, where the engine runs ahead, the one before: the runner is never idle while the
+host reads, and a request that turns out to have ended has one token too many, which is dropped.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanocupy.config import ModelConfig
-from nanocupy.engine.request import Request, RequestState
-from nanocupy.engine.runner import Runner
-from nanocupy.engine.scheduler import Scheduler
-from nanocupy.errors import RequestError
+from nanocupy.engine.config import EngineConfig
+from nanocupy.engine.policy import PolicyWeights
+from nanocupy.engine.request import Request, RequestPriority, RequestState
+from nanocupy.engine.runner import Runner, RunnerLimits
+from nanocupy.engine.schedule import Schedule
+from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
+from nanocupy.errors import ConfigError, RequestError
 from nanocupy.memory.block_pool import BlockPool
+from nanocupy.memory.host_pool import HostPool, SwapCosts
+from nanocupy.memory.kv_memory import KVMemory
+from nanocupy.memory.prefix_cache import PrefixCache
 from nanocupy.sampling_params import SamplingParams
+
+
+def scheduler_settings(
+    config: EngineConfig, limits: RunnerLimits, costs: SwapCosts | None = None
+) -> SchedulerSettings:
+    """What the scheduler is told of an engine's configuration, within a runner's limits."""
+    return SchedulerSettings(
+        max_num_seqs=min(config.num_running, limits.max_num_seqs),
+        max_step_tokens=min(max(config.chunk_size, config.num_running), limits.max_step_tokens),
+        policy=config.policy,
+        weights=PolicyWeights(**config.policy_weights),
+        preemption=config.preemption,
+        max_preemptions=config.max_preemptions,
+        costs=costs or SwapCosts(),
+    )
 
 
 @dataclass(frozen=True)
@@ -29,28 +53,60 @@ class StepOutput:
 
 
 class LLMEngine:
-    """Any number of requests over one runner, first come, first served."""
+    """Any number of requests over one runner.
 
-    def __init__(self, config: ModelConfig, runner: Runner) -> None:
+    settings      of the scheduler; None = first come, first served, up to the runner's limits
+    prefix_cache  whether blocks of earlier requests serve prompts that begin alike
+    run_ahead     launch a step before the ids of the one before are read; the runner must be able
+    clock         seconds, for deadlines
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        runner: Runner,
+        settings: SchedulerSettings | None = None,
+        *,
+        prefix_cache: bool = True,
+        run_ahead: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         limits = runner.limits
+        if run_ahead and not runner.can_run_ahead:
+            raise ConfigError(f"run_ahead is true, but a runner on {runner.device} cannot do that")
         self.config = config
         self.runner = runner
-        self.pool = BlockPool(limits.num_blocks, limits.block_size)
-        self.scheduler = Scheduler(
-            self.pool, max_num_seqs=limits.max_num_seqs, max_step_tokens=limits.max_step_tokens
-        )
+        self.run_ahead = run_ahead
+        cache = PrefixCache(limits.block_size) if prefix_cache else None
+        self.pool = BlockPool(limits.num_blocks, limits.block_size, cache)
+        self.memory = KVMemory(self.pool, HostPool(limits.num_host_blocks))
+        settings = settings or SchedulerSettings(limits.max_num_seqs, limits.max_step_tokens)
+        self._check(settings)
+        self.scheduler = Scheduler(self.memory, settings, clock)
         # A sequence must fit in the whole cache, or it could never finish.
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
         self._requests: dict[str, Request] = {}
+        self._in_flight: tuple[Schedule, Callable[[], list[int]]] | None = None
+        self._outputs: list[StepOutput] = []  # not returned yet
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests)
+        return bool(self._requests or self._in_flight or self._outputs)
+
+    def configure(self, settings: SchedulerSettings) -> None:
+        """Take new settings from the next step on. Raises ConfigError for what the runner was not
+        built for; nothing is changed then."""
+        self._check(settings)
+        self.scheduler.configure(settings)
 
     def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        priority: RequestPriority = RequestPriority(),  # noqa: B008 (frozen)
     ) -> None:
         """Queue a prompt of token ids. Raises RequestError; nothing is queued then."""
         prompt_ids = list(prompt_ids)
@@ -71,7 +127,10 @@ class LLMEngine:
         if params.max_tokens is not None:
             max_total = min(max_total, len(prompt_ids) + params.max_tokens)
         seed = params.seed if params.seed >= 0 else secrets.randbits(63)
-        request = Request(request_id, prompt_ids, params, seed, max_total)
+        request = Request(
+            request_id, prompt_ids, params, seed, max_total, priority,
+            rope_base=self._rope_base(len(prompt_ids)),
+        )  # fmt: skip
         self.scheduler.add(request)
         self._requests[request_id] = request
 
@@ -82,23 +141,35 @@ class LLMEngine:
             self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Run one step; the new token of every request that got one."""
+        """Run one step; the new token of every request whose token was read."""
+        if any(request.needs_token_ids for request in self.scheduler.running):
+            self._collect()  # penalties count tokens, so all must be known
         schedule = self.scheduler.schedule()
-        if not schedule:
-            return []
-        sampled = iter(self.runner.run(schedule))
-        outputs = []
-        for item in schedule:
-            request = item.request
-            request.num_computed_tokens += item.num_tokens
-            if item.samples:
-                token_id = next(sampled)
-                request.append(token_id)
-                reason = self._end_of(request, token_id)
-                if reason is not None:
-                    self._finish(request, reason)
-                outputs.append(StepOutput(request.request_id, token_id, reason))
+        read = None
+        if schedule:
+            try:
+                read = self.runner.launch(schedule)
+            except BaseException:
+                self.scheduler.failed()
+                raise
+            self.scheduler.launched(schedule)
+        self._collect()
+        self._in_flight = (schedule, read) if read else None
+        if not self.run_ahead:
+            self._collect()
+        outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _collect(self) -> None:
+        """Read the ids of the step in flight, if there is one, and finish what has ended."""
+        if self._in_flight is None:
+            return
+        (schedule, read), self._in_flight = self._in_flight, None
+        for request, token_id in self.scheduler.update(schedule, read()):
+            reason = self._end_of(request, token_id)
+            if reason is not None:
+                self._finish(request, reason)
+            self._outputs.append(StepOutput(request.request_id, token_id, reason))
 
     def _end_of(self, request: Request, token_id: int) -> str | None:
         params = request.params
@@ -107,10 +178,24 @@ class LLMEngine:
             or (token_id in self.config.eos_ids and not params.ignore_eos)
         ):
             return "stop"
-        return "length" if request.num_tokens >= request.max_total_tokens else None
+        return "length" if request.num_known_tokens >= request.max_total_tokens else None
 
     def _finish(self, request: Request, reason: str) -> None:
         assert request.state is not RequestState.FINISHED
         request.finish_reason = reason
         self.scheduler.finish(request)
         del self._requests[request.request_id]
+
+    def _rope_base(self, num_prompt_tokens: int) -> int:
+        """Dynamic NTK: what the base follows, the prompt's length beyond the trained context."""
+        scaling = self.config.rope_scaling
+        if scaling.kind != "dynamic":
+            return 0
+        return max(num_prompt_tokens, scaling.original_context or 1)
+
+    def _check(self, settings: SchedulerSettings) -> None:
+        limits = self.runner.limits
+        for name in ("max_num_seqs", "max_step_tokens"):
+            value, most = getattr(settings, name), getattr(limits, name)
+            if not 1 <= value <= most:
+                raise ConfigError(f"{name} is {value}; this engine was started for 1 to {most}")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.batch import (
     ForwardBatch,
+    PenaltyBatch,
+    SamplerBatch,
     build_batch,
     build_penalty_batch,
     build_sampler_batch,
 )
 from nanocupy.engine.binding import BoundCall, StepObserver, bind_calls, run_calls, step_dims
+from nanocupy.engine.request import PENDING_TOKEN, Request
 from nanocupy.engine.runner import Runner, RunnerLimits
-from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.engine.schedule import Schedule
 from nanocupy.errors import CheckpointError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
@@ -28,6 +31,8 @@ class NumpyRunner(Runner):
     """Runs `config` with `weights` (name in `weight_layout` -> array) on NumPy.
 
     Activations and cache are of `dtype` (float32; float64 makes an oracle, with float64 compute).
+    With `deferred`, a launched step is computed only when its ids are read, so that nothing can
+    depend on them before: for tests of an engine that runs ahead.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class NumpyRunner(Runner):
         weights: Mapping[str, np.ndarray],
         limits: RunnerLimits,
         dtype: type[np.floating] = np.float32,
+        *,
+        deferred: bool = False,
     ) -> None:
         self.device = "cpu"
         self.observer: StepObserver | None = None
@@ -52,6 +59,16 @@ class NumpyRunner(Runner):
         ) | {"N": limits.num_blocks, "P": limits.block_size, "M": self.table_width}
         self._memory = self._allocate()
         self._memory["inv_freq"] = rope.inv_freq
+        self._caches = [a for a in self._memory.values() if a.ndim == 4]
+        num_host_blocks = limits.num_host_blocks
+        self._host_blocks = [
+            np.empty((num_host_blocks, *cache.shape[1:]), self.dtype)
+            for cache in self._caches
+            if num_host_blocks
+        ]
+        self.can_run_ahead = deferred
+        self._queue: deque[Callable[[], list[int]]] = deque()  # launched, not computed
+        self._last_ids: dict[Request, int] = {}  # what the last computed step sampled
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.
         self._bound: dict[tuple[int, ...], list[BoundCall]] = {}
 
@@ -62,13 +79,56 @@ class NumpyRunner(Runner):
             owners[owner] = owners.get(owner, 0) + memory.nbytes
         return owners
 
-    def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
+    def run(self, schedule: Schedule) -> list[int]:
+        return self._prepare(schedule)()
+
+    def launch(self, schedule: Schedule) -> Callable[[], list[int]]:
+        if not self.can_run_ahead:
+            return super().launch(schedule)
+        self._queue.append(self._prepare(schedule))
+        return self._run_next
+
+    def _run_next(self) -> list[int]:
+        return self._queue.popleft()()
+
+    def _prepare(self, schedule: Schedule) -> Callable[[], list[int]]:
+        """The step as a function, which looks at the requests no more."""
+        if not schedule.requests:
+            return lambda: self._swap(schedule) or []
         batch = build_batch(
             schedule, block_size=self.limits.block_size, table_width=self.table_width
         )
-        logits = self.logits(batch)
-        requests = [s.request for s in schedule if s.samples]
-        return self._sample(requests, logits) if requests else []
+        last_rows = batch.query_starts[1:] - 1
+        pending = [
+            (row, item.request)
+            for row, item in zip(last_rows, schedule, strict=True)
+            if batch.token_ids[row] == PENDING_TOKEN
+        ]
+        requests = schedule.sampling
+        penalties = build_penalty_batch(requests, self.config.eos_ids)
+        sampler = build_sampler_batch(requests)
+
+        def execute() -> list[int]:
+            self._swap(schedule)
+            for row, request in pending:
+                batch.token_ids[row] = self._last_ids[request]
+            logits = self.logits(batch)
+            token_ids = self._sample(logits, penalties, sampler) if requests else []
+            self._last_ids = dict(zip(requests, token_ids, strict=True))
+            return token_ids
+
+        return execute
+
+    def _swap(self, schedule: Schedule) -> None:
+        """The copies of a step, in its order."""
+        for pairs, is_out in ((schedule.swap_out, True), (schedule.swap_in, False)):
+            if pairs:
+                blocks, host_blocks = np.array(pairs).T
+                for cache, host in zip(self._caches, self._host_blocks, strict=True):
+                    if is_out:
+                        host[host_blocks] = cache[blocks]
+                    else:
+                        cache[blocks] = host[host_blocks]
 
     def logits(self, batch: ForwardBatch) -> np.ndarray:
         """Logits [S, V] of the batch's sampled rows, float32 (or the oracle's dtype); the array is
@@ -86,18 +146,19 @@ class NumpyRunner(Runner):
             self.observer.end_step()
         return self._view("logits", (key[2], self.config.vocab_size))
 
-    def _sample(self, requests: Sequence[Any], logits: np.ndarray) -> list[int]:
+    def _sample(
+        self, logits: np.ndarray, penalties: PenaltyBatch | None, sampler: SamplerBatch
+    ) -> list[int]:
         # A NaN reaches the maximum, and a row of nothing but -inf has no other.
         if not np.isfinite(logits.max(axis=-1)).all():
             raise CheckpointError(
                 "the model computes NaN or infinite logits: its weights are damaged or out of "
                 "range; check the file with `nanocupy inspect --verify`"
             )
-        penalties = build_penalty_batch(requests, self.config.eos_ids)
         if penalties is not None:
             self.ops.penalize(logits, **vars(penalties))
-        ids = np.empty(len(requests), np.int32)
-        self.ops.sample(logits, **vars(build_sampler_batch(requests)), out=ids)
+        ids = np.empty(len(logits), np.int32)
+        self.ops.sample(logits, **vars(sampler), out=ids)
         return ids.tolist()
 
     # ----------------------------------------------------------------- binding

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nanocupy.errors import RequestError
 from nanocupy.sampling_params import SamplingParams
+
+MAX_LEVEL = 9
+PENDING_TOKEN = -1  # stands for a token that was sampled and not read yet
 
 
 class RequestState(Enum):
-    """WAITING has no blocks yet; RUNNING has; FINISHED has given them back."""
+    """WAITING has not run yet; RUNNING has blocks; PREEMPTED ran, and waits for blocks again: to be
+    swapped in where it has host blocks, else to be computed again; FINISHED has ended."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    PREEMPTED = "preempted"
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(frozen=True)
+class RequestPriority:
+    """How urgent a request is, under the policy "priority".
+
+    level     0 (highest) to 9
+    deadline  seconds from arrival by which it should be done; None = no hurry
+    vip       goes before others of its level
+    """
+
+    level: int = 0
+    deadline: float | None = None
+    vip: bool = False
+
+    def __post_init__(self) -> None:
+        level, deadline = self.level, self.deadline
+        if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= MAX_LEVEL:
+            raise RequestError(
+                f"priority level is {level!r}; it must be a whole number from 0, the highest, to "
+                f"{MAX_LEVEL}"
+            )
+        if deadline is not None and (
+            not isinstance(deadline, (int, float))
+            or isinstance(deadline, bool)
+            or not math.isfinite(deadline)
+            or deadline < 0
+        ):
+            raise RequestError(
+                f"priority deadline is {deadline!r}; it must be seconds from arrival, 0 or more"
+            )
+        if not isinstance(self.vip, bool):
+            raise RequestError(f"priority vip is {self.vip!r}; it must be True or False")
+
+
+@dataclass(eq=False)  # two requests are never the same one
 class Request:
     """A prompt, what was generated, and how many of its tokens are in the cache.
 
     seed is drawn at arrival where the parameters ask for a random one, so that every later step of
     the request uses the same. finish_reason: "stop", "length", "abort", or None while it lives.
+
+    Counts run ahead of results: a step that was launched counts as computed, and the token it
+    samples exists (`num_pending_tokens`) before its id is read.
     """
 
     request_id: str
@@ -30,21 +73,61 @@ class Request:
     params: SamplingParams
     seed: int
     max_total_tokens: int  # prompt and output, bounded by max_tokens and the context
+    priority: RequestPriority = RequestPriority()
+    # Tokens alone do not say what their keys are where the rotary base follows the prompt's length
+    # (dynamic NTK): equal bases share cached blocks, others never do.
+    rope_base: int = 0
     state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
+    num_pending_tokens: int = 0
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    host_block_ids: list[int] = field(default_factory=list)  # while swapped out
     finish_reason: str | None = None
+    # Kept by the scheduler:
+    arrival_number: int = 0
+    arrival_step: int = 0
+    arrival_time: float = 0.0  # seconds on the scheduler's clock
+    num_preemptions: int = 0
+    num_steps_in_flight: int = 0
+    # Kept by the prefix cache: hashes of full blocks, as far as computed; how many leading blocks
+    # are in the cache or were refused by it; the entry of the last of those.
+    block_hashes: list[int] = field(default_factory=list)
+    num_cached_blocks: int = 0
+    cache_parent: int | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that exist: prompt and output."""
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids the host has: prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist: prompt, output, and what was sampled and not read yet."""
+        return self.num_known_tokens + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids) + self.num_pending_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens it must catch up by before it can get another; 0 where it gets none."""
+        num_tokens = self.num_tokens
+        if num_tokens >= self.max_total_tokens:
+            return 0
+        return num_tokens - self.num_computed_tokens
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether choosing the next token takes the ids of all before it, on the host."""
+        p = self.params
+        return p.repetition_penalty != 1 or bool(p.presence_penalty or p.frequency_penalty)
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
@@ -52,7 +135,8 @@ class Request:
         self.output_counts[token_id] += 1
 
     def token_slice(self, start: int, stop: int) -> list[int]:
-        """Token ids of positions start … stop - 1."""
+        """Token ids of positions start … stop - 1; PENDING_TOKEN for what was not read yet."""
         prompt = self.prompt_ids[start:stop]
         offset = len(self.prompt_ids)
-        return prompt + self.output_ids[max(start - offset, 0) : max(stop - offset, 0)]
+        ids = prompt + self.output_ids[max(start - offset, 0) : max(stop - offset, 0)]
+        return ids + [PENDING_TOKEN] * (min(stop, self.num_tokens) - start - len(ids))

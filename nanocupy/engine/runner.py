@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.binding import StepObserver
-from nanocupy.engine.scheduler import ScheduledRequest
+from nanocupy.engine.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class RunnerLimits:
 
     num_blocks counts the null block; block_size is in tokens; max_context is the longest sequence
     in tokens, max_step_tokens the most tokens of one step, max_num_seqs the most sequences.
+    num_host_blocks blocks of host memory take what preempted requests had; 0 = none.
     """
 
     num_blocks: int
@@ -24,6 +25,7 @@ class RunnerLimits:
     max_context: int
     max_step_tokens: int
     max_num_seqs: int
+    num_host_blocks: int = 0
 
 
 class Runner(ABC):
@@ -34,12 +36,17 @@ class Runner(ABC):
     device: str  # a name for people: "cpu", "NVIDIA H100"
 
     observer: StepObserver | None  # sees every op call of a step while it is set
+    # Whether a step can be launched while the ids of the one before are not read: the runner puts
+    # them in itself, wherever a batch has PENDING_TOKEN.
+    can_run_ahead: bool = False
 
     @abstractmethod
-    def bytes_by_owner(self) -> dict[str, int]:
-        """Memory of the device by what it is for: weights, kv cache, activations, …"""
+    def run(self, schedule: Schedule) -> list[int]:
+        """Execute one step: the copies of swap_out, those of swap_in, the forward. Returns the ids
+        of the requests that sample, in the schedule's order. The requests are left as they are."""
 
-    @abstractmethod
-    def run(self, schedule: Sequence[ScheduledRequest]) -> list[int]:
-        """Execute one step. Returns the ids of the requests that sample, in the schedule's order.
-        The requests themselves are left as they are."""
+    def launch(self, schedule: Schedule) -> Callable[[], list[int]]:
+        """Start one step. Returns a function that waits for it and gives what `run` does; it is
+        called once, before the step after the next is launched."""
+        token_ids = self.run(schedule)
+        return lambda: token_ids

@@ -1,104 +1,388 @@
 """Who runs this step, and how many tokens each. Pure Python: no arrays, no devices.
 
 One rule: a request has tokens and a count of computed tokens, and a step lets it catch up, within a
-budget of tokens a step. A prompt's chunk and the decode of one token are the same thing with other
-numbers.
+budget of tokens a step. A prompt's chunk, the decode of one token, what the prefix cache has, and a
+request that comes back are the same thing with other numbers.
+
+A step goes `schedule` → the runner launches it → `launched` → its ids are read → `update`. Counts
+move on in `launched`, so that the next step can be scheduled before the ids of this one are read.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
-from nanocupy.memory.block_pool import BlockPool
+from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
+from nanocupy.engine.waiting import WaitingQueue
+from nanocupy.memory.host_pool import prefers_swap
+from nanocupy.memory.kv_memory import BlockPair, KVMemory
+
+__all__ = ["Schedule", "ScheduledRequest", "Scheduler", "SchedulerSettings"]
+
+# A prompt waits for another that is computing what it needs where that saves this many tokens now.
+WORTH_WAITING_TOKENS = 128
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """`num_tokens` tokens of `request`, from position request.num_computed_tokens on. With
-    `samples`, they reach the last token there is, and the step chooses the next one."""
+@dataclass
+class SchedulerCounters:
+    """How often since the start."""
 
-    request: Request
-    num_tokens: int
-    samples: bool
+    num_steps: int = 0
+    num_swapped_out: int = 0
+    num_recomputed: int = 0
+    num_resumed: int = 0
+
+
+@dataclass
+class _Plan:
+    """A step in the making."""
+
+    budget: int
+    now: float
+    items: dict[int, ScheduledRequest] = field(default_factory=dict)  # by arrival number
+    swap_out: list[BlockPair] = field(default_factory=list)
+    swap_in: list[BlockPair] = field(default_factory=list)
+    host_block_ids: list[int] = field(default_factory=list)  # free when swap_in is done
+    preempted: list[Request] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+    filling: set[int] = field(default_factory=set)  # hashes of the blocks this step computes
 
 
 class Scheduler:
-    """First come, first served. Blocks are taken as tokens come; when none are left, the request
-    that came last gives its own back and is computed again later."""
+    """Requests run in the order of the policy. Blocks are taken as tokens come; when there are
+    none left, the last in that order makes room.
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_step_tokens: int) -> None:
-        self.pool = pool
-        self.max_num_seqs = max_num_seqs
-        self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+    A request that was preempted as often as is allowed comes back only when all blocks it can ever
+    need are free, and takes them: it never has to be preempted again, nor to preempt.
+    """
+
+    def __init__(
+        self,
+        memory: KVMemory,
+        settings: SchedulerSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.memory = memory
+        self.counters = SchedulerCounters()
+        self.running: list[Request] = []  # in the order in which they were admitted
+        self._clock = clock
+        self._max_preemptions = settings.max_preemptions
+        self._num_arrivals = 0
+        self._plan = _Plan(0, 0.0)
+        # Of each step in flight: host blocks to free. And who has ended, but for such a step.
+        self._in_flight: deque[list[int]] = deque()
+        self._ending: list[Request] = []
+        self.waiting = WaitingQueue(make_policy(settings.policy, settings.weights))
+        self.configure(settings)
+
+    @property
+    def policy(self) -> Policy:
+        return self.waiting.policy
+
+    def configure(self, settings: SchedulerSettings) -> None:
+        """Take new settings from the next step on; not another max_preemptions, as those who keep
+        their places have blocks accordingly. Who runs goes on, if there are too many now."""
+        assert settings.max_preemptions == self._max_preemptions
+        self.settings = settings
+        waiting, self.waiting = (
+            self.waiting,
+            WaitingQueue(make_policy(settings.policy, settings.weights)),
+        )
+        self.waiting.refresh(self._clock())
+        for request in waiting:
+            self.waiting.push(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its max_total_tokens must fit in the whole pool, or it could never
         finish."""
-        assert self.pool.blocks_for(request.max_total_tokens) < self.pool.num_blocks
-        self.waiting.append(request)
+        pool = self.memory.pool
+        assert pool.blocks_for(request.max_total_tokens) < pool.num_blocks
+        request.arrival_number = self._num_arrivals
+        request.arrival_step = self.counters.num_steps
+        request.arrival_time = self._clock()
+        self._num_arrivals += 1
+        self.waiting.push(request)
 
-    def schedule(self) -> list[ScheduledRequest]:
-        """The next step. Requests that decode come first, then prompts, as far as the budget of
-        tokens goes; both in order of arrival. Empty when there is nothing to do."""
-        scheduled: list[ScheduledRequest] = []
-        budget = self.max_step_tokens
-        num_running = len(self.running)
-        # A stable sort: one token each for those that decode, before prompts take the rest.
-        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
+    # ----------------------------------------------------------------- a step
+
+    def schedule(self) -> Schedule:
+        """The next step; false where there is nothing to do, or nothing until a step in flight is
+        over. Those that decode come before prompts of the same urgency."""
+        plan = self._plan = _Plan(self.settings.max_step_tokens, self._clock())
+        self.counters.num_steps += 1
+        for request in self._running_in_order(plan):
             if request.state is RequestState.RUNNING:  # else preempted by one before it
-                budget -= self._schedule_one(request, budget, scheduled, may_preempt=True)
-        if len(self.running) < num_running:  # somebody was preempted: there is no room for more
-            return scheduled
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            num_tokens = self._schedule_one(request, budget, scheduled, may_preempt=False)
-            if not num_tokens:
-                break
-            budget -= num_tokens
-            self.waiting.popleft()
-            request.state = RequestState.RUNNING
-            self.running.append(request)
-        return scheduled
+                self._catch_up(request, plan)
+        self._admit_waiting(plan)
+        return Schedule(tuple(plan.items.values()), tuple(plan.swap_out), tuple(plan.swap_in))
+
+    def launched(self, schedule: Schedule) -> None:
+        """The runner has started the step that `schedule` gave last: its tokens count."""
+        for item in schedule:
+            request = item.request
+            request.num_computed_tokens += item.num_tokens
+            request.num_pending_tokens += item.samples
+            request.num_steps_in_flight += 1
+            self.memory.store(request)
+        self._in_flight.append(self._plan.host_block_ids)
+        self._plan = _Plan(0, 0.0)
+
+    def failed(self) -> None:
+        """The step that `schedule` gave last was not run: what it was to copy is lost, and is
+        computed again."""
+        plan, self._plan = self._plan, _Plan(0, 0.0)
+        self.memory.host_pool.free(plan.host_block_ids)
+        for request in plan.preempted:
+            if request.state is RequestState.PREEMPTED:
+                self.memory.drop(request)
+                request.num_computed_tokens = 0
+        if plan.swap_in:
+            for request in plan.admitted:
+                if request.state is RequestState.RUNNING and request.num_preemptions:
+                    self.memory.drop(request)
+                    self._requeue(request)
+                    request.num_computed_tokens = 0
+
+    def update(self, schedule: Schedule, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
+        """Take in the ids of the oldest step in flight. Returns who got which token; not those
+        that have ended meanwhile."""
+        self.memory.host_pool.free(self._in_flight.popleft())
+        sampled = iter(token_ids)
+        given = []
+        for item in schedule:
+            request = item.request
+            request.num_steps_in_flight -= 1
+            request.num_pending_tokens -= item.samples
+            token_id = next(sampled) if item.samples else None
+            if request.state is RequestState.FINISHED:
+                continue
+            if token_id is not None:
+                request.append(token_id)
+                given.append((request, token_id))
+                if request.block_ids:
+                    self.memory.store(request)
+        for request in [r for r in self._ending if not r.num_steps_in_flight]:
+            self._ending.remove(request)
+            self.memory.drop(request)
+        return given
 
     def finish(self, request: Request) -> None:
-        """Take the request out, wherever it is, and give its blocks back."""
+        """Take the request out, wherever it is. Its blocks are free when no step that was launched
+        with it is in flight."""
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
-        elif request.state is RequestState.WAITING:
+        else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        self._release(request)
+        if request.num_steps_in_flight:
+            self._ending.append(request)
+        else:
+            self.memory.drop(request)
 
-    def _schedule_one(
-        self, request: Request, budget: int, scheduled: list[ScheduledRequest], *, may_preempt: bool
-    ) -> int:
-        """Give `request` blocks and a place in `scheduled`; returns its tokens, 0 if none."""
-        behind = request.num_tokens - request.num_computed_tokens
-        num_tokens = min(behind, budget)
-        needed = self.pool.blocks_for(request.num_computed_tokens + num_tokens)
-        needed -= len(request.block_ids)
-        while needed > self.pool.num_free:
-            if not may_preempt or self.running[-1] is request:
-                return 0  # the last to come waits until others finish
-            self._preempt(self.running[-1], scheduled)
-        if num_tokens:
-            request.block_ids += self.pool.allocate(max(needed, 0))
-            scheduled.append(ScheduledRequest(request, num_tokens, num_tokens == behind))
-        return num_tokens
+    # ----------------------------------------------------------------- who runs goes on
 
-    def _preempt(self, request: Request, scheduled: list[ScheduledRequest]) -> None:
-        """Send `request` back to the head of the queue, out of this step too."""
-        scheduled[:] = [s for s in scheduled if s.request is not request]
+    def _running_in_order(self, plan: _Plan) -> list[Request]:
+        running, now = self.running, plan.now
+        behind = sum(request.num_uncomputed_tokens for request in running)
+        pool = self.memory.pool
+        if behind <= plan.budget and behind // pool.block_size + len(running) <= pool.num_free:
+            return sorted(running, key=_is_prompt)  # everyone gets everything
+        policy = self.policy
+        order = {r.arrival_number: (policy.band(r, now), _is_prompt(r), policy.key(r, now))
+                 for r in running}  # fmt: skip
+        return sorted(running, key=lambda r: order[r.arrival_number])
+
+    def _catch_up(self, request: Request, plan: _Plan) -> None:
+        """Give a running request as many tokens as it lacks and the budget has."""
+        if request.num_uncomputed_tokens > self.memory.pool.block_size:
+            self.memory.skip_cached(request)
+        num_tokens = min(request.num_uncomputed_tokens, plan.budget)
+        if not num_tokens:
+            return
+        end = request.num_computed_tokens + num_tokens
+        while self.memory.blocks_wanted(request, end) > self.memory.pool.num_free:
+            victim = self._last_after(request, plan)
+            if victim is None:
+                return  # it waits, with what it has, until others have finished
+            self._preempt(victim, plan)
+        self.memory.grow(request, end)
+        self._put(request, num_tokens, plan)
+
+    def _last_after(self, request: Request, plan: _Plan) -> Request | None:
+        """Who must make room for `request`, if anyone: the last of those after it."""
+        key = self.policy.key
+        others = [r for r in self.running if self._may_preempt(r, plan)]
+        victim = max(others, key=lambda r: key(r, plan.now), default=None)
+        if victim is None or key(victim, plan.now) <= key(request, plan.now):
+            return None
+        return victim
+
+    def _put(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+        start, behind = request.num_computed_tokens, request.num_uncomputed_tokens
+        plan.items[request.arrival_number] = ScheduledRequest(
+            request, num_tokens, num_tokens == behind
+        )
+        plan.budget -= num_tokens
+        cache, size = self.memory.cache, self.memory.pool.block_size
+        if cache is not None and num_tokens >= WORTH_WAITING_TOKENS and self.waiting:
+            first, last = -(-start // size), (start + num_tokens) // size
+            plan.filling.update(cache.block_hash(request, i) for i in range(first, last))
+
+    # ----------------------------------------------------------------- who waits is admitted
+
+    def _admit_waiting(self, plan: _Plan) -> None:
+        """Admit as many as there is room for, strictly in order."""
+        if not self.waiting or not (self._has_seat() or self.policy.preempts):
+            return
+        self.waiting.refresh(plan.now)
+        aside = []
+        while self.waiting and plan.budget:
+            request = self.waiting.peek()
+            if request in plan.preempted:
+                break  # there was no room for it a moment ago
+            admitted = self._admit(request, plan)
+            if admitted is None:
+                self.waiting.remove(request)
+                aside.append(request)
+            elif not admitted:
+                break
+        for request in aside:
+            self.waiting.push(request)
+
+    def _admit(self, request: Request, plan: _Plan) -> bool | None:
+        """Let a waiting or preempted request run, if there is room; None where it should rather
+        wait for one that is computing its prefix."""
+        memory, old_computed = self.memory, request.num_computed_tokens
+        num_found = memory.attach(request)
+        if self._is_being_filled(request, plan):
+            memory.detach(request)
+            return None
+        num_attached = len(request.block_ids)
+        request.num_computed_tokens = max(old_computed, num_found)
+        num_tokens = min(request.num_uncomputed_tokens, plan.budget)
+        end = request.num_computed_tokens + num_tokens
+        if request.num_preemptions >= self._max_preemptions:
+            end = request.max_total_tokens  # it keeps its place, so it must never lack a block
+        if not num_tokens or not self._make_room(request, end, plan):
+            memory.detach(request)
+            request.num_computed_tokens = old_computed
+            return False
+        memory.grow(request, end)
+        if request.host_block_ids:
+            pairs, host_block_ids = memory.swap_in(request, num_attached)
+            plan.swap_in += pairs
+            plan.host_block_ids += host_block_ids
+        else:
+            memory.count_hit(request, num_found)
+        self.waiting.remove(request)
+        self.counters.num_resumed += request.num_preemptions > 0
+        request.state = RequestState.RUNNING
+        self.running.append(request)
+        plan.admitted.append(request)
+        self._put(request, num_tokens, plan)
+        return True
+
+    def _is_being_filled(self, request: Request, plan: _Plan) -> bool:
+        cache, size = self.memory.cache, self.memory.pool.block_size
+        if cache is None or not plan.filling:
+            return False
+        first, last = len(request.block_ids), (request.num_known_tokens - 1) // size
+        wanted = first + -(-WORTH_WAITING_TOKENS // size)
+        return wanted <= last and all(
+            cache.block_hash(request, i) in plan.filling for i in range(first, wanted)
+        )
+
+    def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+        """Whether a request that waits has a seat and blocks for `num_tokens`; under a policy that
+        preempts, requests that are clearly after it leave."""
+        pool = self.memory.pool
+        wanted = self.memory.blocks_wanted(request, num_tokens)
+        victims: list[Request] = []
+        if self.policy.preempts and not (self._has_seat() and wanted <= pool.num_free):
+            key_of, weights = self.policy.key_of, self.policy.weights
+            limit = key_of(request, plan.now, weights) + PREEMPTION_MARGIN_STEPS
+            victims = [
+                r for r in self.running
+                if self._may_preempt(r, plan) and key_of(r, plan.now, weights) > limit
+            ]  # fmt: skip
+            victims.sort(key=lambda r: self.policy.key(r, plan.now), reverse=True)
+        leaving: list[Request] = []
+        room = pool.num_free
+        while room < wanted or not (leaving or self._has_seat()):
+            if len(leaving) == len(victims):
+                return False
+            victim = victims[len(leaving)]
+            leaving.append(victim)
+            room += pool.num_sole(victim.block_ids)
+        for victim in leaving:
+            self._preempt(victim, plan)
+        return True
+
+    def _has_seat(self) -> bool:
+        return len(self.running) < self.settings.max_num_seqs
+
+    # ----------------------------------------------------------------- preemption
+
+    def _may_preempt(self, request: Request, plan: _Plan) -> bool:
+        allowed = request.num_preemptions < self._max_preemptions
+        return allowed and request not in plan.admitted
+
+    def _preempt(self, request: Request, plan: _Plan) -> None:
+        """Take a running request's blocks, out of this step too; its state goes to the host, or is
+        computed again."""
+        item = plan.items.pop(request.arrival_number, None)
+        plan.budget += item.num_tokens if item else 0
+        pool, block_ids = self.memory.pool, request.block_ids
+        # Blocks that others hold will still be there.
+        lost = pool.num_sole(block_ids[: pool.blocks_for(request.num_computed_tokens)])
+        pairs = None
+        if request.num_computed_tokens and prefers_swap(
+            self.settings.preemption,
+            self.settings.costs,
+            pool.blocks_for(request.num_computed_tokens),
+            lost * pool.block_size,
+        ):
+            pairs = self.memory.swap_out(request)
+        if pairs is None:
+            self.memory.drop(request)
+            request.num_computed_tokens = 0
+            self.counters.num_recomputed += 1
+        else:
+            plan.swap_out += pairs
+            self.counters.num_swapped_out += 1
+        request.num_preemptions += 1
+        self._requeue(request)
+        plan.preempted.append(request)
+
+    def _requeue(self, request: Request) -> None:
         self.running.remove(request)
-        self._release(request)
-        request.num_computed_tokens = 0
-        request.state = RequestState.WAITING
-        self.waiting.appendleft(request)
+        request.state = RequestState.PREEMPTED
+        self.waiting.push(request)
 
-    def _release(self, request: Request) -> None:
-        self.pool.free(reversed(request.block_ids))
-        request.block_ids = []
+    # ----------------------------------------------------------------- checks
+
+    def check_integrity(self) -> None:
+        """Assert that every block, here and on the host, is where the requests say; between
+        steps."""
+        running, waiting = self.running, list(self.waiting)
+        assert all(r.state is RequestState.RUNNING for r in running)
+        for request in waiting:
+            assert request.state in (RequestState.WAITING, RequestState.PREEMPTED)
+            assert not request.block_ids, "a request that waits has blocks"
+            num_blocks = self.memory.pool.blocks_for(request.num_computed_tokens)
+            assert len(request.host_block_ids) == num_blocks, "swapped out in part"
+        for request in running:
+            num_blocks = self.memory.pool.blocks_for(request.num_computed_tokens)
+            assert len(request.block_ids) >= num_blocks, "tokens without a block"
+            assert request.num_preemptions <= self._max_preemptions
+        host = [block_id for ids in self._in_flight for block_id in ids]
+        self.memory.check_integrity([*running, *waiting, *self._ending], host)
+
+
+def _is_prompt(request: Request) -> bool:
+    return request.num_uncomputed_tokens > 1

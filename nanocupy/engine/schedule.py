@@ -1,0 +1,73 @@
+"""What the scheduler is told, and what it gives: plain data.
+
+A `Schedule` is one step, made by the scheduler and executed by a runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nanocupy.engine.policy import PolicyName, PolicyWeights
+from nanocupy.engine.request import Request
+from nanocupy.memory.host_pool import PreemptionMode, SwapCosts
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """What may change while it runs (`Scheduler.configure`).
+
+    max_num_seqs sequences run at once; max_step_tokens are computed in a step; preemption is by
+    swap, by recompute, or as `costs` say; a request that was preempted max_preemptions times keeps
+    its place from then on.
+    """
+
+    max_num_seqs: int
+    max_step_tokens: int
+    policy: PolicyName = "fcfs"
+    weights: PolicyWeights = field(default_factory=PolicyWeights)
+    preemption: PreemptionMode = "auto"
+    max_preemptions: int = 4
+    costs: SwapCosts = field(default_factory=SwapCosts)
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """`num_tokens` tokens of `request`, from position request.num_computed_tokens on. With
+    `samples`, they reach the last token there is, and the step chooses the next one."""
+
+    request: Request
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A step: what runs, and the copies between the cache and the host's pool around it.
+
+    swap_out, swap_in: (block of the cache, block of the host's pool). The copies of swap_out come
+    first, then those of swap_in, then the forward: blocks that were swapped out may be written
+    again by either. A host block of swap_in is in no swap_out of the same schedule.
+    """
+
+    requests: tuple[ScheduledRequest, ...] = ()
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.requests)
+
+    @property
+    def sampling(self) -> list[Request]:
+        """The requests that get a token, in order."""
+        return [item.request for item in self.requests if item.samples]
+
+    def __bool__(self) -> bool:
+        return bool(self.requests or self.swap_out)
+
+    def __iter__(self) -> Iterator[ScheduledRequest]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
