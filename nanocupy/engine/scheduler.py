@@ -230,7 +230,7 @@ class Scheduler:
         plan.budget -= num_tokens
         cache, size = self.memory.cache, self.memory.pool.block_size
         if cache is not None and num_tokens >= WORTH_WAITING_TOKENS and self.waiting:
-            first, last = -(-start // size), (start + num_tokens) // size
+            first, last = start // size, (start + num_tokens) // size
             plan.filling.update(cache.block_hash(request, i) for i in range(first, last))
 
     # ----------------------------------------------------------------- who waits is admitted
@@ -377,7 +377,9 @@ class Scheduler:
             num_blocks = self.memory.pool.blocks_for(request.num_computed_tokens)
             assert len(request.host_block_ids) == num_blocks, "swapped out in part"
         for request in running:
-            num_blocks = self.memory.pool.blocks_for(request.num_computed_tokens)
+            keeps_place = request.num_preemptions >= self._max_preemptions
+            num_tokens = request.max_total_tokens if keeps_place else request.num_computed_tokens
+            num_blocks = self.memory.pool.blocks_for(num_tokens)
             assert len(request.block_ids) >= num_blocks, "tokens without a block"
             assert request.num_preemptions <= self._max_preemptions
         host = [block_id for ids in self._in_flight for block_id in ids]

@@ -73,6 +73,7 @@ class FakeRunner(Runner):
             request, start = item.request, item.request.num_computed_tokens
             stop = start + item.num_tokens
             assert item.num_tokens > 0
+            assert request.num_tokens < request.max_total_tokens, "a step that is for nothing"
             assert item.samples == (stop == request.num_tokens)
             assert len(request.block_ids) * limits.block_size >= stop
             given = request.token_slice(start, stop)

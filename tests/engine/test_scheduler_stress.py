@@ -62,6 +62,8 @@ class Stress:
         rng, number = self.random, len(self.arrived)
         ids = rng.choice(self.prefixes) if rng.random() < 0.5 else []
         ids = ids + self.ids(rng.randrange(1, 12))
+        if self.alive and rng.random() < 0.05:
+            ids = list(rng.choice(list(self.alive.values()))[0])
         params = SamplingParams(
             temperature=0, max_tokens=rng.randrange(1, 14), ignore_eos=rng.random() < 0.3,
             presence_penalty=0.5 if rng.random() < 0.02 else 0.0,
@@ -159,6 +161,18 @@ def test_every_way_to_run(config, run_ahead, policy, mode, monkeypatch):
     counters = stress.engine.scheduler.counters
     assert counters.num_recomputed + counters.num_swapped_out > 20
     assert mode != "recompute" or not counters.num_swapped_out
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+@pytest.mark.parametrize("num_hashes", [1, 7])
+def test_blocks_of_one_hash_are_never_mixed_up(num_hashes, run_ahead):
+    stress = Stress(5, NTK, run_ahead, policy="priority", preemption="recompute")
+    cache = stress.engine.pool.cache
+    cache._hash_block = lambda before, tokens: sum(tokens) % num_hashes
+    stress.run(500, rate=0.5)
+    stress.check_end()
+    assert 0 < len(cache) <= num_hashes
+    assert cache.counters.num_hits
 
 
 @pytest.mark.parametrize("max_preemptions", [0, 1])

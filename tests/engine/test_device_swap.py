@@ -1,0 +1,91 @@
+"""Swaps of the GPU's runner, on the host shim: the tokens of NumPy without a preemption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanocupy.engine.decode_state import DecodeState
+from nanocupy.engine.device_plan import DeviceSettings
+from nanocupy.engine.device_runner import DeviceRunner
+from nanocupy.engine.device_swap import HostBlocks, runs
+from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.numpy_runner import NumpyRunner
+from nanocupy.engine.request import Request
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.scheduler import Schedule, SchedulerSettings
+from nanocupy.model.load import load_numpy_weights
+from nanocupy.sampling_params import SamplingParams
+from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
+from tests.shim import build
+from tests.shim.device import ShimDevice
+
+CONFIG = tiny_config(head_size=64, num_heads=2, num_kv_heads=1, max_context=96)
+GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=20))
+def test_runs_are_the_pairs(pairs):
+    found = [(a + i, b + i) for a, b, count in runs(pairs) for i in range(count)]
+    assert found == pairs
+
+
+def test_neighbours_go_in_one_copy():
+    assert list(runs([(3, 0), (4, 1), (5, 2), (9, 3), (8, 4)])) == [(3, 0, 3), (9, 3, 1), (8, 4, 1)]
+    rng = np.random.default_rng(0)
+    caches = [rng.standard_normal((6, 2, 3)).astype(np.float32) for _ in range(2)]
+    before = [cache.copy() for cache in caches]
+    host = HostBlocks(ShimDevice(), caches, 4)
+    # Block 3 is overwritten by what comes in after it went out.
+    host.copy(Schedule(swap_out=((1, 2), (2, 3))))
+    host.copy(Schedule(swap_out=((3, 0),), swap_in=((3, 2), (4, 3))))
+    host.copy(Schedule(swap_in=((0, 0),)))
+    for cache, old in zip(caches, before, strict=True):
+        np.testing.assert_array_equal(cache[[3, 4, 0]], old[[1, 2, 3]])
+        np.testing.assert_array_equal(cache[[1, 2, 5]], old[[1, 2, 5]])
+
+
+def test_a_request_that_comes_back_has_its_new_table():
+    state = DecodeState(4, 8, 4)
+    request = Request("a", [1] * 9, GREEDY, 0, 30)
+    request.append(5)
+    request.num_computed_tokens = 9
+    request.block_ids = [1, 2, 3]
+    state.updates([request])
+    request.block_ids, request.num_preemptions = [6, 2, 5], 1  # prompts ran meanwhile, no decode
+    state.updates([request])
+    assert state.view(state.words, "block_tables", 1)[0, :3].tolist() == [6, 2, 5]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preempted_on_the_device(mode):
+    checkpoint = TinyCheckpoint(CONFIG, seed=3)
+    limits = RunnerLimits(13, 4, 96, 32, 4, num_host_blocks=20)
+    roomy = RunnerLimits(60, 4, 96, 32, 4)
+    device_runner = DeviceRunner(
+        CONFIG, ShimDevice(), limits, DeviceSettings("float32", "float32", "float32")
+    )
+    device_runner.upload_weights(checkpoint)
+    settings = SchedulerSettings(4, 32, preemption=mode)
+    engine = LLMEngine(CONFIG, device_runner, settings)
+    wanted = LLMEngine(
+        CONFIG, NumpyRunner(CONFIG, load_numpy_weights(checkpoint), roomy), prefix_cache=False
+    )
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, 48, 8).tolist() for _ in range(4)]
+    outputs = []
+    for each in (engine, wanted):
+        tokens: dict[str, list[int]] = {}
+        for number, ids in enumerate(prompts):
+            each.add_request(str(number), ids, GREEDY)
+        while each.has_unfinished:
+            for output in each.step():
+                tokens.setdefault(output.request_id, []).append(output.token_id)
+            each.scheduler.check_integrity()
+        outputs.append(tokens)
+    assert outputs[0] == outputs[1]
+    counters = engine.scheduler.counters
+    assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
