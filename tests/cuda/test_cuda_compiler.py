@@ -230,7 +230,11 @@ def test_nvrtc_of_another_major_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_libraries_are_those_cupy_loaded() -> None:
     for name in ("cublas", "cublasLt"):
-        path = libraries.load_library(name)._name
+        try:
+            path = libraries.load_library(name)._name
+        except DeviceError as exc:
+            assert "pip install" in str(exc)
+            pytest.skip(str(exc))
         assert f"lib{name}.so" in path
         assert path in Path("/proc/self/maps").read_text()
 
