@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.records import write_record
 from nanocupy.checkpoint import Checkpoint, open_checkpoint
 from nanocupy.checkpoint.base import dequantized
-from nanocupy.engine.backend import make_runner
+from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.hub import resolve_model
@@ -119,9 +119,8 @@ def main() -> None:
     args = parser.parse_args()
 
     checkpoint = open_checkpoint(resolve_model(args.model))
-    config = EngineConfig(device="cpu", max_context=2048, max_num_seqs=1)
-    runner = make_runner(checkpoint, config)
-    engine = LLMEngine(checkpoint.config, runner)
+    config = EngineConfig(device="cpu", max_context=2048, max_num_seqs=1, prefix_cache=False)
+    engine = make_engine(checkpoint, config)
     peer = make_peer(checkpoint)
     prompt = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, NUM_PROMPT).tolist()
 

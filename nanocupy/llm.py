@@ -17,9 +17,9 @@ from typing import Any, overload
 from weakref import WeakValueDictionary
 
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
-from nanocupy.engine.backend import make_runner
-from nanocupy.engine.config import EngineConfig, refuse_unused
-from nanocupy.engine.engine import LLMEngine, StepOutput
+from nanocupy.engine.backend import make_engine
+from nanocupy.engine.config import EngineConfig
+from nanocupy.engine.engine import StepOutput, scheduler_settings
 from nanocupy.engine.stops import StopMatcher
 from nanocupy.errors import ConfigError, RequestError, TokenizerError
 from nanocupy.sampling_params import SamplingParams
@@ -150,19 +150,27 @@ class LLM:
     ) -> None:
         # Wrong settings are refused before a model is fetched or loaded.
         self.engine_config, checkpoint_options = _split_options(config, options)
+        self.started_with = self.engine_config
         from nanocupy.hub import resolve_model
 
         path = resolve_model(os.fspath(model), progress=progress)
         self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
         self.config = self.checkpoint.config
         _ = self.tokenizer  # whatever is wrong with it is said before gigabytes are loaded
-        runner = make_runner(self.checkpoint, config=self.engine_config, progress=progress)
-        self.device = runner.device
-        self._engine = LLMEngine(self.config, runner)
+        self._engine = make_engine(self.checkpoint, self.engine_config, progress=progress)
+        self.device = self._engine.runner.device
         self._num_requests = 0
         # Weak, so that an answer nobody holds any more ends.
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()
         self._chat_template: ChatTemplate | None = None
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings of EngineConfig while the engine runs, from its next step on: those its
+        manual marks as changeable. Raises ConfigError; nothing is changed then."""
+        new = self.engine_config.with_(**changes)
+        self.started_with.changes_allowed(new)
+        self._engine.configure(scheduler_settings(new, self._engine.runner.limits))
+        self.engine_config = new
 
     @property
     def max_context(self) -> int:
@@ -309,14 +317,13 @@ class LLM:
 def _split_options(
     config: EngineConfig | None, options: dict[str, Any]
 ) -> tuple[EngineConfig, dict[str, Any]]:
-    """The engine's settings and the keywords of `open_checkpoint`; ConfigError for anything else,
-    and for a setting without effect."""
+    """The engine's settings and the keywords of `open_checkpoint`; ConfigError for anything
+    else."""
     if config is not None and not isinstance(config, EngineConfig):
         raise ConfigError(f"config is {config!r}; give an EngineConfig")
     of_checkpoint = {n: v for n, v in options.items() if n in _CHECKPOINT_OPTIONS}
     changes = {n: v for n, v in options.items() if n not in of_checkpoint}
     config = (config or EngineConfig()).with_(**changes)
-    refuse_unused(config)
     return config, of_checkpoint
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nanocupy.cli.engine_options import engine_config, engine_options
-from nanocupy.engine.config import refuse_unused
 from nanocupy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,13 +101,13 @@ def _engine(
 ) -> tuple[LLMEngine, str]:
     """An engine that holds the bench's work, and its dtype."""
     from nanocupy.bench.shapes import SHAPES, random_checkpoint
-    from nanocupy.engine.backend import make_runner
-    from nanocupy.engine.engine import LLMEngine
+    from nanocupy.engine.backend import make_engine
 
     if max_context > SHAPES[shape].max_context:
         raise ConfigError(f"{shape} takes {SHAPES[shape].max_context} tokens, not {max_context}")
-    config = engine_config(options, max_context=max_context, max_num_seqs=max_num_seqs)
-    refuse_unused(config)
+    config = engine_config(
+        options, max_context=max_context, max_num_seqs=max_num_seqs, prefix_cache=False
+    )
     for name, value, needed in (
         ("max_context", config.max_context, max_context),
         ("max_num_seqs", config.max_num_seqs, max_num_seqs),
@@ -120,8 +119,7 @@ def _engine(
     if dtype == "auto":
         dtype = "bfloat16" if config.device == "cuda" else "float32"
     checkpoint = random_checkpoint(shape, dtype)
-    runner = make_runner(checkpoint, config.with_(dtype=dtype), progress=True)
-    return LLMEngine(checkpoint.config, runner), dtype
+    return make_engine(checkpoint, config.with_(dtype=dtype), progress=True), dtype
 
 
 def _report(results: list[Measurement], device: str, as_json: bool, per_second: list[int]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from nanocupy.cli.engine_options import engine_options, layered_settings
-from nanocupy.engine.config import SETTINGS, EngineConfig, Setting, refuse_unused
+from nanocupy.engine.config import SETTINGS, EngineConfig, Setting
 from nanocupy.errors import ConfigError
 
 _WIDTH = 96
@@ -43,10 +43,6 @@ def config(show: bool, new_file: Path | None, as_json: bool, **options: Any) -> 
         click.echo(json.dumps(_as_objects(settings, sources), indent=2, ensure_ascii=False))
     else:
         click.echo(_listing(settings, sources))
-    try:
-        refuse_unused(settings)
-    except ConfigError as exc:
-        click.echo(f"nanocupy: note: {exc}", err=True)
 
 
 def _as_objects(config: EngineConfig, sources: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from nanocupy.checkpoint.base import Checkpoint
+from nanocupy.config import ModelConfig
 from nanocupy.engine.config import EngineConfig
+from nanocupy.engine.engine import LLMEngine, scheduler_settings
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError
 from nanocupy.progress import byte_progress, say
@@ -35,6 +38,20 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
     return _cpu_runner(checkpoint, config, context, progress)
 
 
+def make_engine(
+    checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False
+) -> LLMEngine:
+    """An engine on the runner that `make_runner` gives, with all of `config`. Raises the same."""
+    runner = make_runner(checkpoint, config, progress=progress)
+    return LLMEngine(
+        checkpoint.config,
+        runner,
+        scheduler_settings(config, runner.limits),
+        prefix_cache=config.prefix_cache,
+        run_ahead=config.run_ahead and runner.can_run_ahead,
+    )
+
+
 def _cpu_runner(
     checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
@@ -56,6 +73,7 @@ def _cpu_runner(
         max_context=context,
         max_step_tokens=config.max_step_tokens,
         max_num_seqs=config.max_num_seqs,
+        num_host_blocks=_num_host_blocks(checkpoint.config, config, wanted, 4),
     )
     with byte_progress("loading", progress, quiet_s=1.0) as report:
         weights = load_numpy_weights(checkpoint, progress=report)
@@ -68,6 +86,7 @@ def _cuda_runner(
     from nanocupy.cuda.device import CudaDevice
     from nanocupy.engine.device_plan import DeviceSettings, plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
+    from nanocupy.ops.cuda_ops import ITEMSIZES
 
     device = CudaDevice(use_graphs=config.use_graphs)
     dtype = config.dtype
@@ -88,10 +107,24 @@ def _cuda_runner(
         max_step_tokens=config.max_step_tokens,
         block_size=config.block_size,
     )
+    wanted = config.max_num_seqs * -(-context // config.block_size)
+    num_host_blocks = _num_host_blocks(checkpoint.config, config, wanted, ITEMSIZES[dtype])
+    limits = replace(limits, num_host_blocks=num_host_blocks)
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     with byte_progress("loading", progress, quiet_s=1.0) as report:
         runner.upload_weights(checkpoint, report)
     return runner
+
+
+def _num_host_blocks(
+    model: ModelConfig, config: EngineConfig, num_blocks: int, itemsize: int
+) -> int:
+    """Blocks of host memory for preempted requests: what host_cache_gb holds, and no more than all
+    requests can have. A single sequence is never preempted."""
+    if config.max_num_seqs == 1 or config.preemption == "recompute":
+        return 0
+    block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
+    return min(config.host_cache_bytes // block_bytes, num_blocks)
 
 
 def _why_not_cuda() -> str:

@@ -180,7 +180,7 @@ class EngineConfig:
     use_graphs: bool = _setting(
         bool, True, "GPU: replay steps as captured CUDA graphs")
     run_ahead: bool = _setting(
-        bool, True, "launch a step before the last one's tokens are read")
+        bool, True, "launch a step before the last one's tokens are read, if the runner can")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -277,30 +277,6 @@ def _declared(declaration: Field[Any]) -> Setting:
 
 # name -> its declaration, in the order of the class
 SETTINGS: dict[str, Setting] = {f.name: _declared(f) for f in fields(EngineConfig)}
-
-# Declared, and not used by this version's engine yet: refused unless left at their defaults, so
-# that no setting is ever ignored in silence.
-UNUSED: frozenset[str] = frozenset({
-    "batch_size", "max_chunk_size", "policy", "level_weight", "vip_weight", "deadline_weight",
-    "shortest_first_weight", "ageing_weight", "preemption", "max_preemptions", "host_cache_gb",
-    "prefix_cache", "run_ahead",
-})  # fmt: skip
-
-
-def refuse_unused(config: EngineConfig) -> None:
-    """ConfigError for a setting that was changed and would have no effect."""
-    for name, setting in SETTINGS.items():
-        value = getattr(config, name)
-        if name in UNUSED and value != setting.default:
-            raise ConfigError(
-                f"{name} is {shown(value)}; this version of nanocupy does not use that setting "
-                f"yet: leave it out, or at {_written(setting.default)}"
-            )
-
-
-def _written(value: Any) -> str:
-    """A value as a file has it."""
-    return "null" if value is None else str(value).lower()
 
 
 def require_known(names: Mapping[str, Any], where: str = "") -> None:

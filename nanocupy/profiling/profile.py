@@ -32,7 +32,7 @@ def profile(
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (batch, prompt_tokens)).tolist()
-    engine = LLMEngine(config, runner)
+    engine = LLMEngine(config, runner, prefix_cache=False)
 
     def run() -> None:
         for number, ids in enumerate(prompts):

@@ -30,13 +30,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
     from nanocupy import llm
 
     seen: list[EngineConfig] = []
-    make_runner = llm.make_runner
+    make_engine = llm.make_engine
 
     def spy(checkpoint, config, **rest):
         seen.append(config)
-        return make_runner(checkpoint, config=config, **rest)
+        return make_engine(checkpoint, config=config, **rest)
 
-    monkeypatch.setattr(llm, "make_runner", spy)
+    monkeypatch.setattr(llm, "make_engine", spy)
     return seen
 
 
@@ -190,19 +190,11 @@ def test_generate_and_chat_take_file_and_flags(
 
 
 def test_a_wrong_setting_is_found_before_the_model_is_looked_for(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from nanocupy.engine import config as module
-
     for argv in (["generate", "Hi"], ["chat"]):
         argv += ["-m", "/nowhere/model", "--chunk-size", "0"]
         assert "chunk_size is 0" in error(capsys, *argv)
-    monkeypatch.setattr(module, "UNUSED", frozenset({"policy"}))
-    argv = ["generate", "-m", "/nowhere/model", "--policy", "priority", "Hi"]
-    assert "policy is 'priority'; this version" in error(capsys, *argv)
-    # To look at it is no mistake.
-    assert cli.main(["config", "--policy", "priority"]) == 0
-    assert "policy is 'priority'; this version" in capsys.readouterr().err
 
 
 def test_keywords_over_config_in_python(model: Path, used: list[EngineConfig]) -> None:
@@ -242,7 +234,7 @@ def test_benches_take_file_and_flags(
     assert cli.main([*argv, "--chunk-size", "256"]) == 0
     assert changed(seen[-1]) == {
         "device": "cpu", "block_size": 8, "chunk_size": 256, "max_context": 134,
-        "max_num_seqs": 3, "dtype": "float32",
+        "max_num_seqs": 3, "prefix_cache": False, "dtype": "float32",
     }  # fmt: skip
     capsys.readouterr()
     assert "max_num_seqs is 2; this bench needs 3" in error(capsys, *argv, "--max-num-seqs", "2")

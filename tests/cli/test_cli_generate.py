@@ -285,3 +285,17 @@ def test_a_base_model_does_not_chat(
 
 def test_every_error_is_one_of_ours() -> None:
     assert issubclass(RequestError, NanocupyError)
+
+
+def test_settings_change_while_it_runs(model: Path) -> None:
+    llm = LLM(model, device="cpu", chunk_size=64, max_num_seqs=4)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    prompts = ["One", "Two", "Three"]
+    before = [c.text for c in llm.generate(prompts, params)]
+    llm.configure(chunk_size=3, batch_size=1, policy="priority")
+    assert llm.engine_config.chunk_size == 3
+    assert [c.text for c in llm.generate(prompts, params)] == before
+    for bad in ({"chunk_size": 65}, {"max_num_seqs": 8}, {"device": "cuda"}, {"batch_size": 5}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            llm.configure(**bad)
+    assert llm.engine_config.batch_size == 1

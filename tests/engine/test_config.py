@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanocupy.cli.config import commented_yaml, markdown_table
-from nanocupy.engine import config as module
-from nanocupy.engine.config import SETTINGS, EngineConfig, Setting, refuse_unused
+from nanocupy.engine.config import SETTINGS, EngineConfig, Setting
 from nanocupy.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,19 +165,6 @@ def test_a_maximum_left_open_is_the_one_at_start() -> None:
     assert start.changes_allowed(EngineConfig(chunk_size=100)) == ("chunk_size",)
     with pytest.raises(ConfigError, match="at most 512"):
         start.changes_allowed(EngineConfig(chunk_size=513))
-
-
-def test_what_is_not_used_yet_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNUSED", frozenset({"policy", "max_context"}))
-    refuse_unused(EngineConfig(device="cpu", chunk_size=3))
-    with pytest.raises(ConfigError, match=r"^policy is 'priority'; .* does not use .* at fcfs$"):
-        refuse_unused(EngineConfig(policy="priority"))
-    with pytest.raises(ConfigError, match=r"^max_context is 9; .* at null$"):
-        refuse_unused(EngineConfig(max_context=9))
-
-
-def test_only_settings_can_be_unused() -> None:
-    assert set(SETTINGS) >= module.UNUSED
 
 
 # --------------------------------------------------------------------- files
