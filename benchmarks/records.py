@@ -39,13 +39,19 @@ def write_record(
         "dtype": dtype,
         "commit": _commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         **more,
     }
     FOLDER.mkdir(exist_ok=True)
     with (FOLDER / f"{file}.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record) + "\n")
     return record
+
+
+def _module() -> str:
+    """What was run, by its name and not by where it lies."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
 
 
 def _commit() -> str:
