@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanocupy.async_llm import AsyncLLMEngine
     from nanocupy.checkpoint import open_checkpoint
     from nanocupy.engine.config import EngineConfig
+    from nanocupy.engine.request import RequestPriority
     from nanocupy.errors import NanocupyError
     from nanocupy.llm import LLM, Completion, TextChunk
     from nanocupy.sampling_params import SamplingParams
@@ -19,9 +21,11 @@ __version__ = "0.1.0"  # the one place: pyproject.toml and `nanocupy --version` 
 
 __all__ = [
     "LLM",
+    "AsyncLLMEngine",
     "Completion",
     "EngineConfig",
     "NanocupyError",
+    "RequestPriority",
     "SamplingParams",
     "TextChunk",
     "open_checkpoint",
@@ -29,6 +33,8 @@ __all__ = [
 
 _HOMES = {
     "LLM": "nanocupy.llm",
+    "AsyncLLMEngine": "nanocupy.async_llm",
+    "RequestPriority": "nanocupy.engine.request",
     "Completion": "nanocupy.llm",
     "TextChunk": "nanocupy.llm",
     "EngineConfig": "nanocupy.engine.config",

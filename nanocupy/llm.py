@@ -20,6 +20,7 @@ from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import StepOutput, scheduler_settings
+from nanocupy.engine.request import RequestPriority
 from nanocupy.engine.stops import StopMatcher
 from nanocupy.errors import ConfigError, RequestError, TokenizerError
 from nanocupy.sampling_params import SamplingParams
@@ -87,6 +88,11 @@ class Answer(Iterator[TextChunk]):
                 raise StopIteration
             self._llm._step()
         return self._chunks.popleft()
+
+    def take_chunks(self) -> Iterator[TextChunk]:
+        """The chunks that are there and were not taken yet; never runs the engine."""
+        while self._chunks:
+            yield self._chunks.popleft()
 
     def close(self) -> None:
         """End the answer now, with what it has."""
@@ -248,10 +254,14 @@ class LLM:
         return self._complete([ids], params, continuing=False)[0]
 
     def stream(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        priority: RequestPriority = RequestPriority(),  # noqa: B008 (frozen)
     ) -> Answer:
         """The answer piece by piece, as it comes. The prompt is text, token ids, or a
-        conversation. Several can be read in turns: they run in one batch."""
+        conversation; the priority counts where the policy is "priority". Several answers can be
+        read in turns: they run in one batch."""
         is_chat = False
         if isinstance(prompt, str):
             ids = self.encode(prompt)
@@ -260,7 +270,7 @@ class LLM:
             ids = self.encode_chat(prompt)  # type: ignore[arg-type]
         else:
             ids = _token_ids(prompt)
-        return self._add([ids], params, continuing=not is_chat)[0]
+        return self._add([ids], params, continuing=not is_chat, priority=priority)[0]
 
     def _complete(
         self, prompts: Sequence[list[int]], params: SamplingParams | None, *, continuing: bool
@@ -275,7 +285,12 @@ class LLM:
         return [answer.completion() for answer in answers]
 
     def _add(
-        self, prompts: Sequence[list[int]], params: SamplingParams | None, *, continuing: bool
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | None,
+        *,
+        continuing: bool,
+        priority: RequestPriority = RequestPriority(),  # noqa: B008 (frozen)
     ) -> list[Answer]:
         """Queue all prompts, or none of them. continuing: the answers go on a text, so that the
         space before their first word is theirs."""
@@ -288,7 +303,7 @@ class LLM:
                 self._num_requests += 1
                 request_id = str(self._num_requests)
                 answer = Answer(self, request_id, len(ids), params, continuing=continuing)
-                self._engine.add_request(request_id, ids, params)
+                self._engine.add_request(request_id, ids, params, priority)
                 self._answers[request_id] = answer
                 added.append(answer)
         except BaseException:  # Ctrl-C included
