@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -162,9 +163,18 @@ def test_a_lost_device_tells_everyone(model, monkeypatch):
     assert all(isinstance(r, CudaError) and "context is gone" in str(r) for r in results)
 
 
-def test_closing_ends_what_waits(model):
+def test_closing_ends_what_waits(model, monkeypatch):
+    llm = make_llm(model)
+    launch = llm._engine.runner.launch
+
+    def slow(schedule):
+        time.sleep(0.01)
+        return launch(schedule)
+
+    monkeypatch.setattr(llm._engine.runner, "launch", slow)
+
     async def main():
-        engine = AsyncLLMEngine(make_llm(model))
+        engine = AsyncLLMEngine(llm)
         long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         waiting = asyncio.create_task(engine.generate("a", long))
         await asyncio.sleep(0.02)
