@@ -203,11 +203,8 @@ class NumpyOps(Ops):
                 logits[rows], temperature[rows], top_k[rows], top_p[rows], min_p[rows]
             )
             cumulative = np.cumsum(weights, axis=1)
-            picks = (cumulative <= draws[rows, None] * cumulative[:, -1:]).sum(axis=1)
-            for i in np.flatnonzero(picks == vocab):
-                # Rounding carried the draw to the very end: take the last token with weight.
-                picks[i] = np.flatnonzero(weights[i])[-1]
-            out[rows] = picks
+            # A draw is at most 1 - 2^-53: its product with the sum is below the sum, rounded too.
+            out[rows] = (cumulative <= draws[rows, None] * cumulative[:, -1:]).sum(axis=1)
 
 
 def kept_probabilities(
@@ -282,8 +279,6 @@ def _draw_wide(
         weights = weights[stays]
     cumulative = np.cumsum(weights)
     pick = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
-    if pick == len(weights):
-        pick = int(np.flatnonzero(weights)[-1])
     return pick if ids is None else int(ids[pick])
 
 

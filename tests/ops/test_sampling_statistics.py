@@ -272,3 +272,25 @@ def test_kept_probabilities_are_the_drawn_ones() -> None:
         )
         assert kept.max() == 1
         np.testing.assert_allclose(kept / kept.sum(), oracle.probabilities(s), atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["wide", "batched"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize(("draw_at", "wanted"), [(0.0, 1), (0.5, 3), (1 - 2.0**-53, 3)])
+def test_the_ends_of_the_draw(
+    limit: int, top_p: float, draw_at: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 is the first token with weight, half of two halves the second, and the highest draw the
+    last with weight: banned tokens stand around."""
+    monkeypatch.setattr(numpy_ops, "WIDE_VOCAB", limit)
+    monkeypatch.setattr(philox, "uniforms", lambda seeds, counters: np.full(len(seeds), draw_at))
+    options = random_options(np.random.default_rng(0), 3, 7)
+    options |= {"temperature": np.ones(3, "f4"), "top_p": np.full(3, top_p, "f4")}
+    options |= {"top_k": np.full(3, -1, "i4"), "min_p": np.zeros(3, "f4")}
+    row = np.array([-np.inf, 1, -np.inf, 1, -np.inf, -np.inf, -np.inf], np.float32)
+    assert _sample(np.tile(row, (3, 1)), options).tolist() == [wanted] * 3
+    # Sums that are no round numbers.
+    logits = np.random.default_rng(1).standard_normal((3, 7)).astype(np.float32)
+    logits[:, [0, 6]] = -np.inf
+    if draw_at != 0.5 and top_p == 1:
+        assert _sample(logits, options).tolist() == [1 if draw_at == 0 else 5] * 3
