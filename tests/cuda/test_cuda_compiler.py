@@ -233,7 +233,6 @@ def test_libraries_are_those_cupy_loaded() -> None:
         try:
             path = libraries.load_library(name)._name
         except DeviceError as exc:
-            assert "pip install" in str(exc)
             pytest.skip(str(exc))
         assert f"lib{name}.so" in path
         assert path in Path("/proc/self/maps").read_text()
