@@ -18,8 +18,8 @@ import time
 import numpy as np
 
 from benchmarks.records import write_record
+from benchmarks.transformers_peer import make_peer
 from nanocupy.checkpoint import Checkpoint, open_checkpoint
-from nanocupy.checkpoint.base import dequantized
 from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import LLMEngine
@@ -40,47 +40,14 @@ def decode_nanocupy(engine: LLMEngine, prompt: list[int]) -> tuple[float, list[i
     return (NUM_OUTPUT - 1) / (time.perf_counter() - start), ids
 
 
-def make_peer(checkpoint: Checkpoint):
+def peer_of(checkpoint: Checkpoint):
     """The same model in transformers, float32; None where torch or transformers is missing."""
     try:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers  # noqa: F401
     except ImportError:
         return None
-    c = checkpoint.config
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_size,
-            max_position_embeddings=c.max_context,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=c.tied_lm_head,
-        )
-    ).eval()
-    parts = {
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        **{p: f"self_attn.{p}_proj" for p in "qkvo"},
-        **{p: f"mlp.{p}_proj" for p in ("gate", "up", "down")},
-    }
-    state = {}
-    for name in checkpoint.tensors:
-        *owner, part, kind = name.split(".")
-        prefix = f"model.layers.{owner[1]}." if owner else ""
-        array = dequantized(checkpoint.read(name)).astype(np.float32)
-        state[f"{prefix}{parts[part]}.{kind}"] = torch.from_numpy(array)
-    missing, unexpected = peer.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing
-    return peer
+    return make_peer(checkpoint, torch.float32)
 
 
 def decode_peer(peer, prompt: list[int]) -> tuple[float, list[int]]:
@@ -121,7 +88,7 @@ def main() -> None:
     checkpoint = open_checkpoint(resolve_model(args.model))
     config = EngineConfig(device="cpu", max_context=2048, max_num_seqs=1, prefix_cache=False)
     engine = make_engine(checkpoint, config)
-    peer = make_peer(checkpoint)
+    peer = peer_of(checkpoint)
     prompt = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, NUM_PROMPT).tolist()
 
     ours, theirs, agree = [], [], []

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanocupy.cuda.arena import Arena, ArenaPlan, BufferSpec
 from nanocupy.cuda.checks import LaunchLog, cuda_call
-from nanocupy.ops.cuda_ops import DeviceTraits
+from nanocupy.ops.cuda_sizes import DeviceTraits
 
 
 class Device(Protocol):

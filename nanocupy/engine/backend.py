@@ -86,7 +86,7 @@ def _cuda_runner(
     from nanocupy.cuda.device import CudaDevice
     from nanocupy.engine.device_plan import DeviceSettings, plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
-    from nanocupy.ops.cuda_ops import ITEMSIZES
+    from nanocupy.ops.cuda_sizes import ITEMSIZES
 
     device = CudaDevice(use_graphs=config.use_graphs)
     dtype = config.dtype

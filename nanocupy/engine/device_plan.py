@@ -17,7 +17,7 @@ from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_ops import ITEMSIZES, OpSizes, workspace_plan
+from nanocupy.ops.cuda_sizes import ITEMSIZES, OpSizes, workspace_plan
 from nanocupy.progress import human_bytes
 
 HEAD_SIZES = (64, 80, 96, 128, 256)

@@ -42,7 +42,8 @@ from nanocupy.engine.schedule import Schedule
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_ops import ITEMSIZES, CudaOps, workspace_plan
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import ITEMSIZES, workspace_plan
 
 _ALIGNMENT = 16  # bytes
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,12 +17,17 @@ import numpy as np
 from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_prefill as prefill
 from nanocupy.ops import launch_shapes as shapes
+from nanocupy.ops.cuda_sizes import (
+    ITEMSIZES,
+    TYPE_CODES,
+    DeviceTraits,
+    OpSizes,
+    decode_launch,
+    query_buckets,
+)
 from nanocupy.ops.interface import Array, Ops
 from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, GemvTuning, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
-
-TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _i32, _i64, _f32, _f64 = np.int32, np.int64, np.float32, np.float64
 
@@ -32,68 +36,6 @@ class Kernels(Protocol):
     """Gives kernels by file, entry and macros, as `cuda.kernels.KernelLoader` does."""
 
     def get(self, file: str, entry: str, **macros: int | str) -> Any: ...
-
-
-@dataclass(frozen=True)
-class DeviceTraits:
-    """What the ops must know of a card; bytes of shared memory are those a block can have."""
-
-    compute_capability: tuple[int, int]
-    num_multiprocessors: int
-    max_shared_bytes: int
-    force_plain: bool = False  # run the paths of cards below 8.0, for tests
-
-
-@dataclass(frozen=True)
-class OpSizes:
-    """The largest step: tokens, sequences, sampled rows, and the model's widths. Letters as in
-    `ops.interface`; dtypes by name."""
-
-    max_tokens: int
-    max_num_seqs: int
-    max_rows: int
-    max_context: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    dtype: str
-    residual_dtype: str
-    cache_dtype: str
-    max_queries: int = 1  # of a sequence that decodes
-
-
-def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every workspace the ops need; `counters` must be zero at first."""
-    plan: dict[str, tuple[tuple[int, ...], str]] = {
-        "normed": ((sizes.max_tokens * sizes.hidden_size,), sizes.dtype),
-        "gate_up": ((sizes.max_tokens * 2 * sizes.intermediate_size,), sizes.dtype),
-        "product": ((sizes.max_tokens * sizes.hidden_size,), "float32"),
-        "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.dtype),
-    }
-    keys = values = states = counters = 1
-    batch = 1
-    while True:
-        batch = min(batch, sizes.max_num_seqs)
-        parts = shapes.argmax_parts(batch, sizes.vocab_size, traits.num_multiprocessors)
-        keys = max(keys, batch * parts)
-        for queries in _query_buckets(sizes.max_queries):
-            launch = _decode_launch(sizes, traits, batch, queries, None)
-            values = max(values, math.prod(launch.partial_values_shape))
-            states = max(states, math.prod(launch.partial_states_shape))
-            counters = max(counters, math.prod(launch.counters_shape))
-        if batch == sizes.max_num_seqs:
-            break
-        batch *= 2
-    keys = max(keys, sizes.max_rows)
-    return plan | {
-        "argmax_keys": ((keys,), "uint64"),
-        "partial_values": ((values,), "float32"),
-        "partial_states": ((states,), "float32"),
-        "counters": ((counters,), "uint32"),
-    }
 
 
 class CudaOps(Ops):
@@ -254,11 +196,11 @@ class CudaOps(Ops):
         out,
     ) -> None:  # fmt: skip
         num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
-        queries = next(n for n in _query_buckets(self._sizes.max_queries) if n >= max_queries)
-        launch = _decode_launch(self._sizes, self._traits, len(kv_lens), queries, None)
+        queries = next(n for n in query_buckets(self._sizes.max_queries) if n >= max_queries)
+        launch = decode_launch(self._sizes, self._traits, len(kv_lens), queries, None)
         room = len(self._workspaces["partial_values"]) // math.prod(launch.partial_values_shape[1:])
         if launch.num_items > room:  # a batch between those that the plan tried
-            launch = _decode_launch(self._sizes, self._traits, len(kv_lens), queries, room)
+            launch = decode_launch(self._sizes, self._traits, len(kv_lens), queries, room)
         counters = None
         if launch.merge is None:
             counters = self._workspace("counters", *launch.counters_shape)
@@ -427,21 +369,3 @@ class CudaOps(Ops):
 def _other(macro: str, dtype: str, scalar: str) -> dict[str, int]:
     """The macro of a type that differs from SCALAR; where it does not, one module serves both."""
     return {} if dtype == scalar else {macro: TYPE_CODES[dtype]}
-
-
-def _query_buckets(max_queries: int) -> list[int]:
-    """Queries a sequence that the decode kernel is built for: powers of two."""
-    return [n for n in (1, 2, 4, 8) if n < 2 * max_queries]
-
-
-def _decode_launch(
-    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, queries: int, num_items: int | None
-) -> decode.DecodeLaunch:
-    return decode.launch_attention_decode(
-        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, queries=queries,
-        max_context=sizes.max_context, scalar=TYPE_CODES[sizes.dtype],
-        cache=TYPE_CODES[sizes.cache_dtype], compute_capability=traits.compute_capability,
-        num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
-        force_plain=traits.force_plain,
-        tuning=None if num_items is None else decode.DecodeTuning(num_items=num_items),
-    )  # fmt: skip

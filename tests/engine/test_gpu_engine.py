@@ -121,7 +121,7 @@ def test_chunks_give_the_same_logits(make_device, shape, dtype) -> None:
 def test_bfloat16_is_as_near_the_truth_as_transformers(make_device, shape, record_property) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from tests.engine.transformers_peer import make_peer
+    from benchmarks.transformers_peer import make_peer
 
     checkpoint = RandomCheckpoint(SHAPES[shape], "bfloat16", seed=2)
     ids = np.random.default_rng(3).integers(0, checkpoint.config.vocab_size, 512)

@@ -8,7 +8,8 @@ import inspect
 import numpy as np
 import pytest
 
-from nanocupy.ops.cuda_ops import CudaOps, DeviceTraits, OpSizes
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes
 from nanocupy.ops.interface import Ops
 from nanocupy.ops.numpy_ops import NumpyOps
 from tests.kernels.backends import TOLERANCES, assert_close

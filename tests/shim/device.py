@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from nanocupy.cuda.arena import ArenaPlan, array_dtype
-from nanocupy.ops.cuda_ops import CudaOps, DeviceTraits, OpSizes, workspace_plan
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, workspace_plan
 from tests.ops.cases import DTYPES
 from tests.shim.driver import HostKernel, host_kernel
 

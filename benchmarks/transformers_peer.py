@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a model of transformers: the oracle of whole models."""
+"""A checkpoint of ours as a model of transformers: a peer for benches, an oracle for tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,92 @@
+"""Sizes that the CUDA ops are made for, and the workspaces that follow from them. Pure Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nanocupy.ops import launch_attention_decode as decode
+from nanocupy.ops import launch_shapes as shapes
+
+TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What the ops must know of a card; bytes of shared memory are those a block can have."""
+
+    compute_capability: tuple[int, int]
+    num_multiprocessors: int
+    max_shared_bytes: int
+    force_plain: bool = False  # run the paths of cards below 8.0, for tests
+
+
+@dataclass(frozen=True)
+class OpSizes:
+    """The largest step: tokens, sequences, sampled rows, and the model's widths. Letters as in
+    `ops.interface`; dtypes by name."""
+
+    max_tokens: int
+    max_num_seqs: int
+    max_rows: int
+    max_context: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: str
+    residual_dtype: str
+    cache_dtype: str
+    max_queries: int = 1  # of a sequence that decodes
+
+
+def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype) of every workspace the ops need; `counters` must be zero at first."""
+    plan: dict[str, tuple[tuple[int, ...], str]] = {
+        "normed": ((sizes.max_tokens * sizes.hidden_size,), sizes.dtype),
+        "gate_up": ((sizes.max_tokens * 2 * sizes.intermediate_size,), sizes.dtype),
+        "product": ((sizes.max_tokens * sizes.hidden_size,), "float32"),
+        "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.dtype),
+    }
+    keys = values = states = counters = 1
+    batch = 1
+    while True:
+        batch = min(batch, sizes.max_num_seqs)
+        parts = shapes.argmax_parts(batch, sizes.vocab_size, traits.num_multiprocessors)
+        keys = max(keys, batch * parts)
+        for queries in query_buckets(sizes.max_queries):
+            launch = decode_launch(sizes, traits, batch, queries, None)
+            values = max(values, math.prod(launch.partial_values_shape))
+            states = max(states, math.prod(launch.partial_states_shape))
+            counters = max(counters, math.prod(launch.counters_shape))
+        if batch == sizes.max_num_seqs:
+            break
+        batch *= 2
+    keys = max(keys, sizes.max_rows)
+    return plan | {
+        "argmax_keys": ((keys,), "uint64"),
+        "partial_values": ((values,), "float32"),
+        "partial_states": ((states,), "float32"),
+        "counters": ((counters,), "uint32"),
+    }
+
+
+def query_buckets(max_queries: int) -> list[int]:
+    """Queries a sequence that the decode kernel is built for: powers of two."""
+    return [n for n in (1, 2, 4, 8) if n < 2 * max_queries]
+
+
+def decode_launch(
+    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, queries: int, num_items: int | None
+) -> decode.DecodeLaunch:
+    return decode.launch_attention_decode(
+        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, queries=queries,
+        max_context=sizes.max_context, scalar=TYPE_CODES[sizes.dtype],
+        cache=TYPE_CODES[sizes.cache_dtype], compute_capability=traits.compute_capability,
+        num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
+        force_plain=traits.force_plain,
+        tuning=None if num_items is None else decode.DecodeTuning(num_items=num_items),
+    )  # fmt: skip
