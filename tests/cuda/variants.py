@@ -76,6 +76,7 @@ VARIANTS = (
         ("penalize_rows", "argmax_rows", "argmax_merge_rows", "sample_rows"),
         ({"SCALAR": FLOAT32},),
     ),
+    Variants("stamp.cu", ("stamp_step",), ({"SCALAR": BFLOAT16},)),
 )
 
 

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "apply_updates": "engine.decode_state.DecodeState.updates",
     "copy_blocks": "to[z, target] = from[z, source]",
     "fill_normal": "Box and Muller 1958",
+    "stamp_step": "cuda.step_stamps.StepStamps.read",
 }
 
 
@@ -61,8 +62,9 @@ def test_the_head_comment_has_every_part(entry: str) -> None:
 def test_every_entry_is_launched_and_tested(entry: str) -> None:
     ops = "".join(path.read_text() for path in (ROOT / "nanocupy" / "ops").glob("*.py"))
     engine = "".join(path.read_text() for path in (ROOT / "nanocupy" / "engine").glob("*.py"))
+    cuda = (ROOT / "nanocupy" / "cuda" / "step_stamps.py").read_text()
     waiting = {"copy_blocks", "add_bias_rows"}  # for swapping and quantised products to come
-    assert f'"{entry}"' in ops + engine or entry in waiting, "no op launches it"
+    assert f'"{entry}"' in ops + engine + cuda or entry in waiting, "no op launches it"
     path, _ = ENTRIES[entry]
     tests = "".join(path.read_text() for path in (ROOT / "tests" / "kernels").glob("*.py"))
     launcher = f"launch_{path.stem.removesuffix('_plain')}"
