@@ -18,7 +18,9 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 // REF: numpy_ops.norm_linear
 // COST: T * R * sizeof(scalar_t) bytes written
 extern "C" __global__ void fill_bias_rows(
-    const scalar_t* __restrict__ bias, scalar_t* __restrict__ out, int32_t R) {
+    const scalar_t* bias, scalar_t* out, int32_t R) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     scalar_t* to = out + static_cast<int64_t>(blockIdx.x) * R;
     constexpr int N = Wide<scalar_t>::N;
     if (rows_are_wide(out, R) && is_aligned_16(bias)) {
@@ -38,8 +40,10 @@ extern "C" __global__ void fill_bias_rows(
 // REF: numpy_ops.norm_linear
 // COST: T * R * (sizeof(product_t) + sizeof(scalar_t)) bytes, T * R flops
 extern "C" __global__ void add_bias_rows(
-    const product_t* __restrict__ product, const scalar_t* __restrict__ bias,
-    scalar_t* __restrict__ out, int32_t R) {
+    const product_t* product, const scalar_t* bias,
+    scalar_t* out, int32_t R) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * R;
     for (int i = threadIdx.x; i < R; i += blockDim.x) {
         const float addend = bias != nullptr ? to_float(bias[i]) : 0.0f;
@@ -55,8 +59,10 @@ extern "C" __global__ void add_bias_rows(
 // REF: numpy_ops.linear_add
 // COST: T * D * (sizeof(product_t) + 2 * sizeof(residual_t)) bytes, 2 * T * D flops
 extern "C" __global__ void add_residual_rows(
-    const product_t* __restrict__ product, const scalar_t* __restrict__ bias,
-    residual_t* __restrict__ residual, int32_t D) {
+    const product_t* product, const scalar_t* bias,
+    residual_t* residual, int32_t D) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * D;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         const float addend = bias != nullptr ? to_float(bias[i]) : 0.0f;
@@ -73,8 +79,10 @@ extern "C" __global__ void add_residual_rows(
 // REF: numpy_ops.norm_swiglu
 // COST: T * F * (2 * sizeof(product_t) + sizeof(scalar_t)) bytes, about 10 * T * F flops
 extern "C" __global__ void swiglu_rows(
-    const product_t* __restrict__ product, const scalar_t* __restrict__ bias,
-    scalar_t* __restrict__ out, int32_t F) {
+    const product_t* product, const scalar_t* bias,
+    scalar_t* out, int32_t F) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const product_t* gates = product + 2 * static_cast<int64_t>(blockIdx.x) * F;
     scalar_t* to = out + static_cast<int64_t>(blockIdx.x) * F;
     const int thread = blockIdx.y * blockDim.x + threadIdx.x, threads = gridDim.y * blockDim.x;

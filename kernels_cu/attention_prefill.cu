@@ -95,11 +95,13 @@ __device__ __forceinline__ void copy_keys(
 // REF: numpy_ops.attention
 // COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_prefill(
-    const scalar_t* __restrict__ q, const cache_t* __restrict__ key_cache,
-    const cache_t* __restrict__ value_cache, const int32_t* __restrict__ query_starts,
-    const int32_t* __restrict__ kv_lens, const int32_t* __restrict__ block_tables,
-    scalar_t* __restrict__ out, float scale, int32_t num_sequences, int32_t num_heads,
+    const scalar_t* q, const cache_t* key_cache,
+    const cache_t* value_cache, const int32_t* query_starts,
+    const int32_t* kv_lens, const int32_t* block_tables,
+    scalar_t* out, float scale, int32_t num_sequences, int32_t num_heads,
     int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
+    grid_dependency_launch();
+    grid_dependency_wait();
 #if TENSOR_CORES
     __shared__ int64_t offsets[STAGES][KEY_TILE];
     __shared__ RowTile tile;  // not in registers, which the fragments fill

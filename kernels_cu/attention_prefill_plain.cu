@@ -49,11 +49,13 @@ __device__ __forceinline__ void load_plain(float* target, const cache_t* source,
 // REF: numpy_ops.attention
 // COST: bytes 2 T H d + 2 d G sum of kv_lens values at least; flops 4 H d sum over queries of keys
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_prefill_plain(
-    const scalar_t* __restrict__ q, const cache_t* __restrict__ key_cache,
-    const cache_t* __restrict__ value_cache, const int32_t* __restrict__ query_starts,
-    const int32_t* __restrict__ kv_lens, const int32_t* __restrict__ block_tables,
-    scalar_t* __restrict__ out, float scale, int32_t num_sequences, int32_t num_heads,
+    const scalar_t* q, const cache_t* key_cache,
+    const cache_t* value_cache, const int32_t* query_starts,
+    const int32_t* kv_lens, const int32_t* block_tables,
+    scalar_t* out, float scale, int32_t num_sequences, int32_t num_heads,
     int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     __shared__ __align__(16) float keys[PLAIN_KEYS][PLAIN_WIDTH];
     __shared__ __align__(16) float values[PLAIN_KEYS][PLAIN_WIDTH];
     const int group = num_heads / num_kv_heads;

@@ -10,8 +10,10 @@
 // REF: to[z, target] = from[z, source]
 // COST: 2 * pairs * planes * block_bytes bytes
 extern "C" __global__ void copy_blocks(
-    const uint8_t* from, uint8_t* to, const int32_t* __restrict__ pairs, int64_t block_bytes,
+    const uint8_t* from, uint8_t* to, const int32_t* pairs, int64_t block_bytes,
     int64_t from_stride, int64_t to_stride) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int64_t source = pairs[2 * static_cast<int64_t>(blockIdx.x)];
     const int64_t target = pairs[2 * static_cast<int64_t>(blockIdx.x) + 1];
     const uint8_t* read = from + blockIdx.z * from_stride + source * block_bytes;

@@ -16,10 +16,12 @@
 // REF: engine.batch.build_batch, build_sampler_batch of the next step
 // COST: about 44 * B bytes
 extern "C" __global__ void advance_decode_state(
-    const int32_t* __restrict__ sampled, const int32_t* __restrict__ block_tables,
-    int32_t* __restrict__ token_ids, int32_t* __restrict__ positions,
-    int32_t* __restrict__ kv_lens, int32_t* __restrict__ slots, int32_t* __restrict__ rope_lens,
-    uint32_t* __restrict__ counters, int32_t B, int32_t M, int32_t P) {
+    const int32_t* sampled, const int32_t* block_tables,
+    int32_t* token_ids, int32_t* positions,
+    int32_t* kv_lens, int32_t* slots, int32_t* rope_lens,
+    uint32_t* counters, int32_t B, int32_t M, int32_t P) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b >= B || kv_lens[b] == 0) return;
     token_ids[b] = sampled[b];
@@ -42,7 +44,9 @@ extern "C" __global__ void advance_decode_state(
 // REF: engine.decode_state.DecodeState.updates
 // COST: 12 * count bytes
 extern "C" __global__ void apply_updates(
-    const int32_t* __restrict__ updates, int32_t* __restrict__ state, int32_t count) {
+    const int32_t* updates, int32_t* state, int32_t count) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) state[updates[2 * i]] = updates[2 * i + 1];
 }

@@ -10,8 +10,10 @@
 // REF: numpy_ops.embed
 // COST: T * D * (sizeof(scalar_t) + sizeof(residual_t)) bytes, no flops
 extern "C" __global__ void embed_rows(
-    const int32_t* __restrict__ token_ids, const scalar_t* __restrict__ table,
-    residual_t* __restrict__ out, int32_t D) {
+    const int32_t* token_ids, const scalar_t* table,
+    residual_t* out, int32_t D) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const scalar_t* from = table + static_cast<int64_t>(token_ids[blockIdx.x]) * D;
     residual_t* to = out + static_cast<int64_t>(blockIdx.x) * D;
     constexpr int N = Wide<scalar_t>::N;

@@ -18,8 +18,10 @@ typedef TypeOf<NORMED>::type normed_t;
 // REF: numpy_ops.norm_linear, numpy_ops.norm_swiglu, numpy_ops.lm_head
 // COST: a row of x read (from memory once, from L1 or L2 again), a row of out written; 4 * D flops
 extern "C" __global__ void rms_norm_rows(
-    const residual_t* __restrict__ x, const int32_t* __restrict__ rows,
-    const scalar_t* __restrict__ weight, float eps, normed_t* __restrict__ out, int32_t D) {
+    const residual_t* x, const int32_t* rows,
+    const scalar_t* weight, float eps, normed_t* out, int32_t D) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int64_t row = rows != nullptr ? rows[blockIdx.x] : blockIdx.x;
     const residual_t* from = x + row * D;
     normed_t* to = out + static_cast<int64_t>(blockIdx.x) * D;

@@ -9,7 +9,9 @@
 // REF: Box and Muller 1958 over ops.philox; a test computes it
 // COST: n * sizeof(scalar_t) bytes written; a Philox call and two Box-Muller pairs for 4 values
 extern "C" __global__ void fill_normal(
-    scalar_t* __restrict__ out, int64_t n, float deviation, uint64_t seed) {
+    scalar_t* out, int64_t n, float deviation, uint64_t seed) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; 4 * i < n;
          i += stride) {

@@ -45,11 +45,13 @@ __device__ __forceinline__ int index_of(uint64_t key) {
 // REF: numpy_ops.penalize
 // COST: about 21 bytes an entry
 extern "C" __global__ void penalize_rows(
-    float* __restrict__ logits, const int32_t* __restrict__ entry_starts,
-    const int32_t* __restrict__ token_ids, const int32_t* __restrict__ output_counts,
-    const bool* __restrict__ in_context, const float* __restrict__ bias,
-    const float* __restrict__ repetition, const float* __restrict__ presence,
-    const float* __restrict__ frequency, int32_t V) {
+    float* logits, const int32_t* entry_starts,
+    const int32_t* token_ids, const int32_t* output_counts,
+    const bool* in_context, const float* bias,
+    const float* repetition, const float* presence,
+    const float* frequency, int32_t V) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int s = blockIdx.x;
     float* row = logits + static_cast<int64_t>(s) * V;
     for (int e = entry_starts[s] + threadIdx.x; e < entry_starts[s + 1]; e += blockDim.x) {
@@ -69,8 +71,10 @@ extern "C" __global__ void penalize_rows(
 // REF: numpy_ops.sample (temperature 0)
 // COST: 4 * S * V bytes
 extern "C" __global__ void argmax_rows(
-    const float* __restrict__ logits, uint64_t* __restrict__ keys, int32_t* __restrict__ out,
+    const float* logits, uint64_t* keys, int32_t* out,
     int32_t V) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const float* row = logits + static_cast<int64_t>(blockIdx.x) * V;
     const int part = (V + gridDim.y - 1) / gridDim.y;
     const int start = blockIdx.y * part, end = min(start + part, V);
@@ -94,7 +98,9 @@ extern "C" __global__ void argmax_rows(
 // REF: numpy_ops.sample (temperature 0)
 // COST: 8 * S * parts bytes
 extern "C" __global__ void argmax_merge_rows(
-    const uint64_t* __restrict__ keys, int32_t* __restrict__ out, int32_t parts) {
+    const uint64_t* keys, int32_t* out, int32_t parts) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     uint64_t best = 0;
     for (int i = lane_id(); i < parts; i += 32) {
         best = LargestKey::combine(best, keys[static_cast<int64_t>(blockIdx.x) * parts + i]);
@@ -215,10 +221,12 @@ __device__ __forceinline__ void draw(const Row& row, double uniform, int32_t* ou
 // REF: numpy_ops.sample
 // COST: reads a row 3 times (from L2 after the first), 3 times more for top-k, 4 times for top-p
 extern "C" __global__ void sample_rows(
-    const float* __restrict__ logits, const float* __restrict__ temperature,
-    const int32_t* __restrict__ top_k, const float* __restrict__ top_p,
-    const float* __restrict__ min_p, const uint64_t* __restrict__ seeds,
-    const uint32_t* __restrict__ counters, int32_t* __restrict__ out, int32_t V) {
+    const float* logits, const float* temperature,
+    const int32_t* top_k, const float* top_p,
+    const float* min_p, const uint64_t* seeds,
+    const uint32_t* counters, int32_t* out, int32_t V) {
+    grid_dependency_launch();
+    grid_dependency_wait();
     const int s = blockIdx.x;
     Row row;
     row.logits = logits + static_cast<int64_t>(s) * V;

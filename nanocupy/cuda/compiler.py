@@ -1,8 +1,9 @@
 """Compiles a kernel source to a cubin with NVRTC, for one exact architecture, once.
 
 A cubin lies in the user's cache folder under a name that hashes all it was made of: the source,
-every header of ours, macros, architecture, options and NVRTC's version. It works without a GPU,
-for any architecture. It knows nothing of what the kernels do, nor of how they are launched.
+every header of ours that it includes, macros, architecture, options and NVRTC's version. It works
+without a GPU, for any architecture. It knows nothing of what the kernels do, nor of how they are
+launched.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from nanocupy.errors import CudaError, DeviceError
 
 Macros = Mapping[str, int | str]
 
-# -ftz: denormals are zero in every kernel, as CuPy's own are compiled; nothing else is relaxed.
-BASE_OPTIONS = ("-std=c++17", "-ftz=true")
+# Arithmetic is IEEE 754's, denormals too: the sampler orders logits as the CPU does. Kernels that
+# can do with less say so themselves (exp2_approx).
+BASE_OPTIONS = ("-std=c++17",)
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 _FORMAT = "1"  # of the cache: changed when what is stored under a key changes meaning
 _SHOWN_ERRORS = 6
@@ -74,6 +77,16 @@ class Sources:
             found = sorted(_walk(self.root, ".cuh"))
             self._headers = {name: _read(node) for name, node in found}
         return self._headers
+
+    def headers_of(self, source: str) -> dict[str, str]:
+        """Of those, the ones that `source` includes, directly or not: what its cubin depends on."""
+        known, found, texts = self.headers(), {}, [source]
+        while texts:
+            for name in _INCLUDE.findall(texts.pop()):
+                if name in known and name not in found:
+                    found[name] = known[name]
+                    texts.append(known[name])
+        return dict(sorted(found.items()))
 
     def source(self, file: str) -> str:
         """Text of one .cu file. Raises CudaError where there is none of that name."""
@@ -123,7 +136,8 @@ class Compiler:
         macros = dict(sorted((macros or {}).items()))
         arch = arch_name(arch)
         defines = [_define(file, name, value) for name, value in macros.items()]
-        source, headers = self.sources.source(file), self.sources.headers()
+        source = self.sources.source(file)
+        headers = self.sources.headers_of(source)
         key = self._key(file, source, headers, defines, arch)
         cached = self._load(key)
         if cached is not None:

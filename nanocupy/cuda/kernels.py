@@ -51,13 +51,23 @@ class Kernel:
         args: Sequence[Any],
         shared_bytes: int = 0,
         stream: Any = None,
+        *,
+        cluster: int = 1,
+        overlap_previous: bool = False,
     ) -> None:
         """Run on `grid` blocks of `block` threads; a grid with a zero in it runs nothing.
 
         args: arrays of the device without gaps, scalars of an explicit numpy type, None for a null
         pointer. shared_bytes: dynamic shared memory a block. stream: CuPy's current one if None.
+        cluster: blocks of a cluster, along x. overlap_previous: see `LaunchOptions`; taken only
+        within a capture, as the host starts single kernels too slowly for them to overlap.
         Raises CudaError with the kernel's name; faults of a kernel itself show later.
         """
+        overlap = overlap_previous and _is_capturing(stream)
+        if cluster > 1 or overlap:
+            options = LaunchOptions((cluster, 1, 1) if cluster > 1 else None, overlap)
+            self.start(self.prepare(grid, block, args, shared_bytes, options), stream)
+            return
         dims = self._prepare(grid, block, shared_bytes)
         if dims is None:
             return
@@ -156,6 +166,14 @@ class Kernel:
                 stream.synchronize()
 
 
+def _is_capturing(stream: Any) -> bool:
+    if stream is None:
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+    return stream.is_capturing()
+
+
 class KernelLoader:
     """The kernels of one device.
 
@@ -211,7 +229,8 @@ class KernelLoader:
                 self._load(self.compiler.compile(file, macros, arch=self.arch))
             name = describe(file, macros, self.arch)
             try:
-                raw = self._modules[key].get_function(entry)
+                with cuda_call(f"loading kernel {entry} of {name}"):
+                    raw = self._modules[key].get_function(entry)
                 kernel = Kernel(raw, entry, name, self, self.max_shared_bytes)
             except CudaError as exc:
                 if "NOT_FOUND" not in str(exc):

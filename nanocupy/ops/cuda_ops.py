@@ -62,6 +62,8 @@ class CudaOps(Ops):
         self._traits = traits
         self._gemv_tuning = gemv_tuning or GemvTuning()
         plain = traits.force_plain
+        # Every kernel waits by itself for the one before, so each may start before that has ended.
+        self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._tensor_gemv = not plain and traits.compute_capability >= (8, 0)
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
@@ -79,7 +81,10 @@ class CudaOps(Ops):
     def _launch(self, file: str, entry: str, shape: LaunchShape, *args: Any, **macros: int) -> None:
         if 0 not in shape.grid:
             kernel = self._kernels.get(file, entry, **macros)
-            kernel.launch(shape.grid, (shape.block,), args, shape.shared_bytes)
+            kernel.launch(
+                shape.grid, (shape.block,), args, shape.shared_bytes,
+                cluster=shape.cluster, overlap_previous=self._overlap,
+            )  # fmt: skip
 
     def _workspace(self, name: str, *shape: int) -> Array:
         """The start of a workspace in this shape."""

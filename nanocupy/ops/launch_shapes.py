@@ -16,11 +16,13 @@ MAX_GRID_Y = 65535
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """Blocks, threads of a block, and dynamic shared memory of a block in bytes."""
+    """Blocks, threads of a block, dynamic shared memory of a block in bytes, and how many blocks in
+    a row (along x) make a cluster: from compute capability 9.0; 1 = none."""
 
     grid: tuple[int, ...]
     block: int
     shared_bytes: int = 0
+    cluster: int = 1
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -68,7 +68,7 @@ class Recorder:
             self.outcomes["skipped"] += 1
         elif report.when == "call":
             self.outcomes["passed"] += 1
-        if report.when == "call":
+        if report.when == "teardown":  # by then all is measured
             for name, value in report.user_properties:
                 if name == _ERROR:
                     op, dtype, error = value

@@ -81,11 +81,23 @@ def test_whatever_goes_in_is_part_of_the_key(folder: Path, tmp_path: Path) -> No
     paths.append(path({"N": 1}, options=("-lineinfo",)))
     (folder / "shared" / "half.cuh").write_text(HEADER.replace("0.5f", "0.25f"))
     paths.append(path({"N": 1}))
-    (folder / "other.cuh").write_text("// a new header may be included under a condition\n")
+    (folder / "kernel.cu").write_text(
+        KERNEL.replace("#include", '#include "other.cuh"\n#include', 1)
+    )
+    (folder / "other.cuh").write_text('#include "inner.cuh"\n')
+    (folder / "inner.cuh").write_text("// 1\n")
+    paths.append(path({"N": 1}))
+    (folder / "inner.cuh").write_text("// 2\n")
     paths.append(path({"N": 1}))
     (folder / "kernel.cu").write_text(KERNEL + "\n")
     paths.append(path({"N": 1}))
     assert len({str(p).split("-")[-2] for p in paths}) == len(paths)
+
+
+def test_a_header_that_is_not_included_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    compiler(folder, tmp_path / "c").compile("kernel.cu", {"N": 1}, arch="80")
+    (folder / "other.cuh").write_text("#error\n")
+    assert compiler(folder, tmp_path / "c").compile("kernel.cu", {"N": 1}, arch="80").from_cache
 
 
 def test_macros_in_another_order_are_the_same_build(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from tests.ops.cases import guarded, guards_intact, inner
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 NO_ROWS: Mapping[int, int] = MappingProxyType({})
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+# (entry, dtype) -> the worst error that `assert_close` saw since this was emptied, as a share of
+# |wanted| + rms: what the record of a GPU run tells.
+WORST_ERRORS: dict[tuple[str, str], float] = {}
 
 
 class Shape(Protocol):
@@ -80,6 +83,7 @@ class GpuBackend:
     """Kernels on device 0, each array in an allocation of its own between guard rows."""
 
     name = "gpu"
+    last_entry = ""  # what `assert_close` is about
 
     def __init__(self) -> None:
         import cupy
@@ -103,6 +107,7 @@ class GpuBackend:
         if 0 in shape.grid:
             return
         kernel = self._loader.get(file, entry, **macros)
+        GpuBackend.last_entry = entry
         results = []
         for _ in range(2):
             wholes = [
@@ -151,5 +156,7 @@ def assert_close(
         share = share[~ignored]
     assert not np.isnan(share).any(), f"{what}: NaN, or never written"
     worst = float(share.max(initial=0.0))
+    key = GpuBackend.last_entry, got.dtype.name
+    WORST_ERRORS[key] = max(WORST_ERRORS.get(key, 0.0), worst * tolerance)
     assert worst <= 1, f"{what}: the worst error is {worst:.3g} of the bound"
     return worst

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels.backends import GpuBackend, ShimBackend
+from tests.kernels.backends import WORST_ERRORS, GpuBackend, ShimBackend
 from tests.ops.cases import DTYPES
 from tests.shim import build
 
@@ -26,3 +26,13 @@ def backend(request: pytest.FixtureRequest) -> Any:
 def storage(request: pytest.FixtureRequest) -> np.dtype:
     """The type of weights, activations and cache."""
     return DTYPES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _errors_go_to_the_record(request: pytest.FixtureRequest, record_error: Any) -> Any:
+    """What a test on a GPU measured, to the record of the run."""
+    WORST_ERRORS.clear()
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        for (entry, dtype), error in WORST_ERRORS.items():
+            record_error(entry, dtype, error)

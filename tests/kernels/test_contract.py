@@ -78,3 +78,17 @@ def test_kernels_use_no_intrinsic_of_their_own() -> None:
         if path.name != "device.cuh":
             code = re.sub(r"//[^\n]*", "", path.read_text())
             assert not forbidden.search(code), f"{path.name}: {forbidden.search(code)}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_waits_for_the_kernel_before(entry: str) -> None:
+    """Launches overlap: what a kernel reads may not be there before it has waited. Nor may the
+    compiler read it earlier, as it could through a const pointer that nothing else aliases."""
+    path, _ = ENTRIES[entry]
+    code = re.sub(r"//[^\n]*", "", path.read_text())
+    start = re.search(rf"__global__ void[^{{;]*?\b{entry}\s*\(([^{{]*)\{{", code)
+    assert start is not None
+    assert "__restrict__" not in start.group(1)
+    body = code[start.end() :].split("\n}\n", 1)[0]
+    headers = "".join(h.read_text() for h in KERNELS.glob(f"{path.stem}*.cuh"))
+    assert "grid_dependency_wait();" in body or "grid_dependency_wait();" in headers

@@ -36,8 +36,17 @@ class _ShimKernel:
         self._owner, self._entry, self._kernel = owner, entry, kernel
 
     def launch(
-        self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_bytes: int = 0
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+        *,
+        cluster: int = 1,
+        overlap_previous: bool = False,
     ) -> None:
+        if cluster != 1:
+            raise TypeError(f"{self._entry}: the shim has no clusters")
         for arg in args:
             if not (arg is None or isinstance(arg, np.ndarray | np.generic)):
                 raise TypeError(f"{self._entry}: {arg!r} is no array and no scalar of NumPy")
@@ -172,7 +181,7 @@ class _RecordingKernels(ShimKernels):
         start = self._device.start
 
         class Recorded:
-            def launch(self, *args: Any) -> None:
-                start(lambda: kernel.launch(*args))
+            def launch(self, *args: Any, **options: Any) -> None:
+                start(lambda: kernel.launch(*args, **options))
 
         return Recorded()
