@@ -19,6 +19,7 @@ from nanocupy.engine.request import Request, RequestPriority, RequestState
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
 from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
+from nanocupy.engine.watch import StepWatch
 from nanocupy.errors import ConfigError, RequestError
 from nanocupy.memory.block_pool import BlockPool
 from nanocupy.memory.host_pool import HostPool, SwapCosts
@@ -77,6 +78,7 @@ class LLMEngine:
         self.config = config
         self.runner = runner
         self.run_ahead = run_ahead
+        self.watch = StepWatch()  # another looks on, for profiles
         cache = PrefixCache(limits.block_size) if prefix_cache else None
         self.pool = BlockPool(limits.num_blocks, limits.block_size, cache)
         self.memory = KVMemory(self.pool, HostPool(limits.num_host_blocks))
@@ -133,6 +135,7 @@ class LLMEngine:
         )  # fmt: skip
         self.scheduler.add(request)
         self._requests[request_id] = request
+        self.watch.request_added(request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request now; an id that is not running is ignored."""
@@ -142,11 +145,21 @@ class LLMEngine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; the new token of every request whose token was read."""
+        try:
+            self._step()
+        finally:
+            self.watch.end_step()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _step(self) -> None:
         if any(request.needs_token_ids for request in self.scheduler.running):
             self._collect()  # penalties count tokens, so all must be known
+        self.watch.part("schedule")
         schedule = self.scheduler.schedule()
         read = None
         if schedule:
+            self.watch.part("launch")
             try:
                 read = self.runner.launch(schedule)
             except BaseException:
@@ -157,15 +170,16 @@ class LLMEngine:
         self._in_flight = (schedule, read) if read else None
         if not self.run_ahead:
             self._collect()
-        outputs, self._outputs = self._outputs, []
-        return outputs
 
     def _collect(self) -> None:
         """Read the ids of the step in flight, if there is one, and finish what has ended."""
         if self._in_flight is None:
             return
         (schedule, read), self._in_flight = self._in_flight, None
-        for request, token_id in self.scheduler.update(schedule, read()):
+        self.watch.part("wait")
+        token_ids = read()
+        self.watch.part("process")
+        for request, token_id in self.scheduler.update(schedule, token_ids):
             reason = self._end_of(request, token_id)
             if reason is not None:
                 self._finish(request, reason)
@@ -185,6 +199,7 @@ class LLMEngine:
         request.finish_reason = reason
         self.scheduler.finish(request)
         del self._requests[request.request_id]
+        self.watch.request_finished(request.request_id)
 
     def _rope_base(self, num_prompt_tokens: int) -> int:
         """Dynamic NTK: what the base follows, the prompt's length beyond the trained context."""

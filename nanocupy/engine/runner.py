@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.schedule import Schedule
+
+if TYPE_CHECKING:
+    from nanocupy.cuda.step_stamps import StepStamps
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,8 @@ class Runner(ABC):
         called once, before the step after the next is launched."""
         token_ids = self.run(schedule)
         return lambda: token_ids
+
+    def stamp_steps(self, num_steps: int) -> StepStamps | None:
+        """From the next step on, note when each starts and ends on the device, and keep the last
+        `num_steps`; 0 ends it. Gives what reads them; None where the device has no clock."""
+        return None
