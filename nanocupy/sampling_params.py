@@ -88,12 +88,12 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether logits must be changed before the draw."""
-        return bool(
-            self.logit_bias
-            or self.repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-        )
+        return bool(self.logit_bias) or self.counts_tokens
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the logits' change depends on the ids there are already."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     def with_(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""

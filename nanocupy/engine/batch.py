@@ -110,6 +110,8 @@ def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> P
 
     banned: ids a row must not yield while it is short of its min_tokens (the ends of text).
     """
+    if not any(request.changes_logits for request in requests):
+        return None
     starts = [0]
     token_ids: list[int] = []
     counts: list[int] = []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.config import EngineConfig
@@ -43,14 +44,16 @@ def scheduler_settings(
     )
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """One new token of a request. finish_reason: "stop" (end of text or a stop id: token_id is
     that id), "length", or None while it goes on."""
 
     request_id: str
     token_id: int
     finish_reason: str | None
+
+
+_step_output = partial(tuple.__new__, StepOutput)
 
 
 class LLMEngine:
@@ -125,6 +128,7 @@ class LLMEngine:
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_context} "
                 "with at least one of output; shorten the prompt"
             )
+        eos_ids = tuple(self.config.eos_ids)
         max_total = self.max_context
         if params.max_tokens is not None:
             max_total = min(max_total, len(prompt_ids) + params.max_tokens)
@@ -132,6 +136,7 @@ class LLMEngine:
         request = Request(
             request_id, prompt_ids, params, seed, max_total, priority,
             rope_base=self._rope_base(len(prompt_ids)),
+            stop_ids=frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_ids)),
         )  # fmt: skip
         self.scheduler.add(request)
         self._requests[request_id] = request
@@ -153,7 +158,7 @@ class LLMEngine:
         return outputs
 
     def _step(self) -> None:
-        if any(request.needs_token_ids for request in self.scheduler.running):
+        if self.scheduler.num_needing_ids:
             self._collect()  # penalties count tokens, so all must be known
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()
@@ -180,19 +185,15 @@ class LLMEngine:
         token_ids = read()
         self.watch.part("process")
         for request, token_id in self.scheduler.update(schedule, token_ids):
-            reason = self._end_of(request, token_id)
+            reason = None
+            num_output = len(request.output_ids)
+            if token_id in request.stop_ids and num_output >= request.params.min_tokens:
+                reason = "stop"
+            elif num_output >= request.max_output_tokens:
+                reason = "length"
             if reason is not None:
                 self._finish(request, reason)
-            self._outputs.append(StepOutput(request.request_id, token_id, reason))
-
-    def _end_of(self, request: Request, token_id: int) -> str | None:
-        params = request.params
-        if len(request.output_ids) >= params.min_tokens and (
-            token_id in params.stop_token_ids
-            or (token_id in self.config.eos_ids and not params.ignore_eos)
-        ):
-            return "stop"
-        return "length" if request.num_known_tokens >= request.max_total_tokens else None
+            self._outputs.append(_step_output((request.request_id, token_id, reason)))
 
     def _finish(self, request: Request, reason: str) -> None:
         assert request.state is not RequestState.FINISHED

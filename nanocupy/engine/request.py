@@ -57,15 +57,17 @@ class RequestPriority:
             raise RequestError(f"priority vip is {self.vip!r}; it must be True or False")
 
 
-@dataclass(eq=False)  # two requests are never the same one
+@dataclass(eq=False, slots=True)  # two requests are never the same one
 class Request:
     """A prompt, what was generated, and how many of its tokens are in the cache.
 
     seed is drawn at arrival where the parameters ask for a random one, so that every later step of
-    the request uses the same. finish_reason: "stop", "length", "abort", or None while it lives.
+    the request uses the same; of several samples of a prompt, sample_index tells them apart.
+    finish_reason: "stop", "length", "abort", "error" (the model gave no number), or None while it
+    lives.
 
     Counts run ahead of results: a step that was launched counts as computed, and the token it
-    samples exists (`num_pending_tokens`) before its id is read.
+    samples exists (`num_tokens`) before its id is read.
     """
 
     request_id: str
@@ -77,10 +79,13 @@ class Request:
     # Tokens alone do not say what their keys are where the rotary base follows the prompt's length
     # (dynamic NTK): equal bases share cached blocks, others never do.
     rope_base: int = 0
+    sample_index: int = 0
+    stop_ids: frozenset[int] = frozenset()  # ids that end it
+    # Another sample of the same prompt, which computes that for both.
+    leader: Request | None = None
     state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
-    output_counts: Counter[int] = field(default_factory=Counter)
-    num_pending_tokens: int = 0
+    num_tokens: int = field(init=False)  # that exist: prompt, output, and sampled but not read
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
     host_block_ids: list[int] = field(default_factory=list)  # while swapped out
@@ -90,12 +95,26 @@ class Request:
     arrival_step: int = 0
     arrival_time: float = 0.0  # seconds on the scheduler's clock
     num_preemptions: int = 0
-    num_steps_in_flight: int = 0
     # Kept by the prefix cache: hashes of full blocks, as far as computed; how many leading blocks
     # are in the cache or were refused by it; the entry of the last of those.
     block_hashes: list[int] = field(default_factory=list)
     num_cached_blocks: int = 0
     cache_parent: int | None = None
+    # Of the parameters, as every step asks for it:
+    needs_token_ids: bool = field(init=False)
+    changes_logits: bool = field(init=False)
+    max_output_tokens: int = field(init=False)
+    _counts: Counter[int] = field(default_factory=Counter, repr=False)
+    _num_counted: int = 0
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
+        self.max_output_tokens = self.max_total_tokens - len(self.prompt_ids)
+        # Whether choosing the next token takes the ids of all before it, on the host.
+        self.needs_token_ids = p.counts_tokens
+        # Whether it may take penalties, a bias or banned ids.
+        self.changes_logits = p.has_penalties or p.min_tokens > 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -107,36 +126,39 @@ class Request:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that exist: prompt, output, and what was sampled and not read yet."""
-        return self.num_known_tokens + self.num_pending_tokens
+    def num_pending_tokens(self) -> int:
+        """Tokens that were sampled and not read yet."""
+        return self.num_tokens - len(self.prompt_ids) - len(self.output_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.output_ids) + self.num_pending_tokens
+        return self.num_tokens - len(self.prompt_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens it must catch up by before it can get another; 0 where it gets none."""
-        num_tokens = self.num_tokens
-        if num_tokens >= self.max_total_tokens:
+        if self.num_tokens >= self.max_total_tokens:
             return 0
-        return num_tokens - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
-    def needs_token_ids(self) -> bool:
-        """Whether choosing the next token takes the ids of all before it, on the host."""
-        p = self.params
-        return p.repetition_penalty != 1 or bool(p.presence_penalty or p.frequency_penalty)
+    def output_counts(self) -> Counter[int]:
+        """How often each id stands in the output; counted as far as it is asked for."""
+        if self._num_counted < len(self.output_ids):
+            self._counts.update(self.output_ids[self._num_counted :])
+            self._num_counted = len(self.output_ids)
+        return self._counts
 
     def append(self, token_id: int) -> None:
-        """Add a generated token."""
+        """Take in a generated token: the first of those not read yet or, if none, one more."""
         self.output_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        self.num_tokens = max(self.num_tokens, self.num_known_tokens)
 
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Token ids of positions start … stop - 1; PENDING_TOKEN for what was not read yet."""
-        prompt = self.prompt_ids[start:stop]
         offset = len(self.prompt_ids)
-        ids = prompt + self.output_ids[max(start - offset, 0) : max(stop - offset, 0)]
+        if stop <= offset:
+            return self.prompt_ids[start:stop]
+        ids = self.prompt_ids[start:] if start < offset else []
+        ids = ids + self.output_ids[max(start - offset, 0) : stop - offset]
         return ids + [PENDING_TOKEN] * (min(stop, self.num_tokens) - start - len(ids))

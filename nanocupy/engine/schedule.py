@@ -5,8 +5,10 @@ A `Schedule` is one step, made by the scheduler and executed by a runner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanocupy.engine.policy import PolicyName, PolicyWeights
 from nanocupy.engine.request import Request
@@ -48,20 +50,44 @@ class Schedule:
     swap_out, swap_in: (block of the cache, block of the host's pool). The copies of swap_out come
     first, then those of swap_in, then the forward: blocks that were swapped out may be written
     again by either. A host block of swap_in is in no swap_out of the same schedule.
+
+    While the same requests decode, one token each, and nothing else runs, `requests` is one and
+    the same object from step to step; of all their blocks, only those of `grown` are not what they
+    were in the step before: they have one more.
     """
 
     requests: tuple[ScheduledRequest, ...] = ()
     swap_out: tuple[tuple[int, int], ...] = ()
     swap_in: tuple[tuple[int, int], ...] = ()
+    grown: tuple[Request, ...] = ()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.requests)
 
-    @property
+    @cached_property
     def sampling(self) -> list[Request]:
-        """The requests that get a token, in order."""
+        """The requests that get a token, in order; not to be changed."""
         return [item.request for item in self.requests if item.samples]
+
+    @cached_property
+    def members(self) -> frozenset[Request]:
+        """Who runs, in no order."""
+        return frozenset(item.request for item in self.requests)
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether any row's logits may have to be changed before the draw."""
+        return any(request.changes_logits for request in self.sampling)
+
+    def with_grown(self, grown: Sequence[Request]) -> Schedule:
+        """The same step, where `grown` got a block; what was worked out of it is kept."""
+        if not grown and not self.grown:
+            return self
+        _ = self.num_tokens, self.sampling, self.changes_logits  # once, for all copies
+        other = copy(self)
+        object.__setattr__(other, "grown", tuple(grown))
+        return other
 
     def __bool__(self) -> bool:
         return bool(self.requests or self.swap_out)

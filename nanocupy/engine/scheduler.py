@@ -2,7 +2,9 @@
 
 One rule: a request has tokens and a count of computed tokens, and a step lets it catch up, within a
 budget of tokens a step. A prompt's chunk, the decode of one token, what the prefix cache has, and a
-request that comes back are the same thing with other numbers.
+request that comes back are the same thing with other numbers. Those that decode are most of a batch
+and do the same in every step: they are counted together (`DecodingSet`), and asked one by one only
+where a step has too little room for all.
 
 A step goes `schedule` → the runner launches it → `launched` → its ids are read → `update`. Counts
 move on in `launched`, so that the next step can be scheduled before the ids of this one are read.
@@ -13,44 +15,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
+from nanocupy.engine.decoding import DecodingSet, decodes
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
+from nanocupy.engine.scheduler_checks import check_running, check_waiting
+from nanocupy.engine.step_plan import SchedulerCounters, StepPlan
 from nanocupy.engine.waiting import WaitingQueue
 from nanocupy.memory.host_pool import prefers_swap
-from nanocupy.memory.kv_memory import BlockPair, KVMemory
+from nanocupy.memory.kv_memory import KVMemory
 
 __all__ = ["Schedule", "ScheduledRequest", "Scheduler", "SchedulerSettings"]
 
 # A prompt waits for another that is computing what it needs where that saves this many tokens now.
 WORTH_WAITING_TOKENS = 128
-
-
-@dataclass
-class SchedulerCounters:
-    """How often since the start."""
-
-    num_steps: int = 0
-    num_swapped_out: int = 0
-    num_recomputed: int = 0
-    num_resumed: int = 0
-
-
-@dataclass
-class _Plan:
-    """A step in the making."""
-
-    budget: int
-    now: float
-    items: dict[int, ScheduledRequest] = field(default_factory=dict)  # by arrival number
-    swap_out: list[BlockPair] = field(default_factory=list)
-    swap_in: list[BlockPair] = field(default_factory=list)
-    host_block_ids: list[int] = field(default_factory=list)  # free when swap_in is done
-    preempted: list[Request] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)
-    filling: set[int] = field(default_factory=set)  # hashes of the blocks this step computes
 
 
 class Scheduler:
@@ -70,12 +49,16 @@ class Scheduler:
         self.memory = memory
         self.counters = SchedulerCounters()
         self.running: list[Request] = []  # in the order in which they were admitted
+        # Of those: who decodes; who has more to catch up on, or has no token to come.
+        self.decoding = DecodingSet(memory.pool.block_size)
+        self._others: list[Request] = []
+        self.num_needing_ids = 0  # requests that run and need the ids of all their tokens
         self._clock = clock
         self._max_preemptions = settings.max_preemptions
         self._num_arrivals = 0
-        self._plan = _Plan(0, 0.0)
-        # Of each step in flight: host blocks to free. And who has ended, but for such a step.
-        self._in_flight: deque[list[int]] = deque()
+        self._plan = StepPlan(0, 0.0)
+        # Each step in flight, with host blocks to free. And who has ended, but for such a step.
+        self._in_flight: deque[tuple[Schedule, list[int]]] = deque()
         self._ending: list[Request] = []
         self.waiting = WaitingQueue(make_policy(settings.policy, settings.weights))
         self.configure(settings)
@@ -113,29 +96,37 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """The next step; false where there is nothing to do, or nothing until a step in flight is
         over. Those that decode come before prompts of the same urgency."""
-        plan = self._plan = _Plan(self.settings.max_step_tokens, self._clock())
+        plan = self._plan = StepPlan(self.settings.max_step_tokens, self._clock())
         self.counters.num_steps += 1
-        for request in self._running_in_order(plan):
+        for request in self._start(plan):
             if request.state is RequestState.RUNNING:  # else preempted by one before it
                 self._catch_up(request, plan)
         self._admit_waiting(plan)
-        return Schedule(tuple(plan.items.values()), tuple(plan.swap_out), tuple(plan.swap_in))
+        return self._finished(plan)
 
     def launched(self, schedule: Schedule) -> None:
         """The runner has started the step that `schedule` gave last: its tokens count."""
-        for item in schedule:
+        plan, self._plan = self._plan, StepPlan(0, 0.0)
+        if plan.lockstep:
+            before = len(self.decoding)
+            self.decoding.advance()
+            if len(self.decoding) < before:
+                self._others = [r for r in self.running if r not in self.decoding]
+        for item in plan.items.values():
             request = item.request
             request.num_computed_tokens += item.num_tokens
-            request.num_pending_tokens += item.samples
-            request.num_steps_in_flight += 1
+            request.num_tokens += item.samples
             self.memory.store(request)
-        self._in_flight.append(self._plan.host_block_ids)
-        self._plan = _Plan(0, 0.0)
+            if decodes(request):
+                self._others.remove(request)
+                self.decoding.join(request)
+        self._in_flight.append((schedule, plan.host_block_ids))
 
     def failed(self) -> None:
         """The step that `schedule` gave last was not run: what it was to copy is lost, and is
         computed again."""
-        plan, self._plan = self._plan, _Plan(0, 0.0)
+        plan, self._plan = self._plan, StepPlan(0, 0.0)
+        self.decoding.renew_schedule()
         self.memory.host_pool.free(plan.host_block_ids)
         for request in plan.preempted:
             if request.state is RequestState.PREEMPTED:
@@ -151,53 +142,87 @@ class Scheduler:
     def update(self, schedule: Schedule, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
         """Take in the ids of the oldest step in flight. Returns who got which token; not those
         that have ended meanwhile."""
-        self.memory.host_pool.free(self._in_flight.popleft())
-        sampled = iter(token_ids)
-        given = []
-        for item in schedule:
-            request = item.request
-            request.num_steps_in_flight -= 1
-            request.num_pending_tokens -= item.samples
-            token_id = next(sampled) if item.samples else None
-            if request.state is RequestState.FINISHED:
-                continue
-            if token_id is not None:
-                request.append(token_id)
-                given.append((request, token_id))
-                if request.block_ids:
-                    self.memory.store(request)
-        for request in [r for r in self._ending if not r.num_steps_in_flight]:
-            self._ending.remove(request)
-            self.memory.drop(request)
+        _, host_block_ids = self._in_flight.popleft()
+        self.memory.host_pool.free(host_block_ids)
+        given = list(zip(schedule.sampling, token_ids, strict=True))
+        if self._ending:
+            given = [pair for pair in given if pair[0].state is not RequestState.FINISHED]
+            for request in [r for r in self._ending if not self._is_in_flight(r)]:
+                self._ending.remove(request)
+                self.memory.drop(request)
+        for request, token_id in given:
+            request.output_ids.append(token_id)
+        for request in self.decoding.at_border():
+            self.memory.store(request)
         return given
 
     def finish(self, request: Request) -> None:
         """Take the request out, wherever it is. Its blocks are free when no step that was launched
         with it is in flight."""
         if request.state is RequestState.RUNNING:
-            self.running.remove(request)
+            self.memory.store(request)
+            self._unseat(request)
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        if request.num_steps_in_flight:
+        if self._is_in_flight(request):
             self._ending.append(request)
         else:
             self.memory.drop(request)
 
+    def _is_in_flight(self, request: Request) -> bool:
+        return any(request in schedule.members for schedule, _ in self._in_flight)
+
+    def _finished(self, plan: StepPlan) -> Schedule:
+        """The plan as a step."""
+        decoding = self.decoding.schedule if plan.lockstep else Schedule()
+        if not (plan.items or plan.swap_out or plan.swap_in):
+            return decoding.with_grown(plan.grown)
+        self.decoding.renew_schedule()
+        return Schedule(
+            decoding.requests + tuple(plan.items.values()),
+            tuple(plan.swap_out),
+            tuple(plan.swap_in),
+        )
+
     # ----------------------------------------------------------------- who runs goes on
 
-    def _running_in_order(self, plan: _Plan) -> list[Request]:
-        running, now = self.running, plan.now
-        behind = sum(request.num_uncomputed_tokens for request in running)
-        pool = self.memory.pool
-        if behind <= plan.budget and behind // pool.block_size + len(running) <= pool.num_free:
-            return sorted(running, key=_is_prompt)  # everyone gets everything
-        policy = self.policy
-        order = {r.arrival_number: (policy.band(r, now), _is_prompt(r), policy.key(r, now))
-                 for r in running}  # fmt: skip
-        return sorted(running, key=lambda r: order[r.arrival_number])
+    def _start(self, plan: StepPlan) -> list[Request]:
+        """Put those that decode into the plan, all at once where that can be. Returns who else is
+        to catch up, in order."""
+        policy, pool = self.policy, self.memory.pool
+        growing = [
+            r for r in self.decoding.at_border()
+            if len(r.block_ids) * pool.block_size <= r.num_computed_tokens
+        ]  # fmt: skip
+        if policy.preempts:  # others may be more urgent: then only if everyone gets everything
+            behind = [(r, r.num_uncomputed_tokens) for r in self._others]
+            num_tokens = sum(num for _, num in behind)
+            num_blocks = sum(
+                self.memory.blocks_wanted(r, r.num_computed_tokens + num) for r, num in behind
+            )
+        else:
+            num_tokens = num_blocks = 0
+        fits = len(self.decoding) + num_tokens <= plan.budget
+        if fits and len(growing) + num_blocks <= pool.num_free:
+            plan.lockstep, plan.grown = True, growing
+            plan.budget -= len(self.decoding)
+            for request in growing:
+                self.memory.grow(request, request.num_computed_tokens + 1)
+            return self._in_order(self._others, plan)
+        self.decoding.clear()
+        self._others = list(self.running)
+        return self._in_order(self.running, plan)
 
-    def _catch_up(self, request: Request, plan: _Plan) -> None:
+    def _in_order(self, requests: list[Request], plan: StepPlan) -> list[Request]:
+        if len(requests) < 2:
+            return list(requests)
+        policy, now = self.policy, plan.now
+        return sorted(
+            requests, key=lambda r: (policy.band(r, now), not decodes(r), policy.key(r, now))
+        )
+
+    def _catch_up(self, request: Request, plan: StepPlan) -> None:
         """Give a running request as many tokens as it lacks and the budget has."""
         if request.num_uncomputed_tokens > self.memory.pool.block_size:
             self.memory.skip_cached(request)
@@ -213,7 +238,7 @@ class Scheduler:
         self.memory.grow(request, end)
         self._put(request, num_tokens, plan)
 
-    def _last_after(self, request: Request, plan: _Plan) -> Request | None:
+    def _last_after(self, request: Request, plan: StepPlan) -> Request | None:
         """Who must make room for `request`, if anyone: the last of those after it."""
         key = self.policy.key
         others = [r for r in self.running if self._may_preempt(r, plan)]
@@ -222,7 +247,7 @@ class Scheduler:
             return None
         return victim
 
-    def _put(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+    def _put(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         start, behind = request.num_computed_tokens, request.num_uncomputed_tokens
         plan.items[request.arrival_number] = ScheduledRequest(
             request, num_tokens, num_tokens == behind
@@ -235,7 +260,7 @@ class Scheduler:
 
     # ----------------------------------------------------------------- who waits is admitted
 
-    def _admit_waiting(self, plan: _Plan) -> None:
+    def _admit_waiting(self, plan: StepPlan) -> None:
         """Admit as many as there is room for, strictly in order."""
         if not self.waiting or not (self._has_seat() or self.policy.preempts):
             return
@@ -254,7 +279,7 @@ class Scheduler:
         for request in aside:
             self.waiting.push(request)
 
-    def _admit(self, request: Request, plan: _Plan) -> bool | None:
+    def _admit(self, request: Request, plan: StepPlan) -> bool | None:
         """Let a waiting or preempted request run, if there is room; None where it should rather
         wait for one that is computing its prefix."""
         memory, old_computed = self.memory, request.num_computed_tokens
@@ -282,12 +307,12 @@ class Scheduler:
         self.waiting.remove(request)
         self.counters.num_resumed += request.num_preemptions > 0
         request.state = RequestState.RUNNING
-        self.running.append(request)
+        self._seat(request)
         plan.admitted.append(request)
         self._put(request, num_tokens, plan)
         return True
 
-    def _is_being_filled(self, request: Request, plan: _Plan) -> bool:
+    def _is_being_filled(self, request: Request, plan: StepPlan) -> bool:
         cache, size = self.memory.cache, self.memory.pool.block_size
         if cache is None or not plan.filling:
             return False
@@ -297,7 +322,7 @@ class Scheduler:
             cache.block_hash(request, i) in plan.filling for i in range(first, wanted)
         )
 
-    def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Whether a request that waits has a seat and blocks for `num_tokens`; under a policy that
         preempts, requests that are clearly after it leave."""
         pool = self.memory.pool
@@ -328,13 +353,17 @@ class Scheduler:
 
     # ----------------------------------------------------------------- preemption
 
-    def _may_preempt(self, request: Request, plan: _Plan) -> bool:
+    def _may_preempt(self, request: Request, plan: StepPlan) -> bool:
         allowed = request.num_preemptions < self._max_preemptions
         return allowed and request not in plan.admitted
 
-    def _preempt(self, request: Request, plan: _Plan) -> None:
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
         """Take a running request's blocks, out of this step too; its state goes to the host, or is
         computed again."""
+        if request in self.decoding:
+            plan.budget += plan.lockstep
+            if request in plan.grown:
+                plan.grown.remove(request)
         item = plan.items.pop(request.arrival_number, None)
         plan.budget += item.num_tokens if item else 0
         pool, block_ids = self.memory.pool, request.block_ids
@@ -360,9 +389,20 @@ class Scheduler:
         plan.preempted.append(request)
 
     def _requeue(self, request: Request) -> None:
-        self.running.remove(request)
+        self._unseat(request)
         request.state = RequestState.PREEMPTED
         self.waiting.push(request)
+
+    def _seat(self, request: Request) -> None:
+        self.running.append(request)
+        self._others.append(request)
+        self.num_needing_ids += request.needs_token_ids
+
+    def _unseat(self, request: Request) -> None:
+        self.running.remove(request)
+        if not self.decoding.leave(request):
+            self._others.remove(request)
+        self.num_needing_ids -= request.needs_token_ids
 
     # ----------------------------------------------------------------- checks
 
@@ -370,21 +410,11 @@ class Scheduler:
         """Assert that every block, here and on the host, is where the requests say; between
         steps."""
         running, waiting = self.running, list(self.waiting)
-        assert all(r.state is RequestState.RUNNING for r in running)
-        for request in waiting:
-            assert request.state in (RequestState.WAITING, RequestState.PREEMPTED)
-            assert not request.block_ids, "a request that waits has blocks"
-            num_blocks = self.memory.pool.blocks_for(request.num_computed_tokens)
-            assert len(request.host_block_ids) == num_blocks, "swapped out in part"
-        for request in running:
-            keeps_place = request.num_preemptions >= self._max_preemptions
-            num_tokens = request.max_total_tokens if keeps_place else request.num_computed_tokens
-            num_blocks = self.memory.pool.blocks_for(num_tokens)
-            assert len(request.block_ids) >= num_blocks, "tokens without a block"
-            assert request.num_preemptions <= self._max_preemptions
-        host = [block_id for ids in self._in_flight for block_id in ids]
+        check_running(self.memory.pool, running, self._max_preemptions)
+        check_waiting(self.memory.pool, waiting)
+        self.decoding.check_integrity()
+        assert len(self.decoding) + len(self._others) == len(running)
+        assert {*self.decoding, *self._others} == set(running), "a request runs nowhere"
+        assert self.num_needing_ids == sum(r.needs_token_ids for r in running)
+        host = [block_id for _, ids in self._in_flight for block_id in ids]
         self.memory.check_integrity([*running, *waiting, *self._ending], host)
-
-
-def _is_prompt(request: Request) -> bool:
-    return request.num_uncomputed_tokens > 1

@@ -22,11 +22,11 @@ def chained_hash(before: int, tokens: Tokens) -> int:
     return hash((before, tokens))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: those are dear to make, and a step makes some
 class _Entry:
-    """One cached block. parent: the number of the entry before it, or the root's, which is
-    negative. Numbers are never used twice, so the entry of a block that was overwritten has no
-    children any more."""
+    """One cached block; never changed. parent: the number of the entry before it, or the root's,
+    which is negative. Numbers are never used twice, so the entry of a block that was overwritten
+    has no children any more."""
 
     number: int
     block_id: int
@@ -90,9 +90,11 @@ class PrefixCache:
         """Remember the request's full blocks, as far as they are computed and their ids known."""
         num_tokens = min(request.num_computed_tokens, request.num_known_tokens)
         num_full = num_tokens // self.block_size
+        if num_full <= request.num_cached_blocks:
+            return
         for index in range(request.num_cached_blocks, num_full):
             request.cache_parent = self._store_one(request, index)
-        request.num_cached_blocks = max(request.num_cached_blocks, num_full)
+        request.num_cached_blocks = num_full
 
     def forget(self, block_id: int) -> None:
         """The block will be overwritten."""
@@ -131,15 +133,20 @@ class PrefixCache:
         parent = self._root(request) if index == 0 else request.cache_parent
         if parent is None:
             return None
+        tokens = self._tokens(request, index)
+        hashes = request.block_hashes
+        if 0 < index == len(hashes):  # the common case: the tokens are taken once
+            hashes.append(self._hash_block(hashes[-1], tokens))
         block_hash, block_id = self.block_hash(request, index), request.block_ids[index]
         entry = self._by_hash.get(block_hash)
-        if entry is None:
-            assert block_id not in self._by_block, "a block is remembered twice"
-            tokens = self._tokens(request, index)
-            entry = _Entry(self._next_number, block_id, block_hash, parent, tokens)
-            self._next_number += 1
-            self._by_hash[block_hash] = self._by_block[block_id] = entry
-        return entry.number if self._is(entry, parent, request, index) else None
+        if entry is not None:
+            return entry.number if entry.parent == parent and entry.tokens == tokens else None
+        assert block_id not in self._by_block, "a block is remembered twice"
+        number = self._next_number
+        self._next_number += 1
+        entry = _Entry(number, block_id, block_hash, parent, tokens)
+        self._by_hash[block_hash] = self._by_block[block_id] = entry
+        return number
 
     def _is(self, entry: _Entry, parent: int, request: Request, index: int) -> bool:
         return entry.parent == parent and entry.tokens == self._tokens(request, index)

@@ -46,6 +46,8 @@ class FakeRunner(Runner):
         self.host_cells = [[0] * limits.block_size for _ in range(limits.num_host_blocks)]
         self.num_prompt_tokens_run = 0
         self.last_num_tokens = 0
+        self._last_requests: object = None  # of the schedule before
+        self._num_blocks: dict[Request, int] = {}  # of each of those, then
         self._tokens: dict[Request, list[int]] = {}  # prompt and what was sampled here
         self._hashes: dict[Request, list[int]] = {}
         self._queue: deque[Callable[[], list[int]]] = deque()
@@ -68,6 +70,7 @@ class FakeRunner(Runner):
         targets = [block for block, _ in schedule.swap_in]
         assert len(targets) == len(set(targets))
         assert not {h for _, h in schedule.swap_in} & {h for _, h in schedule.swap_out}
+        self._check_grown(schedule)
         items = []
         for item in schedule:
             request, start = item.request, item.request.num_computed_tokens
@@ -93,6 +96,14 @@ class FakeRunner(Runner):
             return [self._sample(request) for request, *_, samples in items if samples]
 
         return execute
+
+    def _check_grown(self, schedule: Schedule) -> None:
+        num_blocks = {item.request: len(item.request.block_ids) for item in schedule}
+        if schedule.requests is self._last_requests:
+            changed = {r for r, count in num_blocks.items() if count != self._num_blocks[r]}
+            assert changed == set(schedule.grown), "blocks have changed unsaid"
+            assert all(num_blocks[r] == self._num_blocks[r] + 1 for r in changed)
+        self._last_requests, self._num_blocks = schedule.requests, num_blocks
 
     def _write(self, request: Request, start: int, given: list[int], block_ids: list[int]) -> None:
         tokens = self._tokens.setdefault(request, list(request.prompt_ids))

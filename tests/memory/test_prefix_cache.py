@@ -89,12 +89,12 @@ def test_a_token_that_was_not_read_yet_is_not_remembered():
     memory = make_memory()
     request = make_request([1, 2, 3])
     compute(memory, request)
-    request.num_pending_tokens, request.num_computed_tokens = 1, 4
+    request.num_tokens = request.num_computed_tokens = 4
     memory.grow(request, 4)
     memory.store(request)
     assert len(memory.cache) == 1
-    request.num_pending_tokens = 0
     request.append(4)
+    assert request.num_tokens == 4
     memory.store(request)
     assert len(memory.cache) == 2
 
