@@ -3,7 +3,7 @@
 
 // advance_decode_state: every sequence takes its sampled token and moves one position on
 // grid ceil(B / block), block any multiple of 32, no shared memory
-// sampled       int32 [B], of the sampler
+// sampled       int32 [B], of the sampler; -1 (no token could be drawn) counts as 0
 // block_tables  int32 [B, M]: holds the block of the next position, or 0 beyond those owned
 // token_ids     int32 [B], becomes sampled
 // positions     int32 [B], of the token in token_ids: one more
@@ -24,7 +24,7 @@ extern "C" __global__ void advance_decode_state(
     grid_dependency_wait();
     const int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b >= B || kv_lens[b] == 0) return;
-    token_ids[b] = sampled[b];
+    token_ids[b] = max(sampled[b], 0);  // an index of the embedding, whatever happens
     const int position = positions[b] + 1;
     if (position / P >= M) {
         slots[b] = position % P;
@@ -35,6 +35,20 @@ extern "C" __global__ void advance_decode_state(
     slots[b] = block_tables[static_cast<int64_t>(b) * M + position / P] * P + position % P;
     if (rope_lens != nullptr) rope_lens[b] = max(rope_lens[b], position + 1);
     counters[2 * b] += 1;
+}
+
+// resolve_tokens: tokens that the host has not read yet are put in: -1 - r stands for sampled[r]
+// grid ceil(T / block), block any multiple of 32, no shared memory
+// token_ids  int32 [T], in place; those from 0 on stay
+// sampled    int32 [any], what the step before drew; -1 counts as 0
+// REF: engine.decode_state.DecodeState.updates
+// COST: 12 * T bytes
+extern "C" __global__ void resolve_tokens(
+    int32_t* token_ids, const int32_t* sampled, int32_t T) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    if (t < T && token_ids[t] < 0) token_ids[t] = max(sampled[-1 - token_ids[t]], 0);
 }
 
 // apply_updates: single words of the decode state change, as the host says between two steps

@@ -6,6 +6,7 @@ imports no CuPy, so its tests run it on a device made of NumPy.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -63,6 +64,15 @@ class Device(Protocol):
         """Wait for all that was started; an error in it is an error of `what`."""
         ...
 
+    def moment(self) -> Any:
+        """The end of all that was started so far, for `wait`; good until four later ones."""
+        ...
+
+    def wait(self, moment: Any, what: str) -> None:
+        """Wait until then, and for nothing that was started later; an error so far is an error of
+        `what`."""
+        ...
+
     def mark(self) -> Any:
         """A moment of the stream's work, for `seconds`."""
         ...
@@ -110,6 +120,7 @@ class CudaDevice:
             self.kernels.num_multiprocessors,
             self.kernels.max_shared_bytes,
             force_plain,
+            wgmma=self.kernels.arch == "sm_90a" and not force_plain,
         )
         self.stream = new_stream()
         self.stream.use()  # kernels, products and copies all go to CuPy's current stream
@@ -117,6 +128,7 @@ class CudaDevice:
         self._separate_buffers = separate_buffers
         self._pinned: list[Any] = []
         self._first_mark: Any = None
+        self._moments: deque[Any] = deque(maxlen=4)
 
     def free_bytes(self) -> int:
         from cupy.cuda import runtime
@@ -176,6 +188,20 @@ class CudaDevice:
         from nanocupy.cuda.streams import synchronize
 
         synchronize(self.stream, what, self.log)
+
+    def moment(self) -> Any:
+        from nanocupy.cuda.streams import new_event
+
+        full = len(self._moments) == self._moments.maxlen
+        event = self._moments.popleft() if full else new_event()
+        self._moments.append(event)
+        with cuda_call("cudaEventRecord"):
+            event.record(self.stream)
+        return event
+
+    def wait(self, moment: Any, what: str) -> None:
+        with cuda_call(what, self.log):
+            moment.synchronize()
 
     def mark(self) -> Any:
         """A moment on the stream: an event, with `seconds` its time on one time line."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanocupy.cuda.checks import LaunchLog, cuda_error
+from nanocupy.cuda.streams import synchronize
 from nanocupy.errors import CudaError
 
 # cudaStreamCaptureModeThreadLocal: calls that must not happen in a capture fail, in this thread.
@@ -94,7 +95,8 @@ def capture(
 class GraphCache:
     """The captured graphs of one stream by key, with counters.
 
-    The first run of a key is eager, which loads what there is to load; the second captures.
+    The first run of a key is eager, which loads what there is to load; the second captures. Beyond
+    `max_graphs` the one that was not used for longest goes.
     """
 
     def __init__(
@@ -102,12 +104,14 @@ class GraphCache:
         stream: Any,
         *,
         enabled: bool = True,
+        max_graphs: int = 256,
         log: LaunchLog | None = None,
         counters: GraphCounters | None = None,
     ) -> None:
         """enabled: whether to capture at all; without, everything runs eagerly."""
         self.stream = stream
         self.enabled = enabled
+        self.max_graphs = max_graphs
         self.counters = counters or GraphCounters()
         self._log = log
         self._graphs: dict[Hashable, CapturedGraph] = {}
@@ -131,12 +135,16 @@ class GraphCache:
 
     def capture(self, key: Hashable, body: Callable[[], None], keep: tuple[Any, ...] = ()) -> None:
         """Capture `body` as `key`, in place of what was captured under it. Does not run it."""
+        self._graphs.pop(key, None)
+        if len(self._graphs) >= self.max_graphs:
+            synchronize(self.stream, "dropping a graph", self._log)  # it may be running
+            del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = capture(str(key), self.stream, body, keep)
         self.counters.captured += 1
 
     def replay(self, key: Hashable) -> None:
         """Run the graph of `key` on the stream; kernels' own faults show later."""
-        captured = self._graphs[key]
+        captured = self._graphs[key] = self._graphs.pop(key)  # the last used is last
         if self._log is not None:
             self._log.note(f"graph {captured.name}")
         try:

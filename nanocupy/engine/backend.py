@@ -28,13 +28,17 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
             f"max_context is {context}; this model takes 2 to {checkpoint.config.max_context} "
             "tokens"
         )
-    if config.device == "cuda":
+    if config.device != "cpu":
         from nanocupy.cuda.probe import find_cuda
 
-        find_cuda().require()
-        return _cuda_runner(checkpoint, config, context, progress)
-    if config.device == "auto" and progress:
-        say(f"computing on the CPU: {_why_not_cuda()}")
+        status = find_cuda()
+        if config.device == "cuda":
+            status.require()
+        if status.usable:
+            return _cuda_runner(checkpoint, config, context, progress)
+        if progress:
+            mend = "" if status.driver.problem is not None else f"; {status.mend}"
+            say(f"computing on the CPU: {status.reason}{mend}")
     return _cpu_runner(checkpoint, config, context, progress)
 
 
@@ -125,15 +129,6 @@ def _num_host_blocks(
         return 0
     block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
     return min(config.host_cache_bytes // block_bytes, num_blocks)
-
-
-def _why_not_cuda() -> str:
-    from nanocupy.cuda.probe import probe_driver
-
-    problem = probe_driver().problem  # asks the driver alone: no CuPy, no context
-    if problem is not None:
-        return problem.reason
-    return "the CUDA backend is experimental; --device cuda takes it"
 
 
 def _machine_memory() -> int:

@@ -3,12 +3,13 @@
 Every decoding request has a place; its token, position, slot, block table and sampling parameters
 are words of one int32 array. A step ends by moving all of them on, on the device; the host moves
 its own copy on by the same rule, compares it with what the next step needs, and sends the words
-that differ: a request came or left, or got a block. Mostly there are none. Host side, NumPy only.
+that differ: a request came or left, or got a block. Mostly there are none. Only the tokens are the
+device's alone: the host may not know them yet. Host side, NumPy only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,17 +73,21 @@ class DecodeState:
 
     @property
     def num_places(self) -> int:
-        """One above the highest place in use."""
-        return max(self._place_of.values(), default=-1) + 1
+        """Places in use: the first ones."""
+        return len(self._place_of)
 
-    def place_of(self, request: Request) -> int:
-        """The place of a request of the last `updates`."""
-        return self._place_of[id(request)]
+    def places_of(self, requests: Sequence[Request]) -> np.ndarray:
+        """The places int32 [n] of requests of the last `updates`."""
+        return np.array([self._place_of[id(request)] for request in requests], np.int32)
 
-    def updates(self, requests: Sequence[Request]) -> np.ndarray:
+    def updates(
+        self, requests: Sequence[Request], rows: Mapping[Request, int] | None = None
+    ) -> np.ndarray:
         """Make this the batch: int32 [n, 2], index and value of every word the device must change.
 
-        Each request decodes one token, its last. Other requests lose their places.
+        Each request decodes one token, its last. Other requests lose their places. rows: where the
+        step before sampled the tokens that were not read yet; such a token is sent as -1 - row,
+        for `resolve_tokens` to put in.
         """
         wanted = {id(request) for request in requests}
         changed: list[tuple[int, int]] = []
@@ -104,10 +109,17 @@ class DecodeState:
                 self._num_preemptions[place] = request.num_preemptions
                 self._fresh.add(place)
         new = self._wanted_words(requests)
+        # The device has the token of a sequence that it has itself moved on to this position.
+        moved = self.view(self.words, "positions", len(requests)) == new["positions"]
+        moved[list(self._fresh)] = False
         for name in _FIELDS:
             width = _FIELDS[name][0]
             start = self._offsets[name]
             old = self.words[start : start + width * len(requests)]
+            if name == "token_ids":
+                for place in np.flatnonzero(~moved):
+                    changed.append((start + int(place), self._token(self.places[place], rows)))
+                continue
             for i in np.flatnonzero(old != new[name]):
                 changed.append((start + int(i), int(new[name][i])))
             old[:] = new[name]
@@ -116,9 +128,26 @@ class DecodeState:
         # A word may have been freed and taken again: the last value counts.
         return np.array(list(dict(changed).items()), np.int32).reshape(-1, 2)
 
+    def grown(self, requests: Sequence[Request]) -> np.ndarray:
+        """The same for a batch that is the one of the step before, but that these of its requests
+        have one block more."""
+        changed: list[tuple[int, int]] = []
+        for request in requests:
+            place = self._place_of[id(request)]
+            self._num_blocks[place] = len(request.block_ids)
+            column, block = len(request.block_ids) - 1, request.block_ids[-1]
+            table = self._offsets["block_tables"] + place * self.table_width + column
+            changed.append((table, block))
+            position = int(self.words[self._offsets["positions"] + place])
+            if position // self.block_size == column:
+                slot = block * self.block_size + position % self.block_size
+                changed.append((self._offsets["slots"] + place, slot))
+        updates = np.array(changed, np.int32).reshape(-1, 2)
+        self.words[updates[:, 0]] = updates[:, 1]
+        return updates
+
     def advance(self) -> None:
-        """What the device does at the end of a step, but for the token ids: those are not known
-        yet, and a request's next `updates` find out by its last token."""
+        """What the device does at the end of a step, but for the token ids, which it alone has."""
         num = self.num_places
         self.view(self.words, "positions", num)[:] += 1
         positions = self.view(self.words, "positions", num)
@@ -133,9 +162,12 @@ class DecodeState:
         slots = np.where(inside, blocks, 0) * self.block_size + positions % self.block_size
         self.view(self.words, "slots", num)[:] = slots
 
-    def sampled(self, token_ids: np.ndarray) -> None:
-        """Tell what the step sampled, int32 [num_places]: the device has taken it over."""
-        self.view(self.words, "token_ids", len(token_ids))[:] = token_ids
+    @staticmethod
+    def _token(request: Request, rows: Mapping[Request, int] | None) -> int:
+        if request.num_pending_tokens:
+            assert rows is not None
+            return -1 - rows[request]
+        return (request.output_ids or request.prompt_ids)[-1]
 
     def _wanted_words(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
         """Every field of the batch, in the order of places, as int32 words."""
@@ -144,7 +176,6 @@ class DecodeState:
         blocks = [r.block_ids[p // self.block_size] for r, p in zip(order, positions, strict=True)]
         prompt_lens = np.array([r.num_prompt_tokens for r in order], np.int32)
         fields = {
-            "token_ids": np.array([(r.output_ids or r.prompt_ids)[-1] for r in order], np.int32),
             "positions": positions,
             "slots": np.array(blocks, np.int32) * self.block_size + positions % self.block_size,
             "kv_lens": positions + 1,
@@ -154,6 +185,7 @@ class DecodeState:
         return {
             name: np.ascontiguousarray(fields[name], dtype).reshape(-1).view(np.int32)
             for name, (_, dtype) in _FIELDS.items()
+            if name != "token_ids"
         }
 
     def _table_updates(self, place: int, request: Request) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from nanocupy.cuda.device import Device
 from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.step_inputs import StepShape
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
@@ -23,14 +24,13 @@ from nanocupy.progress import human_bytes
 HEAD_SIZES = (64, 80, 96, 128, 256)
 _MAX_CACHE_ROWS = (1 << 32) - 1  # of a layer: the kernels count them in 32 bits
 MAX_UPDATES = 1 << 14  # words of the decode state sent at once
-# The inputs of an eager step come in one copy, from staging memory of at least this size: enough
-# for the penalised entries of any one sequence.
+# Penalties come behind the other inputs of a step, through memory of twice this size: enough for
+# the penalised entries of any one sequence.
 MIN_INPUT_BYTES = 8 << 20
 _INPUTS = (
     "token_ids", "positions", "slots", "rope_lens", "query_starts", "kv_lens", "block_tables",
     "sample_rows",
 )  # fmt: skip
-_SAMPLER_WORDS = 24  # a sequence: parameters of the sampler and the penalties, gaps included
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,19 @@ def buffer_specs(
     for name, (shape, dtype) in workspace_plan(sizes, device.traits).items():
         table.append(BufferSpec(name, shape, dtype, "workspaces"))
     state = DecodeState(limits.max_num_seqs, width, limits.block_size)
-    input_bytes = 4 * (
-        len(_INPUTS) * limits.max_step_tokens + limits.max_num_seqs * (width + _SAMPLER_WORDS)
+    inputs = StepShape(
+        limits.max_step_tokens,
+        limits.max_num_seqs,
+        width,
+        max(limits.max_num_seqs, sizes.max_rows),
+        1,
     )
     table += [
         BufferSpec("decode_state", (state.num_words,), "int32", "batch"),
         BufferSpec("updates", (MAX_UPDATES, 2), "int32", "batch"),
         BufferSpec("sampled", (limits.max_num_seqs,), "int32", "batch"),
         BufferSpec("place_numbers", (limits.max_num_seqs + 1,), "int32", "batch"),
-        BufferSpec("inputs", (max(input_bytes, MIN_INPUT_BYTES),), "uint8", "batch"),
+        BufferSpec("inputs", (inputs.num_bytes + 2 * MIN_INPUT_BYTES,), "uint8", "batch"),
     ]
     return table
 

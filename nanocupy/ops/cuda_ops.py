@@ -362,6 +362,14 @@ class CudaOps(Ops):
             _f32(deviation), np.uint64(seed), **self._types,
         )  # fmt: skip
 
+    def resolve_tokens(self, token_ids: Array, sampled: Array) -> None:
+        """Put in what the step before sampled: a negative id int32 [T], -1 - r, becomes
+        sampled[r]."""
+        self._launch(
+            "decode_state.cu", "resolve_tokens", shapes.advance_decode_state(len(token_ids)),
+            token_ids, sampled, _i32(len(token_ids)), SCALAR=0,
+        )  # fmt: skip
+
     def apply_updates(self, updates: Array, state: Array) -> None:
         """Set words of the decode state: updates int32 [n, 2], index and value; state int32."""
         count = len(updates)

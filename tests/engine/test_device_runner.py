@@ -7,7 +7,7 @@ import pytest
 
 from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.config import RopeScaling
-from nanocupy.engine.batch import build_batch
+from nanocupy.engine.batch import ForwardBatch, build_batch
 from nanocupy.engine.device_plan import DeviceSettings, plan_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
@@ -15,6 +15,7 @@ from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.schedule import ScheduledRequest
+from nanocupy.engine.step_inputs import fill, step_shape
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.profiling.profile import profile
@@ -47,8 +48,8 @@ def runners(name: str, device: ShimDevice, *, num_blocks: int = 40, chunk: int =
     return on_device, NumpyRunner(checkpoint.config, load_numpy_weights(checkpoint), limits)
 
 
-def generate(runner, requests):
-    engine = LLMEngine(runner.config, runner)
+def generate(runner, requests, run_ahead=False):
+    engine = LLMEngine(runner.config, runner, run_ahead=run_ahead)
     outputs: dict[str, list[int]] = {}
     waiting = dict(requests)
     step = 0
@@ -77,18 +78,20 @@ def arrivals(count: int, params: SamplingParams, seed: int = 0):
     }
 
 
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("traits", [MODERN, OLD], ids=["modern", "old"])
-def test_tokens_are_those_of_numpy(name, traits):
+def test_tokens_are_those_of_numpy(name, traits, run_ahead):
     device = ShimDevice(traits)
     on_device, on_numpy = runners(name, device)
     requests = arrivals(4, GREEDY)
-    assert generate(on_device, requests) == generate(on_numpy, requests)
+    assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
     assert device.counts["captured"]
     assert device.counts["replayed"] > device.counts["captured"]
 
 
-def test_sampling_and_penalties_are_those_of_numpy():
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+def test_sampling_and_penalties_are_those_of_numpy(run_ahead):
     on_device, on_numpy = runners("llama", ShimDevice())
     hot = GREEDY.with_(temperature=1.2, top_k=30, top_p=0.95, seed=5)
     requests = arrivals(3, hot) | {
@@ -96,13 +99,58 @@ def test_sampling_and_penalties_are_those_of_numpy():
         "biased": (4, [4, 5], GREEDY.with_(logit_bias={7: 100.0}, max_tokens=3)),
         "greedy": (5, [6], GREEDY),
     }
-    assert generate(on_device, requests) == generate(on_numpy, requests)
+    assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
 
 
-def test_preemption_and_a_large_batch():
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+def test_preemption_and_a_large_batch(run_ahead):
     on_device, on_numpy = runners("llama", ShimDevice(), num_blocks=17)
     requests = {i: (0, ids, p) for i, (_, ids, p) in arrivals(11, GREEDY, seed=2).items()}
-    assert generate(on_device, requests) == generate(on_numpy, requests)
+    assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
+
+
+def test_steps_with_prompts_repeat_as_graphs():
+    """Prompts of other lengths and numbers, the same rounded shapes, the same tokens."""
+    device = ShimDevice()
+    on_device, on_numpy = runners("qwen2", device, num_blocks=60)
+    rng = np.random.default_rng(5)
+    for lengths in ([9, 13], [10, 12, 3], [16], [14], [7, 8]):
+        requests = {
+            str(i): (0, rng.integers(0, 48, n).tolist(), GREEDY.with_(max_tokens=1))
+            for i, n in enumerate(lengths)
+        }
+        assert generate(on_device, requests) == generate(on_numpy, requests)
+    assert device.counts["replayed"] >= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_batch_fits_its_rounded_shape(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        counts = rng.integers(1, 30, rng.integers(1, 20))
+        lens = counts + rng.integers(0, 40, len(counts))
+        num_rows = int(rng.integers(0, len(counts) + 1))
+        batch = ForwardBatch(
+            *(rng.integers(0, 9, counts.sum()).astype(np.int32) for _ in range(4)),
+            query_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+            kv_lens=lens.astype(np.int32),
+            block_tables=rng.integers(1, 9, (len(counts), -(-lens.max() // 4))).astype(np.int32),
+            sample_rows=np.arange(num_rows, dtype=np.int32),
+        )
+        most = {"max_tokens": 600, "max_num_seqs": 24, "max_table_width": 20, "max_rows": 24}
+        shape = step_shape(batch, **most, few_queries=1)
+        assert counts.sum() <= shape.num_tokens <= max(64, counts.sum() * 9 / 8 + 1)
+        memory = np.full(shape.num_bytes, 0xAB, np.uint8)
+        fill(memory, shape, batch, None)
+        for name, values in vars(batch).items():
+            offset, dtype, size = shape.arrays[name]
+            got = memory[offset : offset + int(np.prod(size)) * 4].view(dtype).reshape(size)
+            part = tuple(slice(0, n) for n in values.shape)
+            np.testing.assert_array_equal(got[part], values)
+            wanted = counts.sum() if name == "query_starts" else 0
+            rest = np.ones(size, bool)
+            rest[part] = False
+            assert (got[rest] == wanted).all()
 
 
 def test_a_decode_step_of_a_fixed_batch_sends_nothing():

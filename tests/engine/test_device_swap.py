@@ -37,11 +37,13 @@ def test_neighbours_go_in_one_copy():
     rng = np.random.default_rng(0)
     caches = [rng.standard_normal((6, 2, 3)).astype(np.float32) for _ in range(2)]
     before = [cache.copy() for cache in caches]
-    host = HostBlocks(ShimDevice(), caches, 4)
+    device = ShimDevice()
+    host = HostBlocks(device, caches, 4)
     # Block 3 is overwritten by what comes in after it went out.
     host.copy(Schedule(swap_out=((1, 2), (2, 3))))
     host.copy(Schedule(swap_out=((3, 0),), swap_in=((3, 2), (4, 3))))
     host.copy(Schedule(swap_in=((0, 0),)))
+    device.synchronize("the copies")
     for cache, old in zip(caches, before, strict=True):
         np.testing.assert_array_equal(cache[[3, 4, 0]], old[[1, 2, 3]])
         np.testing.assert_array_equal(cache[[1, 2, 5]], old[[1, 2, 5]])
@@ -60,8 +62,9 @@ def test_a_request_that_comes_back_has_its_new_table():
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
-def test_preempted_on_the_device(mode):
+def test_preempted_on_the_device(mode, run_ahead):
     checkpoint = TinyCheckpoint(CONFIG, seed=3)
     limits = RunnerLimits(13, 4, 96, 32, 4, num_host_blocks=20)
     roomy = RunnerLimits(60, 4, 96, 32, 4)
@@ -70,7 +73,7 @@ def test_preempted_on_the_device(mode):
     )
     device_runner.upload_weights(checkpoint)
     settings = SchedulerSettings(4, 32, preemption=mode)
-    engine = LLMEngine(CONFIG, device_runner, settings)
+    engine = LLMEngine(CONFIG, device_runner, settings, run_ahead=run_ahead)
     wanted = LLMEngine(
         CONFIG, NumpyRunner(CONFIG, load_numpy_weights(checkpoint), roomy), prefix_cache=False
     )

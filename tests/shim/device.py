@@ -45,15 +45,13 @@ class _ShimKernel:
         cluster: int = 1,
         overlap_previous: bool = False,
     ) -> None:
-        if cluster != 1:
-            raise TypeError(f"{self._entry}: the shim has no clusters")
         for arg in args:
             if not (arg is None or isinstance(arg, np.ndarray | np.generic)):
                 raise TypeError(f"{self._entry}: {arg!r} is no array and no scalar of NumPy")
             if isinstance(arg, np.ndarray) and not arg.flags.c_contiguous:
                 raise TypeError(f"{self._entry}: an array has gaps, strides {arg.strides}")
         self._owner.launched.append(self._entry)
-        self._kernel(grid, block, *args, shared_bytes=shared_bytes)
+        self._kernel(grid, block, *args, shared_bytes=shared_bytes, cluster=cluster)
 
 
 def matmul(x: np.ndarray, w: np.ndarray, out: np.ndarray, beta: float = 0.0) -> None:
@@ -91,7 +89,8 @@ class ShimArena:
 class ShimDevice:
     """A `cuda.device.Device` on NumPy. A graph is the list of what was started while it was
     captured: replaying does the same with the same memory, whatever has become of the host's
-    variables, as a real one does."""
+    variables, as a real one does. And nothing is done before the host waits for it: what a copy
+    reads then is what the staging memory holds by then."""
 
     name = "host shim"
 
@@ -102,13 +101,12 @@ class ShimDevice:
         self._graphs: dict[Any, list[Callable[[], None]]] = {}
         self._seen: set[Any] = set()
         self._recording: list[Callable[[], None]] | None = None
+        self._started: list[Callable[[], None]] = []
+        self._num_done = 0
         self.counts: Counter[str] = Counter()
 
     def start(self, what: Callable[[], None]) -> None:
-        if self._recording is None:
-            what()
-        else:
-            self._recording.append(what)
+        (self._started if self._recording is None else self._recording).append(what)
 
     def free_bytes(self) -> int:
         return self._memory_bytes
@@ -145,8 +143,7 @@ class ShimDevice:
             body()
             self._graphs[key], self._recording = self._recording, None
             self.counts["captured"] += 1
-        for step in self._graphs[key]:
-            step()
+        self._started += self._graphs[key]
         self.counts["replayed"] += 1
 
     def eager(self, why: str, body: Callable[[], None]) -> None:
@@ -154,7 +151,16 @@ class ShimDevice:
         self.counts["eager"] += 1
 
     def synchronize(self, what: str) -> None:
+        self.wait(self.moment(), what)
+
+    def moment(self) -> int:
+        return self._num_done + len(self._started)
+
+    def wait(self, moment: int, what: str) -> None:
         assert self._recording is None, "a graph cannot wait"
+        while self._num_done < moment:
+            self._started.pop(0)()
+            self._num_done += 1
 
     def mark(self) -> float:
         return time.perf_counter()
