@@ -1,6 +1,6 @@
-"""Progress of long transfers on stderr: a bar on a terminal, a line now and then elsewhere.
+"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere.
 
-It knows bytes and labels, never where they come from.
+It knows bytes or counts and labels, never where they come from.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-Report = Callable[[int, int], None]  # (done_bytes, total_bytes); a total of 0 is "not known yet"
+Report = Callable[[int, int], None]  # (done, total); a total of 0 is "not known yet"
 
 _PLAIN_INTERVAL_S = 5.0
 
@@ -51,32 +52,45 @@ def byte_progress(label: str, enabled: bool = True, *, quiet_s: float = 0.0) -> 
 
             yield report
     elif sys.stderr.isatty():
-        with _bar(label) as report:
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        with _bar(label, DownloadColumn(), TransferSpeedColumn()) as report:
             yield report
     else:
-        with _lines(label) as report:
+        with _lines(label, human_bytes) as report:
             yield report
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Report]:
+def count_progress(label: str, enabled: bool = True) -> Iterator[Report]:
+    """Give a function to call with (done, total) as often as one likes: of things that are counted.
+
+    The bar is drawn twice a second, so that what is measured beside it is not disturbed.
+    """
+    if not enabled:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from rich.progress import MofNCompleteColumn
+
+        with _bar(label, MofNCompleteColumn(), draws_per_second=2) as report:
+            yield report
+    else:
+        with _lines(label, "{:,}".format) as report:
+            yield report
+
+
+@contextmanager
+def _bar(label: str, *columns: Any, draws_per_second: float = 10) -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *columns,
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        refresh_per_second=draws_per_second,
     )
     with bar:
         task = bar.add_task(label, total=None)
@@ -84,19 +98,19 @@ def _bar(label: str) -> Iterator[Report]:
 
 
 @contextmanager
-def _lines(label: str) -> Iterator[Report]:
+def _lines(label: str, shown: Callable[[int], str]) -> Iterator[Report]:
     last_time_s = time.monotonic()
-    done_bytes = 0
+    num_done = 0
     say(f"{label} …")
 
     def report(done: int, total: int) -> None:
-        nonlocal last_time_s, done_bytes
-        done_bytes = done
+        nonlocal last_time_s, num_done
+        num_done = done
         now_s = time.monotonic()
         if now_s - last_time_s >= _PLAIN_INTERVAL_S:
             last_time_s = now_s
-            of = f" of {human_bytes(total)}" if total else ""
-            say(f"{label}: {human_bytes(done)}{of}")
+            of = f" of {shown(total)}" if total else ""
+            say(f"{label}: {shown(done)}{of}")
 
     yield report
-    say(f"{label}: {human_bytes(done_bytes)}, done")
+    say(f"{label}: {shown(num_done)}, done")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from nanocupy.config import ModelConfig
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
@@ -37,31 +38,15 @@ class Measurement:
 
 def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int = 3) -> Measurement:
     """Milliseconds of a decode step of `batch` sequences: the median step of each run."""
-    params = SamplingParams(temperature=0, max_tokens=DECODE_OUTPUT, ignore_eos=True)
-    _require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
 
     def run(seed: int) -> float:
-        for number, ids in enumerate(_prompts(engine, batch, DECODE_PROMPT, seed)):
-            engine.add_request(f"bench-{number}", ids, params)
-        times = []
-        while engine.has_unfinished:
-            start = time.perf_counter()
-            outputs = engine.step()
-            if len(outputs) == batch:  # every sequence decodes: neither a prompt nor a straggler
-                times.append(time.perf_counter() - start)
-        if not times:
-            raise ConfigError(
-                f"with chunk_size {engine.runner.limits.max_step_tokens} the first of {batch} "
-                "sequences ends before the last one's prompt is in; raise it, or take fewer"
-            )
-        return 1e3 * statistics.median(times)
+        return 1e3 * statistics.median(decode_steps(engine, batch, seed))
 
     values = _repeat(run, repeats)
-    config, itemsize = engine.config, _itemsize(dtype)
+    config, itemsize = engine.config, itemsize_of(dtype)
     context = DECODE_PROMPT + DECODE_OUTPUT // 2
-    weights = config.num_parameters
-    if not config.tied_lm_head:
-        weights -= config.vocab_size * config.hidden_size  # of the embedding one row is read
+    counts = weight_counts(config)
+    weights = counts.body + counts.head
     kv_values = 2 * config.num_layers * config.kv_size * context * batch
     attention_flops = 4 * config.num_layers * config.q_size * context * batch
     return Measurement(
@@ -71,6 +56,27 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
         num_bytes=(weights + kv_values) * itemsize,
         num_flops=2 * weights * batch + attention_flops,
     )
+
+
+def decode_steps(engine: LLMEngine, batch: int, seed: int) -> Iterator[float]:
+    """Run what the decode bench runs once. Gives the seconds of each step that brought a token of
+    every sequence, right after it. Raises ConfigError where it does not fit."""
+    params = SamplingParams(temperature=0, max_tokens=DECODE_OUTPUT, ignore_eos=True)
+    _require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
+    for number, ids in enumerate(_prompts(engine, batch, DECODE_PROMPT, seed)):
+        engine.add_request(f"bench-{number}", ids, params)
+    found = False
+    while engine.has_unfinished:
+        start = time.perf_counter()
+        outputs = engine.step()
+        if len(outputs) == batch:  # every sequence decodes: neither a prompt nor a straggler
+            found = True
+            yield time.perf_counter() - start
+    if not found:
+        raise ConfigError(
+            f"with chunk_size {engine.runner.limits.max_step_tokens} the first of {batch} "
+            "sequences ends before the last one's prompt is in; raise it, or take fewer"
+        )
 
 
 def prefill(
@@ -89,16 +95,14 @@ def prefill(
         return 1e3 * (time.perf_counter() - start)
 
     values = _repeat(run, repeats)
-    config = engine.config
-    head = config.vocab_size * config.hidden_size
-    weights = config.num_parameters - (head if config.tied_lm_head else 2 * head)
+    config, weights = engine.config, weight_counts(engine.config)
     attention_flops = 2 * config.num_layers * config.q_size * num_tokens**2  # the causal half
     return Measurement(
         f"prefill/{shape}/{dtype}/t{num_tokens}",
         "ms",
         values,
-        num_bytes=(weights + head) * _itemsize(dtype),
-        num_flops=2 * weights * num_tokens + 2 * head + attention_flops,
+        num_bytes=(weights.body + weights.head) * itemsize_of(dtype),
+        num_flops=2 * (weights.body * num_tokens + weights.head) + attention_flops,
     )
 
 
@@ -127,5 +131,20 @@ def _require_room(engine: LLMEngine, num_tokens: int, batch: int) -> None:
         )
 
 
-def _itemsize(dtype: str) -> int:
+@dataclass(frozen=True)
+class WeightCounts:
+    """Weights that a step reads whole: of all layers, and of the LM head. Of an embedding of its
+    own a step reads rows alone."""
+
+    body: int
+    head: int
+
+
+def weight_counts(config: ModelConfig) -> WeightCounts:
+    head = config.vocab_size * config.hidden_size
+    return WeightCounts(config.num_parameters - (head if config.tied_lm_head else 2 * head), head)
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a value."""
     return 4 if dtype == "float32" else 2

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("nanocupy.cli.pull:pull", "Fetch a model into the cache and print its path."),
     "inspect": ("nanocupy.cli.inspect:inspect", "Show what a model file holds and what it needs."),
     "doctor": ("nanocupy.cli.doctor:doctor", "Check GPU, driver, CuPy and cache; say how to mend."),
-    "bench": ("nanocupy.cli.bench:bench", "Measure decode and prefill on this machine."),
+    "bench": ("nanocupy.cli.bench:bench", "Measure decode, prefill, throughput, start-up."),
     "profile": ("nanocupy.cli.profile:profile", "Show where time and memory of a model go."),
     "config": ("nanocupy.cli.config:config", "Show the engine's settings, or write a file."),
     "export-qwen": (

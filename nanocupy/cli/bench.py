@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanocupy.cli.engine_options import engine_config, engine_options
+from nanocupy.cli.engine_options import COMMON, engine_config, engine_options
 from nanocupy.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nanocupy.bench.measure import Measurement
+    from nanocupy.engine.config import EngineConfig
     from nanocupy.engine.engine import LLMEngine
 
 SHAPE_NAMES = (
@@ -21,26 +20,27 @@ SHAPE_NAMES = (
     "qwen3-8b", "llama-3.1-8b",
 )  # fmt: skip
 
-_OPTIONS = [
-    click.option(
-        "--shape",
-        type=click.Choice(SHAPE_NAMES),
-        default="smollm2-135m",
+# On a CPU, where the workload for GPUs would take an hour: requests, shortest, longest.
+_CPU_WORKLOAD = (8, 16, 64)
+
+_SHAPE = click.option(
+    "--shape",
+    type=click.Choice(SHAPE_NAMES),
+    default="smollm2-135m",
+    show_default=True,
+    help="The public model whose dimensions are run.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result.")
+
+
+def _repeats(default: int) -> Callable[..., Any]:
+    return click.option(
+        "--repeats",
+        type=click.IntRange(1),
+        default=default,
         show_default=True,
-        help="The public model whose dimensions are run.",
-    ),
-    click.option(
-        "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Counted runs."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result."),
-]
-
-
-def _bench_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = engine_options()(command)
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        help="Counted runs.",
+    )
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
@@ -53,7 +53,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int
     return numbers
 
 
-@click.group(short_help="Measure decode and prefill on this machine.")
+@click.group(short_help="Measure decode, prefill, throughput, start-up.")
 def bench() -> None:
     """Measure how fast this machine runs a model of a given shape.
 
@@ -63,21 +63,39 @@ def bench() -> None:
 
 
 @bench.command(short_help="Milliseconds a step, context 128 to 384.")
+@_SHAPE
 @click.option(
     "--batch", "batches", default="1", show_default=True, callback=_numbers, help="As in 1,8,32."
 )
-@_bench_options
-def decode(shape: str, repeats: int, as_json: bool, batches: list[int], **options: Any) -> None:
+@click.option(
+    "--idle",
+    is_flag=True,
+    help="Show the host's time by part too, and how long the GPU is idle between steps.",
+)
+@_repeats(3)
+@_JSON
+@engine_options()
+def decode(
+    shape: str, batches: list[int], idle: bool, repeats: int, as_json: bool, **options: Any
+) -> None:
     """Milliseconds of a decode step, from context 128 to 384."""
     from nanocupy.bench import measure
+    from nanocupy.cli.bench_report import report_times
 
     context = measure.DECODE_PROMPT + measure.DECODE_OUTPUT
-    engine, dtype = _engine(shape, options, context, max(batches))
+    config = _config(options, context, max(batches))
+    engine, dtype = _engine(shape, config, context, max(batches))
     results = [measure.decode(engine, shape, dtype, batch, repeats) for batch in batches]
-    _report(results, engine.runner.device, as_json, per_second=batches)
+    host = None
+    if idle:
+        from nanocupy.bench.idle import decode_idle
+
+        host = [decode_idle(engine, shape, dtype, batch) for batch in batches]
+    report_times(results, engine.runner.device, as_json, batches, host)
 
 
 @bench.command(short_help="Milliseconds to the first token of a prompt.")
+@_SHAPE
 @click.option(
     "--tokens",
     "lengths",
@@ -86,32 +104,96 @@ def decode(shape: str, repeats: int, as_json: bool, batches: list[int], **option
     callback=_numbers,
     help="As in 512,2048.",
 )
-@_bench_options
-def prefill(shape: str, repeats: int, as_json: bool, lengths: list[int], **options: Any) -> None:
+@_repeats(3)
+@_JSON
+@engine_options()
+def prefill(shape: str, lengths: list[int], repeats: int, as_json: bool, **options: Any) -> None:
     """Milliseconds from a prompt to its first token."""
     from nanocupy.bench import measure
+    from nanocupy.cli.bench_report import report_times
 
-    engine, dtype = _engine(shape, options, max(lengths) + 1, 1)
+    context = max(lengths) + 1
+    engine, dtype = _engine(shape, _config(options, context, 1), context, 1)
     results = [measure.prefill(engine, shape, dtype, tokens, repeats) for tokens in lengths]
-    _report(results, engine.runner.device, as_json, per_second=lengths)
+    report_times(results, engine.runner.device, as_json, lengths)
+
+
+@bench.command(short_help="Output tokens a second of many requests at once.")
+@_SHAPE
+@click.option("--requests", type=click.IntRange(1), help="How many. [default: 256; on the CPU 8]")
+@click.option(
+    "--min-len", type=click.IntRange(1),
+    help="Tokens of the shortest prompt, and the shortest output. [default: 100; on the CPU 16]",
+)  # fmt: skip
+@click.option(
+    "--max-len", type=click.IntRange(1),
+    help="Tokens of the longest prompt, and the longest output. [default: 1024; on the CPU 64]",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draw.")
+@_repeats(1)
+@_JSON
+@engine_options(shown=(*COMMON, "max_num_seqs", "chunk_size"))
+def throughput(
+    shape: str,
+    requests: int | None,
+    min_len: int | None,
+    max_len: int | None,
+    seed: int,
+    repeats: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Output tokens a second: all requests at once, lengths of prompts and outputs uniform.
+
+    The defaults on a GPU are nano-vllm's workload: 256 requests of 100 to 1024 tokens in and out,
+    at temperature 0.6, ends of text ignored. One run comes first that is not counted.
+    """
+    from nanocupy.bench import throughput as bench_throughput
+    from nanocupy.cli.bench_report import report_throughput
+    from nanocupy.progress import count_progress
+
+    on_gpu = engine_config(options).device == "cuda"
+    usual = bench_throughput.Workload()
+    defaults = (usual.num_requests, usual.min_len, usual.max_len) if on_gpu else _CPU_WORKLOAD
+    given = (requests, min_len, max_len)
+    workload = bench_throughput.Workload(
+        *(b if a is None else a for a, b in zip(given, defaults, strict=True)), seed
+    )
+    num_seqs = min(workload.num_requests, 256)
+    config = _config(options, workload.max_context, num_seqs, chunk_size=2048 if on_gpu else 512)
+    engine, dtype = _engine(shape, config, workload.max_context, 1)
+    with count_progress("output tokens") as report:
+        found = bench_throughput.throughput(engine, shape, dtype, workload, repeats, report)
+    report_throughput(found, engine.runner.device, as_json)
+
+
+def _config(
+    options: dict[str, Any], max_context: int, max_num_seqs: int, **defaults: Any
+) -> EngineConfig:
+    """What flags and file say, else what a bench takes."""
+    return engine_config(
+        options,
+        max_context=max_context,
+        max_num_seqs=max_num_seqs,
+        prefix_cache=False,
+        **defaults,
+    )
 
 
 def _engine(
-    shape: str, options: dict[str, Any], max_context: int, max_num_seqs: int
+    shape: str, config: EngineConfig, max_context: int, num_seqs: int
 ) -> tuple[LLMEngine, str]:
-    """An engine that holds the bench's work, and its dtype."""
+    """An engine with random weights, and its dtype. Raises ConfigError where it would not hold
+    num_seqs sequences of max_context tokens."""
     from nanocupy.bench.shapes import SHAPES, random_checkpoint
     from nanocupy.engine.backend import make_engine
 
     if max_context > SHAPES[shape].max_context:
         raise ConfigError(f"{shape} takes {SHAPES[shape].max_context} tokens, not {max_context}")
-    config = engine_config(
-        options, max_context=max_context, max_num_seqs=max_num_seqs, prefix_cache=False
-    )
     for name, value, needed in (
         ("max_context", config.max_context, max_context),
-        ("max_num_seqs", config.max_num_seqs, max_num_seqs),
-        ("batch_size", config.num_running, max_num_seqs),
+        ("max_num_seqs", config.max_num_seqs, num_seqs),
+        ("batch_size", config.num_running, num_seqs),
     ):
         if value is not None and value < needed:
             raise ConfigError(f"{name} is {value}; this bench needs {needed} or more")
@@ -120,38 +202,3 @@ def _engine(
         dtype = "bfloat16" if config.device == "cuda" else "float32"
     checkpoint = random_checkpoint(shape, dtype)
     return make_engine(checkpoint, config.with_(dtype=dtype), progress=True), dtype
-
-
-def _report(results: list[Measurement], device: str, as_json: bool, per_second: list[int]) -> None:
-    if as_json:
-        for result, tokens in zip(results, per_second, strict=True):
-            click.echo(
-                json.dumps(
-                    {
-                        "name": result.name,
-                        "value": round(result.median, 4),
-                        "unit": result.unit,
-                        "spread": [round(min(result.values), 4), round(max(result.values), 4)],
-                        "tokens_per_second": round(1e3 * tokens / result.median, 2),
-                        "device": device,
-                        "bytes": result.num_bytes,
-                        "flops": result.num_flops,
-                    }
-                )
-            )
-        return
-    from nanocupy.cli.console import make_table, plain_console
-
-    columns = ("", "ms", "±", "tokens/s", "GB/s", "GFLOP/s")
-    table = make_table(f"on {device}", *columns, right=(1, 2, 3, 4, 5))
-    for result, tokens in zip(results, per_second, strict=True):
-        seconds = result.median / 1e3
-        table.add_row(
-            result.name,
-            f"{result.median:.3f}",
-            f"{50 * (max(result.values) - min(result.values)) / result.median:.0f} %",
-            f"{tokens / seconds:,.1f}",
-            f"{result.num_bytes / seconds / 1e9:,.1f}",
-            f"{result.num_flops / seconds / 1e9:,.1f}",
-        )
-    plain_console().print(table)
