@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanocupy.cuda.arguments import Dim, checked_arguments, checked_dims
+from nanocupy.cuda.arguments import Dim, TensorMap, checked_arguments, checked_dims
 from nanocupy.cuda.checks import LaunchLog, cuda_call, cuda_error
 from nanocupy.cuda.compiler import Compiler, Cubin, Macros, arch_for, describe
 from nanocupy.cuda.driver import Driver, LaunchOptions, PreparedLaunch
@@ -57,14 +57,14 @@ class Kernel:
     ) -> None:
         """Run on `grid` blocks of `block` threads; a grid with a zero in it runs nothing.
 
-        args: arrays of the device without gaps, scalars of an explicit numpy type, None for a null
-        pointer. shared_bytes: dynamic shared memory a block. stream: CuPy's current one if None.
-        cluster: blocks of a cluster, along x. overlap_previous: see `LaunchOptions`; taken only
-        within a capture, as the host starts single kernels too slowly for them to overlap.
-        Raises CudaError with the kernel's name; faults of a kernel itself show later.
+        args: arrays of the device without gaps, scalars of an explicit numpy type, tensor maps,
+        None for a null pointer. shared_bytes: dynamic shared memory a block. stream: CuPy's current
+        one if None. cluster: blocks of a cluster, along x. overlap_previous: see `LaunchOptions`;
+        taken only within a capture, as the host starts single kernels too slowly for them to
+        overlap. Raises CudaError with the kernel's name; faults of a kernel itself show later.
         """
         overlap = overlap_previous and _is_capturing(stream)
-        if cluster > 1 or overlap:
+        if cluster > 1 or overlap or any(isinstance(arg, TensorMap) for arg in args):
             options = LaunchOptions((cluster, 1, 1) if cluster > 1 else None, overlap)
             self.start(self.prepare(grid, block, args, shared_bytes, options), stream)
             return

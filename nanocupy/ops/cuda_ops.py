@@ -28,6 +28,7 @@ from nanocupy.ops.cuda_sizes import (
 from nanocupy.ops.interface import Array, Ops
 from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, GemvTuning, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
+from nanocupy.ops.tensor_maps import TensorMaps
 
 _i32, _i64, _f32, _f64 = np.int32, np.int64, np.float32, np.float64
 
@@ -65,6 +66,7 @@ class CudaOps(Ops):
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._tensor_gemv = not plain and traits.compute_capability >= (8, 0)
+        self._maps: TensorMaps | None = None  # made where a kernel takes any
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
             **({"FORCE_PLAIN": 1} if plain else {}),
@@ -228,21 +230,37 @@ class CudaOps(Ops):
     def _attention_prefill(
         self, q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
     ) -> None:
-        (num_tokens, num_heads, head_size), num_kv_heads = q.shape, key_cache.shape[1]
-        tensor = prefill.uses_tensor_cores(
-            head_size, self._types["SCALAR"], TYPE_CODES[self._sizes.cache_dtype],
-            self._traits.compute_capability, self._traits.force_plain,
-        )  # fmt: skip
-        launch = prefill.launch_attention_prefill(
-            num_tokens, len(kv_lens), num_heads, num_kv_heads, head_size,
-            tile=prefill.default_tile(head_size) if tensor else None,
-        )  # fmt: skip
+        num_heads, head_size = q.shape[1:]
+        num_kv_heads, block_size = key_cache.shape[1:3]
+        counts = len(q), len(kv_lens), num_heads, num_kv_heads, head_size
+        types = self._types["SCALAR"], TYPE_CODES[self._sizes.cache_dtype]
+        group, wgmma = num_heads // num_kv_heads, None
+        if self._traits.wgmma:
+            wgmma = prefill.wgmma_tile(head_size, group, block_size, *types)
+        if wgmma is not None:
+            launch = prefill.launch_attention_prefill_wgmma(
+                *counts, tile=wgmma, num_multiprocessors=self._traits.num_multiprocessors
+            )
+            if self._maps is None:
+                self._maps = TensorMaps(self._kernels.driver.tensor_map)
+            arrays = (
+                self._maps.queries(q, wgmma, group), self._maps.cache(key_cache, wgmma),
+                self._maps.cache(value_cache, wgmma), query_starts, kv_lens, block_tables, out,
+                self._workspace("counters", 1),
+            )  # fmt: skip
+        else:
+            tensor = prefill.uses_tensor_cores(
+                head_size, *types, self._traits.compute_capability, self._traits.force_plain
+            )
+            launch = prefill.launch_attention_prefill(
+                *counts, tile=prefill.default_tile(head_size) if tensor else None
+            )
+            arrays = q, key_cache, value_cache, query_starts, kv_lens, block_tables, out
         self._launch(
             launch.file, launch.entry,
-            LaunchShape(launch.grid, launch.block, launch.shared_bytes),
-            q, key_cache, value_cache, query_starts, kv_lens, block_tables, out, _f32(scale),
-            _i32(len(kv_lens)), _i32(num_heads), _i32(num_kv_heads), _i32(key_cache.shape[2]),
-            _i32(block_tables.shape[1]), **self._cache_types, **launch.macros,
+            LaunchShape(launch.grid, launch.block, launch.shared_bytes), *arrays, _f32(scale),
+            *(_i32(n) for n in (*counts[1:4], block_size, block_tables.shape[1])),
+            **self._cache_types, **launch.macros,
         )  # fmt: skip
 
     def linear_add(self, x, weight, bias, residual) -> None:

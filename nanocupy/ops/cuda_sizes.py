@@ -20,6 +20,7 @@ class DeviceTraits:
     num_multiprocessors: int
     max_shared_bytes: int
     force_plain: bool = False  # run the paths of cards below 8.0, for tests
+    wgmma: bool = False  # has, and gets builds for, what only compute capability 9.0a has
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 FILE = "attention_prefill.cu"
 PLAIN_FILE = "attention_prefill_plain.cu"
+WGMMA_FILE = "attention_prefill_hopper.cu"
+WGMMA_ENTRY = "attention_prefill_wgmma"
 PLAIN_THREADS = 128
 PLAIN_ROWS = 32
 
@@ -64,6 +66,51 @@ class PrefillTile:
 
 
 @dataclass(frozen=True)
+class WgmmaTile:
+    """Shape of `attention_prefill_wgmma`.
+
+    warpgroups   warpgroups that compute, of 64 rows each
+    keys         keys and values of a step: 64 or 128
+    stages       steps of keys and of values in shared memory
+    l2_bytes     keys and values that blocks at work together may cover
+    """
+
+    warpgroups: int = 2
+    keys: int = 128
+    stages: int = 2
+    l2_bytes: int = 24 << 20
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def rows(self, group: int) -> int:
+        """Rows of a tile: whole queries of `group` heads."""
+        return self.warpgroups * 64 // group * group
+
+    def shared_bytes(self, head_size: int) -> int:
+        """Dynamic shared memory of a block, with what places it on 1024 bytes."""
+        rows = self.warpgroups * 64 + 2 * self.stages * self.keys
+        return 1024 + 2 * head_size * rows
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "WARPGROUPS": self.warpgroups,
+            "KEY_TILE": self.keys,
+            "STAGES": self.stages,
+            "L2_BYTES": self.l2_bytes,
+        }
+
+    def query_box(self, group: int) -> tuple[int, ...]:
+        """What one copy brings of q [T, H, d], seen as [d / 64, T, H, 64]."""
+        return 1, self.rows(group) // group, group, 64
+
+    def cache_box(self, head_size: int, block_size: int) -> tuple[int, ...]:
+        """What one copy brings of a cache [N, G, P, d], seen as [N * G, P / 8, d / 64, 8, 64]."""
+        return 1, min(block_size, self.keys) // 8, head_size // 64, 8, 64
+
+
+@dataclass(frozen=True)
 class PrefillLaunch:
     """One launch. `macros` come on top of SCALAR, CACHE and HEAD_SIZE."""
 
@@ -107,6 +154,43 @@ def uses_tensor_cores(
         and cache == scalar
         and head_size % 16 == 0
     )
+
+
+def wgmma_tile(
+    head_size: int, group: int, block_size: int, scalar: int, cache: int
+) -> WgmmaTile | None:
+    """The tile of `attention_prefill_wgmma`, or None where it does not run. group: heads that
+    share keys; block_size: positions of a block of the cache."""
+    tile = WgmmaTile()
+    fits = block_size % 8 == 0 and (tile.keys % block_size == 0 or block_size % tile.keys == 0)
+    if head_size not in (64, 128) or scalar == 0 or cache != scalar or not fits:
+        return None
+    return tile if group <= tile.warpgroups * 64 else None
+
+
+def launch_attention_prefill_wgmma(
+    num_tokens: int,
+    num_sequences: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    *,
+    tile: WgmmaTile,
+    num_multiprocessors: int,
+) -> PrefillLaunch:
+    """As `launch_attention_prefill`. Arguments, in order: tensor maps of q, key_cache and
+    value_cache (`query_box`, `cache_box`), query_starts, kv_lens, block_tables, out, counter
+    (uint32 [1], 0 before and after), scale (float32), then int32 as there.
+    """
+    group = num_heads // num_kv_heads
+    slots = 0
+    if num_tokens and num_sequences:
+        slots = num_tokens * group // tile.rows(group) + num_sequences
+    grid = (min(slots * num_kv_heads, num_multiprocessors),)
+    shared_bytes = tile.shared_bytes(head_size)
+    return PrefillLaunch(
+        WGMMA_FILE, WGMMA_ENTRY, tile.macros(), grid, tile.threads, shared_bytes
+    )  # fmt: skip
 
 
 def launch_attention_prefill(

@@ -52,6 +52,14 @@ VARIANTS = (
         ),
     ),
     Variants("attention_prefill.cu", ("attention_prefill",), _heads()),
+    Variants(
+        "attention_prefill_hopper.cu",
+        ("attention_prefill_wgmma",),
+        (
+            *_heads(),
+            {"SCALAR": FLOAT16, "HEAD_SIZE": 64, "FORCE_PLAIN": 1},
+        ),
+    ),
     Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants("decode_state.cu", ("advance_decode_state", "apply_updates"), ({"SCALAR": BFLOAT16},)),
