@@ -17,7 +17,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 // out   scalar_t [T, R]
 // REF: numpy_ops.norm_linear
 // COST: T * R * sizeof(scalar_t) bytes written
-extern "C" __global__ void fill_bias_rows(
+extern "C" __global__ void __launch_bounds__(1024) fill_bias_rows(
     const scalar_t* bias, scalar_t* out, int32_t R) {
     grid_dependency_launch();
     grid_dependency_wait();
@@ -39,7 +39,7 @@ extern "C" __global__ void fill_bias_rows(
 // out      scalar_t [T, R]
 // REF: numpy_ops.norm_linear
 // COST: T * R * (sizeof(product_t) + sizeof(scalar_t)) bytes, T * R flops
-extern "C" __global__ void add_bias_rows(
+extern "C" __global__ void __launch_bounds__(1024) add_bias_rows(
     const product_t* product, const scalar_t* bias,
     scalar_t* out, int32_t R) {
     grid_dependency_launch();
@@ -58,7 +58,7 @@ extern "C" __global__ void add_bias_rows(
 // residual  residual_t [T, D]
 // REF: numpy_ops.linear_add
 // COST: T * D * (sizeof(product_t) + 2 * sizeof(residual_t)) bytes, 2 * T * D flops
-extern "C" __global__ void add_residual_rows(
+extern "C" __global__ void __launch_bounds__(1024) add_residual_rows(
     const product_t* product, const scalar_t* bias,
     residual_t* residual, int32_t D) {
     grid_dependency_launch();
@@ -78,7 +78,7 @@ extern "C" __global__ void add_residual_rows(
 // out      scalar_t [T, F]
 // REF: numpy_ops.norm_swiglu
 // COST: T * F * (2 * sizeof(product_t) + sizeof(scalar_t)) bytes, about 10 * T * F flops
-extern "C" __global__ void swiglu_rows(
+extern "C" __global__ void __launch_bounds__(1024) swiglu_rows(
     const product_t* product, const scalar_t* bias,
     scalar_t* out, int32_t F) {
     grid_dependency_launch();

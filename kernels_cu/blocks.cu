@@ -9,7 +9,7 @@
 // A plane is one layer's keys or values. Host memory works where the device can address it.
 // REF: to[z, target] = from[z, source]
 // COST: 2 * pairs * planes * block_bytes bytes
-extern "C" __global__ void copy_blocks(
+extern "C" __global__ void __launch_bounds__(1024) copy_blocks(
     const uint8_t* from, uint8_t* to, const int32_t* pairs, int64_t block_bytes,
     int64_t from_stride, int64_t to_stride) {
     grid_dependency_launch();

@@ -15,7 +15,7 @@
 // block: the host, which sees results a step late, may run it once too often.
 // REF: engine.batch.build_batch, build_sampler_batch of the next step
 // COST: about 44 * B bytes
-extern "C" __global__ void advance_decode_state(
+extern "C" __global__ void __launch_bounds__(1024) advance_decode_state(
     const int32_t* sampled, const int32_t* block_tables,
     int32_t* token_ids, int32_t* positions,
     int32_t* kv_lens, int32_t* slots, int32_t* rope_lens,
@@ -43,7 +43,7 @@ extern "C" __global__ void advance_decode_state(
 // sampled    int32 [any], what the step before drew; -1 counts as 0
 // REF: engine.decode_state.DecodeState.updates
 // COST: 12 * T bytes
-extern "C" __global__ void resolve_tokens(
+extern "C" __global__ void __launch_bounds__(1024) resolve_tokens(
     int32_t* token_ids, const int32_t* sampled, int32_t T) {
     grid_dependency_launch();
     grid_dependency_wait();
@@ -57,7 +57,7 @@ extern "C" __global__ void resolve_tokens(
 // state    int32 [any]: every index lies in it
 // REF: engine.decode_state.DecodeState.updates
 // COST: 12 * count bytes
-extern "C" __global__ void apply_updates(
+extern "C" __global__ void __launch_bounds__(1024) apply_updates(
     const int32_t* updates, int32_t* state, int32_t count) {
     grid_dependency_launch();
     grid_dependency_wait();

@@ -9,7 +9,7 @@
 // D          any width; rows are moved 16 bytes at a time where they can be
 // REF: numpy_ops.embed
 // COST: T * D * (sizeof(scalar_t) + sizeof(residual_t)) bytes, no flops
-extern "C" __global__ void embed_rows(
+extern "C" __global__ void __launch_bounds__(1024) embed_rows(
     const int32_t* token_ids, const scalar_t* table,
     residual_t* out, int32_t D) {
     grid_dependency_launch();

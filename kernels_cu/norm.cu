@@ -17,7 +17,7 @@ typedef TypeOf<NORMED>::type normed_t;
 // out     normed_t [rows, D]; does not overlap x
 // REF: numpy_ops.norm_linear, numpy_ops.norm_swiglu, numpy_ops.lm_head
 // COST: a row of x read (from memory once, from L1 or L2 again), a row of out written; 4 * D flops
-extern "C" __global__ void rms_norm_rows(
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_rows(
     const residual_t* x, const int32_t* rows,
     const scalar_t* weight, float eps, normed_t* out, int32_t D) {
     grid_dependency_launch();

@@ -8,7 +8,7 @@
 // deviation  standard deviation; seed: the same gives the same values, element by element
 // REF: Box and Muller 1958 over ops.philox; a test computes it
 // COST: n * sizeof(scalar_t) bytes written; a Philox call and two Box-Muller pairs for 4 values
-extern "C" __global__ void fill_normal(
+extern "C" __global__ void __launch_bounds__(1024) fill_normal(
     scalar_t* out, int64_t n, float deviation, uint64_t seed) {
     grid_dependency_launch();
     grid_dependency_wait();

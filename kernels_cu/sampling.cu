@@ -44,7 +44,7 @@ __device__ __forceinline__ int index_of(uint64_t key) {
 // repetition     float [S], not 0; presence, frequency float [S]
 // REF: numpy_ops.penalize
 // COST: about 21 bytes an entry
-extern "C" __global__ void penalize_rows(
+extern "C" __global__ void __launch_bounds__(1024) penalize_rows(
     float* logits, const int32_t* entry_starts,
     const int32_t* token_ids, const int32_t* output_counts,
     const bool* in_context, const float* bias,
@@ -70,7 +70,7 @@ extern "C" __global__ void penalize_rows(
 // out     int32 [S]: written with one part
 // REF: numpy_ops.sample (temperature 0)
 // COST: 4 * S * V bytes
-extern "C" __global__ void argmax_rows(
+extern "C" __global__ void __launch_bounds__(1024) argmax_rows(
     const float* logits, uint64_t* keys, int32_t* out,
     int32_t V) {
     grid_dependency_launch();
@@ -97,7 +97,7 @@ extern "C" __global__ void argmax_rows(
 // out   int32 [S]
 // REF: numpy_ops.sample (temperature 0)
 // COST: 8 * S * parts bytes
-extern "C" __global__ void argmax_merge_rows(
+extern "C" __global__ void __launch_bounds__(1024) argmax_merge_rows(
     const uint64_t* keys, int32_t* out, int32_t parts) {
     grid_dependency_launch();
     grid_dependency_wait();
@@ -220,7 +220,7 @@ __device__ __forceinline__ void draw(const Row& row, double uniform, int32_t* ou
 // A row whose largest logit is infinite or NaN gives that one.
 // REF: numpy_ops.sample
 // COST: reads a row 3 times (from L2 after the first), 3 times more for top-k, 4 times for top-p
-extern "C" __global__ void sample_rows(
+extern "C" __global__ void __launch_bounds__(1024) sample_rows(
     const float* logits, const float* temperature,
     const int32_t* top_k, const float* top_p,
     const float* min_p, const uint64_t* seeds,

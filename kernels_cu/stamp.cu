@@ -12,7 +12,8 @@
 // stream order, and by waiting for the kernel before where launches overlap.
 // REF: cuda.step_stamps.StepStamps.read
 // COST: 24 bytes
-extern "C" __global__ void stamp_step(uint64_t* ring, uint32_t N, uint32_t kind, uint32_t is_end) {
+extern "C" __global__ void __launch_bounds__(32) stamp_step(
+    uint64_t* ring, uint32_t N, uint32_t kind, uint32_t is_end) {
     grid_dependency_launch();
     grid_dependency_wait();
     if (threadIdx.x != 0) return;
