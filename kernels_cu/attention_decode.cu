@@ -8,7 +8,7 @@
 // STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2
 // SCALAR, CACHE, QUERIES: as in the headers.
 // nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
-#include "attention_decode.cuh"
+#include "attention_decode_mma.cuh"
 
 // ------------------------------------------------------------------------------ any card
 
@@ -43,6 +43,7 @@ constexpr int STEP = AHEAD * (WARP_SIZE / LANES);                  // positions 
 // COST: bytes: keys and values of each sequence's positions, once for each row tile; 4 flops for
 //   each row, position and d
 extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PARAMETERS) {
+    grid_dependency_launch();
     grid_dependency_wait();
     const DecodeBatch batch = DECODE_BATCH;
     const DecodeWork work = find_work<true>(batch, blockIdx.y);
@@ -123,7 +124,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
             }
         }
     }
-    grid_dependency_launch();
 
     // The groups of lanes took different positions, as did the warps.
     __shared__ SoftmaxState states[MAX_WARPS][TILE_ROWS];
@@ -176,23 +176,12 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
 // COST: bytes: keys and values of each sequence's positions, once for each row tile; 64 * ROW_TILES
 //   flops for each position and d
 extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PARAMETERS) {
-#if HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0
+#ifdef DECODE_ON_TENSOR_CORES
     constexpr int ROWS = 16 * ROW_TILES;
-    constexpr int STEP_TOKENS = 16;
-    constexpr int ROW_CHUNKS = HEAD_SIZE / 8;  // 16 bytes each
-    // Eight rows of a column of chunks must lie in different banks: chunks change places by the
-    // row where that closes within a row, else the row's length in chunks is odd.
-    constexpr bool SWIZZLED = ROW_CHUNKS % 8 == 0;
-    constexpr int STRIDE = (SWIZZLED ? ROW_CHUNKS : ROW_CHUNKS | 1) * 8;  // elements
-    constexpr int TILE = STEP_TOKENS * STRIDE;                            // elements of keys
-    constexpr int RING = 2 * STAGES * TILE;                               // elements of a warp
-    constexpr int OUT_STRIDE = HEAD_SIZE + 8;                             // floats: banks again
-    constexpr bool QUERIES_STAY = ROW_TILES * HEAD_SIZE <= 128;           // in registers
+    constexpr int OUT_STRIDE = HEAD_SIZE + 8;  // floats: rows in different banks
     static_assert(RING * 2 >= ROWS * OUT_STRIDE * 4, "the results of a warp take its ring's place");
-    const auto chunk_at = [](int row, int chunk) {
-        return row * STRIDE + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 8;
-    };
 
+    grid_dependency_launch();
     grid_dependency_wait();
     const DecodeBatch batch = DECODE_BATCH;
     const DecodeWork work = find_work<true>(batch, blockIdx.y);
@@ -222,16 +211,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
         if (step < num_steps) {
             const int left = tile.end - (first_position + step * stride);
             scalar_t* keys = ring + step % STAGES * 2 * TILE;
-#pragma unroll
-            for (int i = 0; i < STEP_TOKENS * ROW_CHUNKS / WARP_SIZE; ++i) {
-                const int token = (i * WARP_SIZE + lane_id()) / ROW_CHUNKS;
-                const int chunk = (i * WARP_SIZE + lane_id()) % ROW_CHUNKS;
-                const int64_t row = shuffle(next_row, token);
-                const int64_t from = row * HEAD_SIZE + chunk * 8;
-                const int to = chunk_at(token, chunk);
-                cp_async_16_or_zero(keys + to, key_cache + from, token < left);
-                cp_async_16_or_zero(keys + TILE + to, value_cache + from, token < left);
-            }
+            copy_positions(keys, key_cache, value_cache, next_row, left);
             next_row = row_of_lane(step + 1);
         }
         cp_async_commit();
@@ -251,105 +231,23 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
     }
     block_sync();
 
-    // Lanes 0-7, 8-15, 16-23, 24-31 name the rows of four 8x8 matrices: queries and values go row
-    // half first, then chunk; keys chunk first, then row half.
-    const int inner_row = lane_id() % 8, low = lane_id() / 8 % 2, high = lane_id() / 16;
-    const auto load_queries = [&](uint32_t(&a)[4], int m, int k) {
-        ldmatrix_x4(a, shared_queries + chunk_at(m * 16 + low * 8 + inner_row, 2 * k + high));
-    };
-    constexpr int K_STEPS = HEAD_SIZE / 16;
-    uint32_t queries[ROW_TILES][QUERIES_STAY ? K_STEPS : 1][4];
-    if (QUERIES_STAY) {
+    MmaRows<ROW_TILES> rows;
+    rows.start(shared_queries);
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int k = 0; k < K_STEPS; ++k) load_queries(queries[m][QUERIES_STAY ? k : 0], m, k);
-    }
-
-    // This lane has rows lane / 4 and 8 more of each row tile; `sum` is that of its own columns.
-    SoftmaxState state[ROW_TILES][2];
-    int limit[ROW_TILES][2];
-    float summed[ROW_TILES][HEAD_SIZE / 8][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
+    for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            state[m][h] = softmax_start();
-            limit[m][h] = row_limit(batch, tile, m * 16 + h * 8 + lane_id() / 4);
+            rows.limit[m][h] = row_limit(batch, tile, m * 16 + h * 8 + lane_id() / 4);
         }
-#pragma unroll
-        for (int n = 0; n < HEAD_SIZE / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) summed[m][n][i] = 0.0f;
-    }
-    const float scale_log2 = scale * LOG2_E;
-
     for (int step = 0; step < num_steps; ++step) {
         cp_async_wait<STAGES - 2>();
         warp_sync();  // every lane's copies are there, and nobody reads the slot that comes next
         copy_step(step + STAGES - 1);
-        const scalar_t* keys = ring + step % STAGES * 2 * TILE;
-        const scalar_t* values = keys + TILE;
-
-        float scores[ROW_TILES][2][4] = {};
-#pragma unroll
-        for (int k = 0; k < K_STEPS; ++k) {
-            uint32_t b[4];
-            ldmatrix_x4(b, keys + chunk_at(high * 8 + inner_row, 2 * k + low));
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) {
-                if (!QUERIES_STAY) load_queries(queries[m][0], m, k);
-                const uint32_t(&a)[4] = queries[m][QUERIES_STAY ? k : 0];
-                mma_m16n8k16<scalar_t>(scores[m][0], a, b[0], b[1]);
-                mma_m16n8k16<scalar_t>(scores[m][1], a, b[2], b[3]);
-            }
-        }
-
         const int position = first_position + step * stride;
         const bool masked = position + STEP_TOKENS - 1 > tile.first_limit;
-        uint32_t weights[ROW_TILES][4];
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float own[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    own[i] = scores[m][i / 2][h * 2 + i % 2] * scale_log2;
-                    if (masked) {
-                        const int column = i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
-                        if (position + column > limit[m][h]) own[i] = -infinity();
-                    }
-                }
-                float highest = fmaxf(fmaxf(own[0], own[1]), fmaxf(own[2], own[3]));
-                highest = warp_max<4>(highest);
-                const float factor = softmax_raise(state[m][h], highest);
-#pragma unroll
-                for (int n = 0; n < HEAD_SIZE / 8; ++n) {
-                    summed[m][n][h * 2] *= factor;
-                    summed[m][n][h * 2 + 1] *= factor;
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    own[i] = softmax_weight(own[i], state[m][h].max);
-                    state[m][h].sum += own[i];
-                }
-                weights[m][h] = pack_pair<scalar_t>(own[0], own[1]);
-                weights[m][2 + h] = pack_pair<scalar_t>(own[2], own[3]);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < HEAD_SIZE / 16; ++n) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, values + chunk_at(low * 8 + inner_row, 2 * n + high));
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) {
-                mma_m16n8k16<scalar_t>(summed[m][2 * n], weights[m], b[0], b[1]);
-                mma_m16n8k16<scalar_t>(summed[m][2 * n + 1], weights[m], b[2], b[3]);
-            }
-        }
+        rows.attend(ring + step % STAGES * 2 * TILE, position, masked, scale * LOG2_E);
     }
-    grid_dependency_launch();
+    rows.finish();
 
     __shared__ SoftmaxState states[MAX_WARPS][ROWS];
     cp_async_wait<0>();
@@ -360,13 +258,12 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = m * 16 + h * 8 + lane_id() / 4;
-            state[m][h].sum = warp_sum<4>(state[m][h].sum);
-            if (lane_id() % 4 == 0) states[warp_id()][row] = state[m][h];
+            if (lane_id() % 4 == 0) states[warp_id()][row] = rows.state[m][h];
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n) {
                 float* at = results + row * OUT_STRIDE + n * 8 + lane_id() % 4 * 2;
-                at[0] = summed[m][n][h * 2];
-                at[1] = summed[m][n][h * 2 + 1];
+                at[0] = rows.summed[m][n][h * 2];
+                at[1] = rows.summed[m][n][h * 2 + 1];
             }
         }
     block_sync();
@@ -387,6 +284,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 // REF: numpy_ops.attention
 // COST: bytes: 4 * (d + 2) for each part and row
 extern "C" __global__ void __launch_bounds__(128, 4) attention_decode_merge(DECODE_PARAMETERS) {
+    grid_dependency_launch();
     grid_dependency_wait();
     const DecodeBatch batch = DECODE_BATCH;
     const DecodeWork work = find_work<false>(batch, blockIdx.y);

@@ -255,6 +255,59 @@ __device__ __forceinline__ T load_volatile(const T* p) {
 // Called in every turn of a loop that waits for another block.
 __device__ __forceinline__ void spin_pause() { __nanosleep(20); }
 
+// ------------------------------------------------------------------------------ clusters
+
+// The blocks of a cluster (launched along x) run at once and reach each other's shared memory.
+// Without a cluster's size at the launch, and below 9.0, a block is a cluster of its own.
+__device__ __forceinline__ int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return static_cast<int>(size);
+#else
+    return 1;
+#endif
+}
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+#else
+    return 0;
+#endif
+}
+
+// The barrier of a cluster in two halves; every thread of every block comes to both, in turn. What
+// was written before the first is seen after the second, in the others' shared memory too.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// Two floats to the place that `own`, aligned to 8, has in the shared memory of block `rank` of the
+// cluster. That block must have started, and must not have ended.
+__device__ __forceinline__ void store_pair_to_rank(float* own, int rank, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .u32 to;\nmapa.shared::cluster.u32 to, %0, %1;\n"
+        "st.shared::cluster.v2.f32 [to], {%2, %3};\n}" ::"r"(shared_address(own)),
+        "r"(rank), "f"(a), "f"(b)
+        : "memory");
+#else
+    own[0] = a;
+    own[1] = b;
+#endif
+}
+
 // Programmatic dependent launch: wait for the kernels before (their writes are then seen), and let
 // the next one start. Without it both do nothing, and the stream's order holds.
 __device__ __forceinline__ void grid_dependency_wait() {

@@ -69,12 +69,16 @@ def run_calls(bound: Sequence[BoundCall], observer: StepObserver | None = None) 
             observer.run(call, function)
 
 
-def step_dims(num_tokens: int, num_seqs: int, num_rows: int, max_queries: int) -> dict[str, int]:
-    """The letters of a step: T, B, B+1, S, and Q, the most queries of a sequence."""
+def step_dims(
+    num_tokens: int, num_seqs: int, num_rows: int, max_queries: int, max_kv_len: int = 0
+) -> dict[str, int]:
+    """The letters of a step: T, B, B+1, S; Q, the most queries of a sequence; L, a bound on the
+    contexts, 0 for none."""
     return {
         "T": num_tokens,
         "B": num_seqs,
         "B+1": num_seqs + 1,
         "S": num_rows,
         "Q": max_queries,
+        "L": max_kv_len,
     }

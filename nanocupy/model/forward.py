@@ -30,7 +30,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Size:
-    """A number of the step that the host knows: "Q", the most queries a sequence has."""
+    """A number of the step that the host knows: "Q", the most queries a sequence has; "L", a bound
+    on the contexts, 0 for none."""
 
     name: str
 
@@ -107,15 +108,13 @@ def decoder_forward(config: ModelConfig, rope: RopeParameters) -> list[OpCall]:
             bias=bias("qkv", config.has_qkv_bias), out=qkv,
         )  # fmt: skip
         call(
-            "rope_write_kv", i, qkv=qkv,
+            "attend", i, qkv=qkv,
             q_norm=weight("q_norm") if config.has_qk_norm else None,
             k_norm=weight("k_norm") if config.has_qk_norm else None,
-            eps=eps, rope=angles, slots=slots, key_cache=k_cache, value_cache=v_cache, q_out=q,
-        )  # fmt: skip
-        call(
-            "attention", i, q=q, key_cache=k_cache, value_cache=v_cache, query_starts=query_starts,
-            kv_lens=kv_lens, block_tables=block_tables, scale=head_size**-0.5,
-            max_queries=Size("Q"), out=attended,
+            eps=eps, rope=angles, slots=slots, key_cache=k_cache, value_cache=v_cache,
+            query_starts=query_starts, kv_lens=kv_lens, block_tables=block_tables,
+            scale=head_size**-0.5, max_queries=Size("Q"), max_kv_len=Size("L"), q_scratch=q,
+            out=attended,
         )  # fmt: skip
         call(
             "linear_add", i, x=attended_rows, weight=weight("o"),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanocupy.ops import launch_attention_decode as decode
+from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_attention_prefill as prefill
 from nanocupy.ops import launch_shapes as shapes
 from nanocupy.ops.cuda_sizes import (
@@ -23,6 +24,7 @@ from nanocupy.ops.cuda_sizes import (
     DeviceTraits,
     OpSizes,
     decode_launch,
+    fused_launch,
     query_buckets,
 )
 from nanocupy.ops.interface import Array, Ops
@@ -260,6 +262,32 @@ class CudaOps(Ops):
             launch.file, launch.entry,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes), *arrays, _f32(scale),
             *(_i32(n) for n in (*counts[1:4], block_size, block_tables.shape[1])),
+            **self._cache_types, **launch.macros,
+        )  # fmt: skip
+
+    def attend(
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
+        block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+    ) -> None:  # fmt: skip
+        launch = None
+        if max_queries == 1:
+            launch = fused_launch(self._sizes, self._traits, len(kv_lens), max_kv_len)
+        if launch is None:
+            self.rope_write_kv(
+                qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch
+            )
+            self.attention(
+                q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale,
+                max_queries, out,
+            )  # fmt: skip
+            return
+        num_kv_heads, block_size = key_cache.shape[1:3]
+        self._launch(
+            fused.FILE, fused.ENTRY,
+            LaunchShape(launch.grid, launch.block, launch.shared_bytes, launch.cluster),
+            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, query_starts,
+            kv_lens, block_tables, _f32(scale), out, _i32(num_kv_heads),
+            _i32(out.shape[1] // num_kv_heads), _i32(block_size), _i32(block_tables.shape[1]),
             **self._cache_types, **launch.macros,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nanocupy.ops import launch_attention_decode as decode
+from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_shapes as shapes
 
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -90,4 +91,34 @@ def decode_launch(
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
         force_plain=traits.force_plain,
         tuning=None if num_items is None else decode.DecodeTuning(num_items=num_items),
+    )  # fmt: skip
+
+
+def longest_fused(sizes: OpSizes, traits: DeviceTraits, num_seqs: int) -> int:
+    """The longest context for which `attend` of one query a sequence is one launch; 0: never."""
+    if not fused.can_fuse(
+        sizes.num_heads, sizes.num_kv_heads, sizes.head_size, TYPE_CODES[sizes.dtype],
+        TYPE_CODES[sizes.cache_dtype], traits.compute_capability, traits.force_plain,
+    ):  # fmt: skip
+        return 0
+    return fused.longest_fused_context(num_seqs, sizes.num_kv_heads, traits.num_multiprocessors)
+
+
+def kv_len_bound(sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int) -> int:
+    """The bound on contexts to capture a decode step with, where none is longer than max_kv_len
+    now: steps of equal bounds have equal launches, so it belongs in a graph's key."""
+    longest = longest_fused(sizes, traits, num_seqs)
+    return longest if max_kv_len <= longest else max(sizes.max_context, longest + 1)
+
+
+def fused_launch(
+    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int
+) -> fused.FusedLaunch | None:
+    """The one launch of `attend` for sequences of one query; None where two kernels are better.
+    max_kv_len: a bound on the contexts, 0 where there is none."""
+    if not 0 < max_kv_len <= longest_fused(sizes, traits, num_seqs):
+        return None
+    return fused.launch_attention_fused(
+        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size,
+        num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
     )  # fmt: skip

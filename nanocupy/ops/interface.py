@@ -118,6 +118,35 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def attend(
+        self,
+        qkv: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        rope: Array,
+        slots: Array,
+        key_cache: Array,
+        value_cache: Array,
+        query_starts: Array,
+        kv_lens: Array,
+        block_tables: Array,
+        scale: float,
+        max_queries: int,
+        max_kv_len: int,
+        q_scratch: Array,
+        out: Array,
+    ) -> None:
+        """`rope_write_kv`, then `attention`: from the QKV product to the attended values.
+
+        Arguments as there; the slots of a sequence's tokens are those of its last positions in
+        block_tables. q is rounded to storage between the two. max_kv_len: no sequence is longer, 0
+        where the host does not know; a backend may choose its kernel by it. q_scratch storage
+        [T, H, d] is room for q, and undefined after. The cache's null block is undefined too; a
+        sequence of length 0 is padding, whose output is 0 or undefined.
+        """
+
+    @abstractmethod
     def linear_add(self, x: Array, weight: Array, bias: Array | None, residual: Array) -> None:
         """residual += x @ weight.T + bias, in place, rounded once.
 

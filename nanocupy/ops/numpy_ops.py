@@ -113,6 +113,16 @@ class NumpyOps(Ops):
                 q[rows], key_cache, value_cache, int(kv_lens[b]), block_tables[b], scale, out[rows]
             )
 
+    def attend(
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
+        block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+    ) -> None:  # fmt: skip
+        self.rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch)
+        self.attention(
+            q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale,
+            max_queries, out,
+        )  # fmt: skip
+
     def _attend_sequence(self, q, key_cache, value_cache, kv_len, blocks, scale, out) -> None:
         """One sequence, any number of queries, in tiles of queries."""
         num_queries, num_heads, head_size = q.shape
@@ -189,8 +199,10 @@ class NumpyOps(Ops):
         num_rows, vocab = logits.shape
         draws = philox.uniforms(seeds, counters)
         # What stays of this: greedy rows, and those whose largest logit is infinite or NaN.
-        out[...] = logits.argmax(axis=1)
-        drawn = np.flatnonzero((temperature != 0) & np.isfinite(logits[np.arange(num_rows), out]))
+        best = logits.argmax(axis=1)
+        is_finite = np.isfinite(logits[np.arange(num_rows), best])
+        out[...] = np.where(is_finite, best, -1)
+        drawn = np.flatnonzero((temperature != 0) & is_finite)
         if vocab > WIDE_VOCAB:
             for s in drawn:
                 options = float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s])

@@ -65,17 +65,13 @@ def call_cost(
 
     args = call.arguments
     tokens = step.dims["T"]
-    if call.op == "attention":
-        heads, kv_heads = args["q"].shape[1], args["key_cache"].shape[1]
-        head_size = args["q"].shape[2]
-        kv_bytes = 2 * step.kv_tokens * kv_heads * head_size * itemsize
-        return Cost(
-            size(args["q"]) + size(args["out"]) + kv_bytes, 4 * step.pairs * heads * head_size
-        )
+    if call.op == "attend":
+        _, heads, head_size = args["out"].shape
+        kv_bytes = 2 * step.kv_tokens * args["key_cache"].shape[1] * head_size * itemsize
+        num_flops = 4 * step.pairs * heads * head_size + 6 * elements(args["qkv"])
+        return Cost(size(args["qkv"]) + size(args["out"]) + kv_bytes, num_flops)
     if call.op == "embed":
         return Cost(2 * size(args["out"]), 0)
-    if call.op == "rope_write_kv":
-        return Cost(2 * size(args["qkv"]), 6 * elements(args["qkv"]))
     if call.op == "rope_table":
         return Cost(size(args["out"]), 0)
     weight = weight_shapes[args["weight"].name]

@@ -51,6 +51,11 @@ VARIANTS = (
             {"SCALAR": FLOAT32, "HEAD_SIZE": 64, "QUERIES": 4},
         ),
     ),
+    Variants(
+        "attention_decode_fused.cu",
+        ("attention_decode_fused",),
+        (*_heads(), {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0}),
+    ),
     Variants("attention_prefill.cu", ("attention_prefill",), _heads()),
     Variants(
         "attention_prefill_hopper.cu",

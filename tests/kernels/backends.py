@@ -23,7 +23,7 @@ WORST_ERRORS: dict[tuple[str, str], float] = {}
 
 
 class Shape(Protocol):
-    """As `nanocupy.ops.launch_shapes.LaunchShape`."""
+    """As `nanocupy.ops.launch_shapes.LaunchShape`; `cluster` may be missing."""
 
     grid: tuple[int, ...]
     block: int
@@ -67,7 +67,10 @@ class ShimBackend:
             copies = list(args)
             for i in written:
                 copies[i] = None if args[i] is None else args[i].copy()
-            kernel(shape.grid, shape.block, *copies, shared_bytes=shape.shared_bytes, order=order)
+            kernel(
+                shape.grid, shape.block, *copies, shared_bytes=shape.shared_bytes, order=order,
+                cluster=getattr(shape, "cluster", 1),
+            )  # fmt: skip
             for i, count in open_rows.items():
                 copies[i][:count] = 0
             results.append([copies[i] for i in written if args[i] is not None])
@@ -118,7 +121,10 @@ class GpuBackend:
                 arg if whole is None else inner(whole)
                 for arg, whole in zip(args, wholes, strict=True)
             ]
-            kernel.launch(shape.grid, (shape.block,), device_args, shape.shared_bytes)
+            kernel.launch(
+                shape.grid, (shape.block,), device_args, shape.shared_bytes,
+                cluster=getattr(shape, "cluster", 1),
+            )  # fmt: skip
             back = [None if whole is None else self._cupy.asnumpy(whole) for whole in wholes]
             for i, whole in enumerate(back):
                 if whole is None:

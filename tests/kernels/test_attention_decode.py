@@ -294,9 +294,7 @@ def test_launches_fit_every_card(shared_kb: int, head_size: int) -> None:
 
 PLANTED = {
     "missing wait for copies": ("cp_async_wait<STAGES - 2>();", ""),
-    "copies of a wrong stage": ("ring + step % STAGES * 2 * TILE;\n        const scalar_t* values",
-                                "ring + (step + 1) % STAGES * 2 * TILE;\n"
-                                "        const scalar_t* values"),
+    "copies of a wrong stage": ("attend(ring + step % STAGES", "attend(ring + (step + 1) % STAGES"),
     "missing barrier after the queries": (" = bits;\n    }\n    block_sync();", " = bits;\n    }"),
     "missing barrier before the warps meet": (
         "}\n    block_sync();\n    const Partials partials = {partial_values, partial_states};\n"
@@ -347,9 +345,11 @@ class PlantedBackend:
 
 @cache
 def whole_source() -> str:
-    """The kernels with their own header in the text, so that bugs can be planted in both."""
-    header = (KERNELS / "attention_decode.cuh").read_text()
-    return (KERNELS / FILE).read_text().replace('#include "attention_decode.cuh"', header)
+    """The kernels with their own headers in the text, so that bugs can be planted in all."""
+    source = (KERNELS / FILE).read_text()
+    for name in ("attention_decode_mma.cuh", "attention_decode.cuh"):
+        source = source.replace(f'#include "{name}"', (KERNELS / name).read_text())
+    return source
 
 
 @cache

@@ -269,6 +269,64 @@ def _attention(
     return make
 
 
+def _attend(
+    sequences: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    block_size: int = 16,
+    norms: str = "",
+    bounded: bool = True,
+) -> Callable[..., Call]:
+    """`sequences` as above; the last positions' keys and values come from qkv, and what the cache
+    holds there before is NaN. `norms` as in `_rope_write_kv`; bounded: the longest length is told.
+    """
+    make_attention = _attention(sequences, heads, kv_heads, head_size, block_size)
+
+    def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        a = make_attention(rng, storage).arguments
+        num_tokens, half = len(a["q"]), head_size // 2
+        slots, stored = [], np.zeros(a["key_cache"].shape, bool)
+        for b, (queries, kv_len) in enumerate(sequences):
+            for position in range(kv_len):
+                block, row = a["block_tables"][b, position // block_size], position % block_size
+                stored[block, :, row] = True
+                if position >= kv_len - queries:
+                    slots.append(block * block_size + row)
+                    a["key_cache"][block, :, row] = np.nan
+                    a["value_cache"][block, :, row] = np.nan
+        angles = rng.uniform(0, 2 * np.pi, (num_tokens, half))
+        arguments = {
+            "qkv": _normal(rng, (num_tokens, (heads + 2 * kv_heads) * head_size), storage),
+            "q_norm": _norm_weight(rng, head_size, storage) if "q" in norms else None,
+            "k_norm": _norm_weight(rng, head_size, storage) if "k" in norms else None,
+            "eps": 1e-6,
+            "rope": (1.25 * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.float32),
+            "slots": _int32(slots),
+            "key_cache": a["key_cache"],
+            "value_cache": a["value_cache"],
+            "query_starts": a["query_starts"],
+            "kv_lens": a["kv_lens"],
+            "block_tables": a["block_tables"],
+            "scale": a["scale"],
+            "max_queries": a["max_queries"],
+            "max_kv_len": int(a["kv_lens"].max(initial=0)) if bounded else 0,
+            "q_scratch": _nan((num_tokens, heads, head_size), storage),
+            "out": a["out"],
+        }
+        return Call(
+            arguments,
+            ("key_cache", "value_cache", "q_scratch", "out"),
+            {
+                "key_cache": ~stored,
+                "value_cache": ~stored,
+                "q_scratch": np.ones((num_tokens, heads, head_size), bool),
+            },
+        )
+
+    return make
+
+
 # ------------------------------------------------------------------------------ sampling
 
 
@@ -384,6 +442,15 @@ def _all() -> Iterator[tuple[str, str, Callable[..., Call]]]:
     yield "attention", "peaked", _attention(around, 4, 2, 8, q_scale=30.0)
     yield "attention", "empty", _attention([], 4, 2, 8)
     yield "attention", "no-queries", _attention([(0, 9), (0, 3)], 4, 2, 8)
+    for heads, kv_heads, head_size in ((2, 2, 64), (4, 1, 16), (7, 1, 64), (4, 2, 128), (2, 1, 80)):
+        name = f"decode-h{heads}-g{kv_heads}-d{head_size}"
+        yield "attend", name, _attend(around, heads, kv_heads, head_size, norms="qk")
+    yield "attend", "decode-unbounded", _attend(around, 2, 1, 64, bounded=False)
+    yield "attend", "decode-d12", _attend(around, 4, 2, 12, 8, norms="k")
+    yield "attend", "decode-alone", _attend([(1, 150)], 4, 1, 32, 8)
+    yield "attend", "some-without-queries", _attend([(1, 9), (0, 20), (1, 33)], 2, 2, 16)
+    yield "attend", "mixed", _attend(mixed, 4, 2, 6, norms="q")
+    yield "attend", "empty", _attend([], 4, 2, 16)
     yield "penalize", "empty", _penalize([], 10)
     yield "penalize", "ragged", _penalize([0, 7, 1, 40, 0], 40)
     yield "penalize", "untouched", _penalize([0, 0], 5)

@@ -109,6 +109,17 @@ def loop_attention(
                     out[t, h, i] = dot(weights, column) / total
 
 
+def loop_attend(
+    qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
+    block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+) -> None:  # fmt: skip
+    loop_rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch)
+    loop_attention(
+        q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, max_queries,
+        out,
+    )  # fmt: skip
+
+
 def loop_linear_add(x, weight, bias, residual) -> None:
     for t in range(len(x)):
         before = [float(v) for v in residual[t]]

@@ -29,11 +29,8 @@ def sizes_for(arguments: dict[str, np.ndarray], storage: str) -> OpSizes:
         array = arguments.get(name)
         return default if array is None else max(1, array.shape[axis])
 
-    heads, head_size = (
-        arguments["q" if "q" in arguments else "q_out"].shape[1:]
-        if {"q", "q_out"} & arguments.keys()
-        else (4, 64)
-    )
+    queries = [arguments[n] for n in ("q", "q_out", "q_scratch") if n in arguments]
+    heads, head_size = queries[0].shape[1:] if queries else (4, 64)
     return OpSizes(
         max_tokens=max(
             [1, *(len(a) for n, a in arguments.items() if n in ("x", "q", "qkv", "token_ids"))]

@@ -32,7 +32,7 @@ def call_both(case: Case, storage: np.dtype, compute: Any) -> dict[str, tuple]:
     call = case.build(storage)
     # The loop's outputs keep float64, so that only the op's own rounding is seen; but for the ops
     # whose intermediate values are rounded to their output's dtype.
-    rounds = case.op in ("norm_linear", "norm_swiglu")
+    rounds = case.op in ("norm_linear", "norm_swiglu", "attend")
     expected = {}
     for name in call.written:
         before = call.arguments[name]

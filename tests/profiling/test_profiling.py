@@ -46,7 +46,8 @@ def test_costs_by_hand():
     assert found["norm_linear"] == Cost(2 * (qkv * 32 + 4 * 32 + 4 * qkv), 2 * 4 * qkv * 32)
     pairs = (6 + 7 + 8) + 10
     kv_bytes = 2 * (8 + 10) * 2 * 8 * 2
-    assert found["attention"] == Cost(2 * 4 * 32 * 2 + kv_bytes, 4 * pairs * 32)
+    # Keys and values of 18 positions are moved: those of 4 are written, the others read.
+    assert found["attend"] == Cost(2 * 4 * (qkv + 32) + kv_bytes, 4 * pairs * 32 + 6 * 4 * qkv)
     assert found["norm_swiglu"] == Cost(2 * (128 * 32 + 4 * 32 + 4 * 64), 2 * 4 * 128 * 32)
     assert found["linear_add"] == Cost(2 * (32 * 32 + 4 * 32 + 2 * 4 * 32), 2 * 4 * 32 * 32)
     assert found["lm_head"] == Cost(2 * (48 * 32 + 2 * 32) + 4 * 2 * 48, 2 * 2 * 48 * 32)
@@ -126,7 +127,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert "layer 1" in out
     assert "kv cache" in out
     names = {e["name"] for e in json.loads(trace.read_text())["traceEvents"]}
-    assert {"attention", "lm_head", "memory (bytes)"} <= names
+    assert {"attend", "lm_head", "memory (bytes)"} <= names
     assert cli.main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["decode"]["steps"] == 3

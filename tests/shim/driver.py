@@ -34,7 +34,8 @@ class KernelFault(Exception):
 class _Shape(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint), ("shared_bytes", ctypes.c_uint),
-        ("order", ctypes.c_uint), ("resident", ctypes.c_uint), ("stacks", ctypes.c_void_p),
+        ("order", ctypes.c_uint), ("resident", ctypes.c_uint), ("cluster", ctypes.c_uint),
+        ("stacks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -141,12 +142,14 @@ class HostKernel:
         shared_bytes: int = 0,
         order: int = 0,
         resident: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Run the grid. Arrays and NumPy scalars must have exactly the parameters' types (an array
         may be None: a null pointer); Python numbers are converted. Arrays are updated in place.
 
         order: 0 threads forward, 1 reversed, else the seed of a shuffle; resident: all blocks at
-        once, as a cooperative launch has them. Raises KernelFault, TypeError.
+        once, as a cooperative launch has them; cluster: blocks along x that make a cluster.
+        Raises KernelFault, TypeError.
         """
         if len(args) != len(self.parameters):
             raise TypeError(
@@ -161,11 +164,12 @@ class HostKernel:
             pointers = (ctypes.c_void_p * max(1, len(values)))(
                 *[ctypes.addressof(value) for value in values]
             )
-            num_threads = 1024 if not resident else int(np.prod(dims)) * threads
+            num_threads = max(1024, (int(np.prod(dims)) if resident else cluster) * threads)
             stacks = _stacks(1 << max(10, (num_threads - 1).bit_length()))
             shape = _Shape(
-                (ctypes.c_uint * 3)(*dims), threads, shared_bytes, order, int(resident), stacks
-            )
+                (ctypes.c_uint * 3)(*dims), threads, shared_bytes, order, int(resident), cluster,
+                stacks,
+            )  # fmt: skip
             problem = self._launch(ctypes.byref(shape), pointers)
             if problem is not None:
                 raise KernelFault(_explained(problem.decode(), list(regions.values())))

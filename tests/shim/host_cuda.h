@@ -298,6 +298,16 @@ inline T load_volatile(const T* p) {
     return *const_cast<const volatile T*>(p);
 }
 inline void spin_pause() { shim::pause(); }
+
+inline int cluster_size() { return int(shim::cluster_blocks); }
+inline int cluster_rank() { return int(shim::block->index.x % shim::cluster_blocks); }
+inline void cluster_arrive(CALLER) { shim::arrive_at_cluster(line); }
+inline void cluster_wait(CALLER) { shim::wait_for_cluster(line); }
+inline void store_pair_to_rank(float* own, int rank, float a, float b, CALLER) {
+    float* to = static_cast<float*>(shim::place_at_rank(own, 8, rank, line));
+    to[0] = a;
+    to[1] = b;
+}
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 inline uint64_t globaltimer_ns() {

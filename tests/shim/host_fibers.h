@@ -49,6 +49,8 @@ struct Fiber {
     Arrival arrival;
     int num_copies, group;
     AsyncCopy* copies;
+    bool at_cluster;         // has arrived at the cluster's barrier and not waited yet
+    unsigned cluster_phase;  // which the barrier was in
 };
 
 struct Block {
@@ -59,6 +61,9 @@ struct Block {
     int num_done;
     char* static_copy;  // shared memory while another block runs
     char* dynamic_copy;
+    bool started;
+    int cluster_arrived;     // threads at the cluster's barrier; counted in its first block
+    unsigned cluster_phase;
 };
 
 // What Python fills in.
@@ -68,12 +73,14 @@ struct Shape {
     unsigned shared_bytes;
     unsigned order;     // 0 forward, 1 reversed, other: the seed of a shuffle
     unsigned resident;  // 1: all blocks at once, for kernels whose blocks wait for one another
-    char* stacks;       // STACK_BYTES for each thread of a block, or of the grid where resident
+    unsigned cluster;   // blocks along x that make a cluster, which is resident as a whole
+    char* stacks;       // STACK_BYTES for each thread of what runs at once: block, cluster, grid
 };
 
 static Fiber* self;
 static Block* block;
 static Index3 block_size, grid_size;
+static unsigned cluster_blocks = 1;
 static Context scheduler_context;
 static const char* kernel_name;
 static void (*call_kernel)(void*);
@@ -173,6 +180,47 @@ inline void collective(
 inline void pause() {
     self->paused = true;
     to_scheduler();
+}
+
+// ------------------------------------------------------------------------------ clusters
+
+// Blocks of a cluster lie one behind the other, ranks in order.
+inline Block* block_of_rank(int rank) {
+    return block - int(block->index.x % cluster_blocks) + rank;
+}
+
+inline void arrive_at_cluster(int line) {
+    Block* first = block_of_rank(0);
+    if (self->at_cluster) fail("line %d: came twice to the cluster's barrier", line);
+    self->at_cluster = true;
+    self->cluster_phase = first->cluster_phase;
+    if (++first->cluster_arrived == int(cluster_blocks * block_size.x)) {
+        first->cluster_arrived = 0;
+        ++first->cluster_phase;
+    }
+}
+
+inline void wait_for_cluster(int line) {
+    Block* first = block_of_rank(0);
+    if (!self->at_cluster) fail("line %d: waits for a cluster it has not come to", line);
+    while (first->cluster_phase == self->cluster_phase) pause();
+    self->at_cluster = false;
+}
+
+// Where the block of a rank has what lies at `own` here.
+inline void* place_at_rank(void* own, size_t bytes, int rank, int line) {
+    if (rank < 0 || rank >= int(cluster_blocks)) fail("line %d: no rank %d", line, rank);
+    if (!in_shared(own, bytes)) fail("line %d: not a place in shared memory", line);
+    if (uintptr_t(own) % bytes) fail("line %d: not aligned to %d", line, int(bytes));
+    Block* to = block_of_rank(rank);
+    if (to == block) return own;
+    if (!to->started) fail("line %d: the block of rank %d may not have started", line, rank);
+    if (to->num_done) fail("line %d: the block of rank %d may have ended", line, rank);
+    char* at = static_cast<char*>(own);
+    if (at >= static_start && at < static_start + static_bytes) {
+        return to->static_copy + (at - static_start);
+    }
+    return to->dynamic_copy + (at - dynamic_start);
 }
 
 // ------------------------------------------------------------------------------ async copies

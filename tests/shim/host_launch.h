@@ -87,6 +87,7 @@ static void start_block(Block* b, char* stacks, Index3 index, size_t place) {
         fiber.lane = i & 31;
         fiber.warp = i >> 5;
         fiber.num_copies = fiber.group = 0;
+        fiber.at_cluster = false;
         fiber.copies = all_copies + slot * MAX_PENDING_COPIES;
     }
 }
@@ -215,14 +216,15 @@ static void run_one_by_one(const Shape& shape) {
             }
 }
 
-static void run_resident(const Shape& shape, size_t num_blocks) {
+// `num_blocks` blocks from number `first` of the grid on, at once.
+static void run_resident(const Shape& shape, size_t first, size_t num_blocks) {
     const size_t fixed = static_bytes;
     char* memory = static_cast<char*>(map_memory(num_blocks * (fixed + dynamic_bytes) + 1));
     memset(memory, 0xff, num_blocks * (fixed + dynamic_bytes));
     for (size_t i = 0; i < num_blocks; ++i) {
-        const unsigned row = i / shape.grid[0];
+        const unsigned column = (first + i) % shape.grid[0], row = (first + i) / shape.grid[0];
         start_block(all_blocks + i, shape.stacks,
-                    {unsigned(i % shape.grid[0]), row % shape.grid[1], row / shape.grid[1]}, i);
+                    {column, row % shape.grid[1], row / shape.grid[1]}, i);
         all_blocks[i].static_copy = memory + i * (fixed + dynamic_bytes);
         all_blocks[i].dynamic_copy = all_blocks[i].static_copy + fixed;
     }
@@ -238,6 +240,7 @@ static void run_resident(const Shape& shape, size_t num_blocks) {
             if (fixed) memcpy(static_start, b.static_copy, fixed);
             if (dynamic_bytes) memcpy(dynamic_start, b.dynamic_copy, dynamic_bytes);
             wake_paused(&b);
+            b.started = true;
             useful |= run_block(&b, shape.order);
             if (fixed) memcpy(b.static_copy, static_start, fixed);
             if (dynamic_bytes) memcpy(b.dynamic_copy, dynamic_start, dynamic_bytes);
@@ -261,13 +264,17 @@ static const char* launch(
     }
     const size_t num_blocks = size_t(shape.grid[0]) * shape.grid[1] * shape.grid[2];
     if (num_blocks == 0) return "an empty grid: the host must not launch it";
+    if (shape.cluster == 0 || shape.cluster > 8 || shape.grid[0] % shape.cluster) {
+        return "a cluster must have 1 to 8 blocks, and must divide the grid's x";
+    }
     kernel_name = name;
     call_kernel = call;
     call_arguments = arguments;
     failed = false;
     block_size = {shape.block, 1, 1};
     grid_size = {shape.grid[0], shape.grid[1], shape.grid[2]};
-    allocate(shape.resident ? num_blocks : 1);
+    cluster_blocks = shape.cluster;
+    allocate(shape.resident ? num_blocks : shape.cluster);
     first_shared = 0;  // the memory is made when it is first touched
     dl_iterate_phdr(find_static_shared, &kernel_name);
     if (!static_start) return "the kernel's shared variables were not found";
@@ -283,7 +290,11 @@ static const char* launch(
     {
         FaultHandlers handlers;
         if (shape.resident) {
-            run_resident(shape, num_blocks);
+            run_resident(shape, 0, num_blocks);
+        } else if (shape.cluster > 1) {
+            for (size_t i = 0; i < num_blocks && !failed; i += shape.cluster) {
+                run_resident(shape, i, shape.cluster);
+            }
         } else {
             run_one_by_one(shape);
         }

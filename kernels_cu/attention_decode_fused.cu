@@ -1,0 +1,231 @@
+// A decode step's attention from the QKV product to the result, in one launch: q and k normalised
+// and rotated, k and v written to the paged cache, attention, and the merge of a context's parts.
+//
+// A cluster of blocks shares the context of a sequence and key/value head, 16 positions at a time in
+// turn. Before the kernel in front of it has ended, a block finds its positions and starts to copy
+// their keys and values; so what follows the QKV product is short. At the end every warp stores its
+// sums into the shared memory of the block that merges those columns: one barrier, no memory.
+//
+// HEAD_SIZE   d, a multiple of 16; STAGES steps of 16 positions that a warp has under way at first
+// READ_EARLY  1: kv_lens, query_starts, block_tables, slots and the caches up to the new positions
+//             are read before the kernels in front have ended. Right where no kernel of the same
+//             graph, or none that overlaps, writes them: a graph that holds one step. 0: nothing is
+// SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_decode.py chooses the launch.
+#ifndef READ_EARLY
+#define READ_EARLY 1
+#endif
+#include "attention_decode_mma.cuh"
+#include "rope.cuh"
+
+#ifdef DECODE_ON_TENSOR_CORES
+
+// HEAD_SIZE values to row `row` of a tile, rounded to scalar_t.
+__device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const HeadPairs& x) {
+#pragma unroll
+    for (int r = 0; r < PAIR_ROUNDS; ++r) {
+        const int i = pair_index(r);
+        if (i >= HALF) break;
+        const int high = HALF + i;
+        store_floats<scalar_t, PAIR_WIDTH>(tile + chunk_at(row, i / 8) + i % 8, x.low[r]);
+        store_floats<scalar_t, PAIR_WIDTH>(tile + chunk_at(row, high / 8) + high % 8, x.high[r]);
+    }
+}
+
+// The columns of a result lie over the blocks of a cluster by 8 in turn: chunk n is merged by block
+// n % ranks, which has the parts of all warps ("sources") of the cluster in its shared memory.
+struct ClusterMerge {
+    int ranks, rank, rows;  // a power of two; rows: query heads
+    int slots;              // chunks that a block has room for
+    float* states;          // [sources, rows, 2]: maximum and sum
+    float* values;          // [sources, rows, slots, 8], unset where a source has seen nothing
+
+    __device__ __forceinline__ int sources() const { return ranks * num_warps(); }
+
+    // This warp's sums to those who merge them. The whole warp must come.
+    __device__ __forceinline__ void send(const MmaRows<1>& own, bool has_values) const {
+        const int source = rank * num_warps() + warp_id(), shift = lowest_bit(ranks);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = h * 8 + lane_id() / 4;
+            if (row >= rows) continue;
+            const int at = source * rows + row;
+            const SoftmaxState state = own.state[0][h];
+            for (int to = lane_id() % 4; to < ranks; to += 4) {
+                store_pair_to_rank(states + at * 2, to, state.max, state.sum);
+            }
+            if (!has_values) continue;
+#pragma unroll
+            for (int n = 0; n < ROW_CHUNKS; ++n) {
+                float* place = values + (at * slots + (n >> shift)) * 8 + lane_id() % 4 * 2;
+                store_pair_to_rank(
+                    place, n & (ranks - 1), own.summed[0][n][h * 2], own.summed[0][n][h * 2 + 1]);
+            }
+        }
+    }
+
+    // What all have sent, into [rows, d]; four lanes share a value's sources. All threads come.
+    __device__ __forceinline__ void receive(scalar_t* out) const {
+        const int columns = (ROW_CHUNKS - rank + ranks - 1) / ranks * 8;  // of this block
+        const int share = lane_id() % 4;
+        for (int base = 0; base < rows * columns; base += blockDim.x / 4) {
+            const int i = base + threadIdx.x / 4;
+            const bool inside = i < rows * columns;
+            const int row = inside ? i / columns : 0, column = inside ? i % columns : 0;
+            float max = -infinity(), sum = 0.0f, value = 0.0f;
+            for (int s = share; s < sources(); s += 4) {
+                max = fmaxf(max, states[(s * rows + row) * 2]);
+            }
+            max = warp_max<4>(max);
+            for (int s = share; s < sources(); s += 4) {
+                const int at = s * rows + row;
+                const float weight = softmax_weight(states[at * 2], max);
+                sum += weight * states[at * 2 + 1];
+                if (weight > 0.0f) value += weight * values[at * slots * 8 + column];
+            }
+            sum = warp_sum<4>(sum);
+            value = warp_sum<4>(value);
+            const int chunk = column / 8 * ranks + rank;
+            if (inside && share == 0) {
+                out[row * HEAD_SIZE + chunk * 8 + column % 8] =
+                    from_float<scalar_t>(divided(value, sum));
+            }
+        }
+    }
+};
+#endif
+
+// attention_decode_fused: attention of one query a sequence, with what stands before it, on tensor
+//   cores, 16-bit types, the cache's the same as qkv's
+// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x (more than 1 from 9.0); block 32 to 256;
+//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2)
+//   + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
+// qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
+//   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
+//   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
+//   H / G at most 16; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
+//   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache.
+// REF: numpy_ops.attend
+// COST: bytes: keys and values of each sequence's positions and its row of qkv, once; 64 flops for
+//   each position, head of keys and d
+extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
+    const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
+    const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
+    const int32_t* query_starts, const int32_t* kv_lens, const int32_t* block_tables, float scale,
+    scalar_t* out, int num_kv_heads, int heads_per_group, int block_size, int table_width) {
+#ifdef DECODE_ON_TENSOR_CORES
+    grid_dependency_launch();
+    if (!READ_EARLY) grid_dependency_wait();
+    const int ranks = cluster_size(), rank = cluster_rank();
+    const int sequence = blockIdx.y, group = blockIdx.x / ranks;
+    const int token = query_starts[sequence];
+    if (query_starts[sequence + 1] == token) {  // the whole cluster leaves
+        if (READ_EARLY) grid_dependency_wait();
+        return;
+    }
+    if (ranks > 1) cluster_arrive();
+
+    scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
+    scalar_t* rings = shared_queries + 16 * STRIDE;
+    scalar_t* ring = rings + warp_id() * RING;
+    scalar_t* fresh = rings + num_warps() * RING;  // [2, d]: the new position's key and value
+    ClusterMerge merge = {ranks, rank, heads_per_group, (ROW_CHUNKS + ranks - 1) / ranks};
+    merge.states = reinterpret_cast<float*>(fresh + 2 * HEAD_SIZE);
+    merge.values = merge.states + merge.sources() * merge.rows * 2;
+
+    // Steps go to the blocks in turn, then to their warps: step s of this warp takes the 16 positions
+    // from first_position + s * stride on. The newest position is not in the cache yet.
+    const int32_t* table = block_tables + static_cast<int64_t>(sequence) * table_width;
+    const int kv_len = kv_lens[sequence], newest = kv_len - 1;
+    const int first_position = (warp_id() * ranks + rank) * STEP_TOKENS;
+    const int stride = num_warps() * ranks * STEP_TOKENS;
+    const int num_steps = max(0, (kv_len - first_position + stride - 1) / stride);
+    const auto row_of_lane = [&](int step) {
+        const int position = first_position + step * stride + lane_id() % STEP_TOKENS;
+        return position < newest ? cache_row(table, position, block_size, num_kv_heads, group) : 0u;
+    };
+    uint32_t next_row = row_of_lane(0);
+    const auto copy_step = [&](int step) {
+        if (step < num_steps) {
+            const int left = newest - (first_position + step * stride);
+            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            copy_positions(keys, key_cache, value_cache, next_row, left);
+            next_row = row_of_lane(step + 1);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) copy_step(s);
+
+    MmaRows<1> rows;
+    rows.state[0][0] = rows.state[0][1] = softmax_start();
+    const bool is_active = rank * STEP_TOKENS < kv_len;  // this block has positions
+    if (is_active) {
+        const bool has_newest = newest / STEP_TOKENS % ranks == rank;
+        HeadPairs q_weight, k_weight;
+        if (q_norm != nullptr) q_weight = load_pairs(q_norm);
+        if (k_norm != nullptr && has_newest) k_weight = load_pairs(k_norm);
+        const int64_t slot = slot_offset(slots[token], group, num_kv_heads, block_size);
+        const int num_heads = num_kv_heads * merge.rows;
+        const scalar_t* heads = qkv + static_cast<int64_t>(token) * (num_heads + 2 * num_kv_heads) *
+                                          HEAD_SIZE;
+        if (READ_EARLY) grid_dependency_wait();
+
+        // The heads of q, and where the newest position is this block's, those of k and v. The
+        // rows of the tile behind q's stay as they are: each row has its own sums, and theirs are
+        // not sent.
+        const HeadPairs angles = load_pairs(rope + static_cast<int64_t>(token) * HEAD_SIZE);
+        const int num_tasks = merge.rows + (has_newest ? 2 : 0);
+        for (int task = warp_id(); task < num_tasks; task += num_warps()) {
+            const int kind = max(0, task - merge.rows + 1);  // 0 q, 1 k, 2 v
+            const int head = kind == 0 ? group * merge.rows + task
+                                       : num_heads + (kind - 1) * num_kv_heads + group;
+            HeadPairs x = load_pairs(heads + head * HEAD_SIZE);
+            if (kind == 0 && q_norm != nullptr) normalize_pairs(x, q_weight, eps);
+            if (kind == 1 && k_norm != nullptr) normalize_pairs(x, k_weight, eps);
+            if (kind != 2) rotate_pairs(x, angles);
+            if (kind == 0) {
+                store_tile_row(shared_queries, task, x);
+            } else {
+                cache_store_pairs(fresh + (kind - 1) * HEAD_SIZE, x);
+                cache_store_pairs((kind == 1 ? key_cache : value_cache) + slot, x);
+            }
+        }
+        block_sync();
+
+        rows.start(shared_queries);
+        rows.limit[0][0] = rows.limit[0][1] = newest;
+        for (int step = 0; step < num_steps; ++step) {
+            cp_async_wait<STAGES - 1>();
+            const int position = first_position + step * stride;
+            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            warp_sync();  // every lane's copies are there
+            if (position <= newest && newest < position + STEP_TOKENS) {
+                if (lane_id() < ROW_CHUNKS) {
+                    const uint4* from = reinterpret_cast<const uint4*>(fresh) + lane_id();
+                    const int to = chunk_at(newest - position, lane_id());
+                    *reinterpret_cast<uint4*>(keys + to) = from[0];
+                    *reinterpret_cast<uint4*>(keys + TILE + to) = from[ROW_CHUNKS];
+                }
+                warp_sync();
+            }
+            rows.attend(keys, position, position + STEP_TOKENS > kv_len, scale * LOG2_E);
+            warp_sync();  // nobody reads the stage that the next copies take
+            copy_step(step + STAGES);
+        }
+        rows.finish();
+    } else if (READ_EARLY) {
+        grid_dependency_wait();
+    }
+
+    if (ranks > 1) cluster_wait();  // every block of the cluster has started
+    merge.send(rows, num_steps > 0);
+    if (ranks > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        block_sync();
+    }
+    const int64_t first_head = static_cast<int64_t>(token) * num_kv_heads + group;
+    merge.receive(out + first_head * merge.rows * HEAD_SIZE);
+#endif
+}

@@ -1,0 +1,133 @@
+"""How attention_decode_fused is launched, and up to which context one launch is the better choice.
+
+Pure arithmetic on capacities, as `launch_attention_decode`: the batch's bucket, a bound on the
+longest context that the host knows, and what the card has. The kernel is right for every length;
+the bound decides only how fast it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanocupy.ops.launch_attention_prefill import uses_tensor_cores
+
+FILE = "attention_decode_fused.cu"
+ENTRY = "attention_decode_fused"
+MAX_CLUSTER = 8  # blocks that every card with clusters can place together
+MAX_HEADS_PER_GROUP = 16  # rows of a tensor-core tile
+STEP_TOKENS = 16  # as in the kernel
+
+
+@dataclass(frozen=True)
+class FusedTuning:
+    """What a bench may vary; None leaves the choice to the rules below.
+
+    cluster        blocks that share the context of a sequence and key/value head
+    warps, stages  warps of a block, and steps of 16 positions that each has under way at first
+    read_early     keys and values are read before the kernel in front has ended
+    block_tokens   positions of a block up to which this path is taken
+    """
+
+    cluster: int | None = None
+    warps: int = 4
+    stages: int = 3
+    read_early: bool = True
+    block_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class FusedLaunch:
+    """One launch. `macros` come on top of SCALAR, CACHE and HEAD_SIZE.
+
+    Arguments, in order: qkv, q_norm, k_norm, eps (float32), rope, slots, key_cache, value_cache,
+    query_starts, kv_lens, block_tables, scale (float32), out, then int32: num_kv_heads, heads of
+    each of them, block_size, columns of block_tables.
+    """
+
+    macros: dict[str, int]
+    grid: tuple[int, int]
+    block: int
+    shared_bytes: int
+    cluster: int
+
+
+def can_fuse(
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    scalar: int,
+    cache: int,
+    compute_capability: tuple[int, int],
+    force_plain: bool,
+) -> bool:
+    """Whether the kernel does this model on this card; scalar, cache: type codes of the macros."""
+    return (
+        compute_capability >= (9, 0)  # below there are no clusters, and it was never measured
+        and num_heads // num_kv_heads <= MAX_HEADS_PER_GROUP
+        and uses_tensor_cores(head_size, scalar, cache, compute_capability, force_plain)
+    )
+
+
+def cluster_blocks(
+    num_sequences: int, num_kv_heads: int, num_multiprocessors: int, tuning: FusedTuning
+) -> int:
+    """Blocks of a cluster: as many as two for every multiprocessor leave to each."""
+    if tuning.cluster is not None:
+        return tuning.cluster
+    cluster = MAX_CLUSTER
+    while cluster > 1 and num_sequences * num_kv_heads * cluster > 2 * num_multiprocessors:
+        cluster //= 2
+    return cluster
+
+
+def longest_fused_context(
+    num_sequences: int,
+    num_kv_heads: int,
+    num_multiprocessors: int,
+    tuning: FusedTuning | None = None,
+) -> int:
+    """The longest context for which this launch is better than one that cuts by length."""
+    tuning = tuning or FusedTuning()
+    cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
+    return cluster * tuning.block_tokens
+
+
+def launch_attention_fused(
+    num_sequences: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    *,
+    num_multiprocessors: int,
+    max_shared_bytes: int,
+    tuning: FusedTuning | None = None,
+) -> FusedLaunch:
+    """The launch for `num_sequences` sequences of at most one query each, of any length.
+
+    max_shared_bytes: what a block can have. The grid has a zero where there are no sequences.
+    """
+    tuning = tuning or FusedTuning()
+    cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
+    heads_per_group = num_heads // num_kv_heads
+    for warps, stages in ((tuning.warps, tuning.stages), (4, 3), (4, 2), (2, 2), (1, 2)):
+        shared_bytes = fused_shared_bytes(head_size, heads_per_group, warps, stages, cluster)
+        if shared_bytes <= max_shared_bytes:
+            break
+    return FusedLaunch(
+        macros={"STAGES": stages, **({} if tuning.read_early else {"READ_EARLY": 0})},
+        grid=(num_kv_heads * cluster, num_sequences),
+        block=warps * 32,
+        shared_bytes=shared_bytes,
+        cluster=cluster,
+    )
+
+
+def fused_shared_bytes(
+    head_size: int, heads_per_group: int, warps: int, stages: int, cluster: int
+) -> int:
+    """Queries, each warp's keys and values, the new key and value, and what is to be merged."""
+    chunks = head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number of them
+    row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
+    tiles = (warps * 2 * stages + 1) * STEP_TOKENS * row_bytes
+    merged = cluster * warps * heads_per_group * (2 + 8 * -(-chunks // cluster)) * 4
+    return tiles + 2 * 2 * head_size + merged

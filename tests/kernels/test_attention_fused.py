@@ -1,0 +1,264 @@
+"""attention_decode_fused.cu against the ops it stands for: on the CPU (host shim), and on a device
+(marked gpu). Clusters of every size; what is planted must be found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanocupy.ops import launch_shapes
+from nanocupy.ops.cuda_sizes import OpSizes, fused_launch, kv_len_bound, longest_fused
+from nanocupy.ops.launch_attention_fused import (
+    ENTRY,
+    FILE,
+    FusedTuning,
+    fused_shared_bytes,
+    launch_attention_fused,
+)
+from nanocupy.ops.launch_shapes import LaunchShape
+from nanocupy.ops.numpy_ops import NumpyOps
+from tests.kernels.backends import CODES, ShimBackend, assert_close
+from tests.ops import cases
+from tests.ops.cases import CASES, DTYPES, Call, Case
+from tests.shim import build
+from tests.shim.device import MODERN, OLD
+from tests.shim.driver import KernelFault
+
+KERNELS = Path(build.KERNELS)
+LENGTHS = [(1, n) for n in (1, 2, 15, 16, 17, 250)]
+WRITTEN = (6, 7, 12)  # key_cache, value_cache, out
+CLUSTERS = (1, 2, 4, 8)
+
+
+def attend_case(name: str, *args: Any, **kwargs: Any) -> Case:
+    return Case("attend", name, cases._attend(*args, **kwargs))
+
+
+def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """key_cache, value_cache and out after the launch; the call's own arrays stay."""
+    a = call.arguments
+    (_, num_heads, head_size), (_, num_kv_heads, block_size) = (
+        a["out"].shape,
+        a["key_cache"].shape[:3],
+    )
+    launch = launch_attention_fused(
+        len(a["kv_lens"]), num_heads, num_kv_heads, head_size, num_multiprocessors=6,
+        max_shared_bytes=227 << 10, tuning=tuning,
+    )  # fmt: skip
+    numbers = (num_kv_heads, num_heads // num_kv_heads, block_size, a["block_tables"].shape[1])
+    args = [
+        a["qkv"], a["q_norm"], a["k_norm"], np.float32(a["eps"]), a["rope"], a["slots"],
+        a["key_cache"].copy(), a["value_cache"].copy(), a["query_starts"], a["kv_lens"],
+        a["block_tables"], np.float32(a["scale"]), a["out"].copy(), *map(np.int32, numbers),
+    ]  # fmt: skip
+    shape = LaunchShape(launch.grid, launch.block, launch.shared_bytes, launch.cluster)
+    macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size, **launch.macros}
+    backend.run(FILE, ENTRY, shape, args, WRITTEN, **macros)
+    return args[6], args[7], args[12]
+
+
+def unfused(backend: Any, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The caches after rope_write_kv, and the reference's attention over them."""
+    a = dict(call.arguments)
+    for name in call.written:
+        a[name] = a[name].copy()
+    num_tokens, num_heads, head_size = a["q_scratch"].shape
+    num_kv_heads, block_size = a["key_cache"].shape[1:3]
+    shape = launch_shapes.rope_write_kv(num_tokens, num_heads, num_kv_heads)
+    numbers = (num_heads, num_kv_heads, block_size)
+    args = (
+        a["qkv"], a["q_norm"], a["k_norm"], np.float32(a["eps"]), a["rope"], a["slots"],
+        a["key_cache"], a["value_cache"], a["q_scratch"], *map(np.int32, numbers),
+    )  # fmt: skip
+    macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size}
+    backend.run("rope.cu", "rope_write_kv", shape, args, (6, 7, 8), **macros)
+    out = np.full(a["out"].shape, np.nan)
+    NumpyOps(np.float64).attention(
+        a["q_scratch"], a["key_cache"], a["value_cache"], a["query_starts"], a["kv_lens"],
+        a["block_tables"], a["scale"], 1, out,
+    )  # fmt: skip
+    return a["key_cache"], a["value_cache"], out
+
+
+def check(backend: Any, case: Case, storage: str, **tuning: Any) -> None:
+    call = case.build(DTYPES[storage])
+    keys, values, out = run(backend, call, FusedTuning(**tuning))
+    wanted_keys, wanted_values, wanted = unfused(backend, call)
+    assert keys.tobytes() == wanted_keys.tobytes(), "other keys in the cache"
+    assert values.tobytes() == wanted_values.tobytes(), "other values in the cache"
+    assert_close(out, wanted, str(case))
+
+
+GROUPS = [(2, 2), (2, 1), (4, 1), (7, 1), (16, 2)]
+SHARED = [
+    case
+    for case in CASES
+    if case.op == "attend" and case.name.startswith("decode") and "d12" not in case.name
+]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_shared_cases(backend: Any, case: Case, storage: str) -> None:
+    check(backend, case, storage)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_groups(backend: Any, heads: int, kv_heads: int, cluster: int) -> None:
+    case = attend_case(f"gqa-{heads}-{kv_heads}", LENGTHS, heads, kv_heads, 64, norms="qk")
+    check(backend, case, "bfloat16", cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("head_size", [16, 64, 80, 96, 128, 256])
+def test_head_sizes(backend: Any, head_size: int, cluster: int) -> None:
+    case = attend_case(f"d{head_size}", [(1, 300), (1, 17), (1, 1)], 2, 1, head_size, norms="k")
+    check(backend, case, "float16", cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (1, 2), (8, 2), (2, 4)])
+def test_long_contexts(backend: Any, cluster: int, warps: int, stages: int) -> None:
+    """Many turns of every ring, and lengths around where the last step changes warps and blocks."""
+    lens = [1000, 1024, 1025, 16 * cluster * warps, 16 * cluster * warps + 1, 640]
+    case = attend_case("long", [(1, n) for n in lens], 2, 1, 64, norms="q")
+    check(backend, case, "bfloat16", cluster=cluster, warps=warps, stages=stages)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 24, 128])
+def test_block_sizes(backend: Any, block_size: int) -> None:
+    lens = {n for k in (1, 3) for n in (k * block_size - 1, k * block_size, k * block_size + 1)}
+    case = attend_case(
+        f"p{block_size}", [(1, n) for n in sorted(lens) if n > 0], 4, 2, 64, block_size
+    )
+    check(backend, case, "float16", cluster=2)
+
+
+def test_nothing_is_read_early_where_that_is_forbidden(backend: Any) -> None:
+    case = attend_case("late", LENGTHS, 4, 2, 64, norms="qk")
+    check(backend, case, "bfloat16", cluster=4, read_early=False)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_padding_and_sequences_without_queries(backend: Any, cluster: int) -> None:
+    """Padding: length 0, a table of garbage, a slot of the null block. Its result is 0, and the
+    cache stays. A sequence without queries has no row."""
+    case = attend_case("padding", [(1, 50), (0, 30), (1, 1), (1, 1)], 4, 2, 64, norms="qk")
+    call = case.build(DTYPES["bfloat16"])
+    *_, wanted = unfused(backend, call)
+    a = call.arguments
+    a["kv_lens"][2:] = 0
+    a["block_tables"][2:] = cases.FAR_BLOCK
+    a["slots"][1:] = 3
+    keys, values, out = run(backend, call, FusedTuning(cluster=cluster))
+    assert_close(out[:1], wanted[:1])
+    assert (out[1:].astype(np.float64) == 0).all()
+    new = tuple(int(n) for n in divmod(a["slots"][0], a["key_cache"].shape[2]))
+    for after, before in ((keys, a["key_cache"]), (values, a["value_cache"])):
+        after[new[0], :, new[1]] = before[new[0], :, new[1]]
+        assert after.tobytes() == before.tobytes()
+
+
+# ------------------------------------------------------------------------------ the launch
+
+
+def sizes(**changes: Any) -> OpSizes:
+    plain = OpSizes(
+        max_tokens=64, max_num_seqs=64, max_rows=64, max_context=4096, hidden_size=64,
+        intermediate_size=64, vocab_size=64, num_heads=8, num_kv_heads=4, head_size=64,
+        dtype="bfloat16", residual_dtype="bfloat16", cache_dtype="bfloat16",
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def test_only_what_the_kernel_can_do_is_fused() -> None:
+    assert longest_fused(sizes(), MODERN, 1) > 0
+    assert longest_fused(sizes(), OLD, 1) == 0
+    for changes in (
+        {"head_size": 72}, {"num_heads": 68}, {"dtype": "float32"}, {"cache_dtype": "float16"}
+    ):  # fmt: skip
+        assert longest_fused(sizes(**changes), MODERN, 1) == 0, changes
+        assert fused_launch(sizes(**changes), MODERN, 1, 1) is None
+
+
+def test_the_bound_is_the_key_of_a_graph() -> None:
+    """Contexts of one bound have one launch; an unknown length has the one that suits all."""
+    for num_seqs in (1, 2, 8, 64):
+        longest = longest_fused(sizes(), MODERN, num_seqs)
+        short = kv_len_bound(sizes(), MODERN, num_seqs, 1)
+        long = kv_len_bound(sizes(), MODERN, num_seqs, longest + 1)
+        assert short == kv_len_bound(sizes(), MODERN, num_seqs, longest)
+        assert long >= 4096
+        assert fused_launch(sizes(), MODERN, num_seqs, short) is not None
+        for unfused_bound in (0, long, longest + 1):
+            assert fused_launch(sizes(), MODERN, num_seqs, unfused_bound) is None
+
+
+@pytest.mark.parametrize("shared_kb", [99, 227])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_launches_fit(shared_kb: int, head_size: int) -> None:
+    for heads, num_seqs in ((8, 1), (32, 5), (64, 40), (128, 4000)):
+        launch = launch_attention_fused(
+            num_seqs, heads, 8, head_size, num_multiprocessors=132,
+            max_shared_bytes=shared_kb << 10,
+        )  # fmt: skip
+        warps, stages = launch.block // 32, launch.macros["STAGES"]
+        need = fused_shared_bytes(head_size, heads // 8, warps, stages, launch.cluster)
+        assert need == launch.shared_bytes <= shared_kb << 10
+        assert launch.grid == (8 * launch.cluster, num_seqs)
+
+
+# ------------------------------------------------------------------------------ planted bugs
+
+PLANTED = {
+    "keys beyond the end are copied": ("int left = newest -", "int left = 16 + newest -"),
+    "missing wait for copies": ("cp_async_wait<STAGES - 1>();", ""),
+    "missing barrier before the heads are used": (
+        "        block_sync();\n\n        rows.start", "        rows.start"),
+    "the newest key is forgotten": ("*reinterpret_cast<uint4*>(keys + to) = from[0];", ""),
+    "the newest key is in the value's place": ("from[ROW_CHUNKS]", "from[0]"),
+    "stores before all blocks have started": (
+        "if (ranks > 1) cluster_wait();  // every block",
+        "if (ranks > 1) { cluster_wait(); } else  // every block"),
+    "parts merged before they are there": (
+        "        cluster_arrive();\n        cluster_wait();\n    } else", "    } else"),
+    "columns to the wrong block": ("place, n & (ranks - 1)", "place, (n + 1) & (ranks - 1)"),
+    "parts merged without their maxima": (
+        "weight = softmax_weight(states[at * 2], max)", "weight = 1.0f"),
+    "values that nobody sent": ("if (weight > 0.0f) value", "value"),
+    "heads of another group": ("? group * merge.rows + task", "? task"),
+    "norm of q for k": ("normalize_pairs(x, k_weight, eps)", "normalize_pairs(x, q_weight, eps)"),
+}  # fmt: skip
+
+
+@cache
+def planting_call() -> Call:
+    case = attend_case("planted", [(1, 700), (1, 81), (1, 1)], 6, 2, 64, 8, norms="qk")
+    return case.build(DTYPES["float16"])
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("bug", ["none", *PLANTED])
+def test_planted_bugs_are_found(bug: str) -> None:
+    source = (KERNELS / FILE).read_text()
+    if bug != "none":
+        old, new = PLANTED[bug]
+        assert old in source, "the kernel has changed: plant this bug anew"
+        source = source.replace(old, new)
+    call = planting_call()
+    backend = ShimBackend((0, 1), {FILE: source})
+    *caches, wanted = unfused(ShimBackend(), call)
+    try:
+        *got, out = run(backend, call, FusedTuning(cluster=4, warps=2, stages=2))
+        assert_close(out, wanted)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(caches, got, strict=True))
+    except (KernelFault, AssertionError):
+        assert bug != "none"
+    else:
+        assert bug == "none", "not found"
