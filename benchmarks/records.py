@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -55,12 +56,17 @@ def _module() -> str:
 
 
 def _commit() -> str:
-    """The commit measured, with "+" where the sources differ from it."""
+    """The commit measured, with "+" where the sources differ from it. NANOCUPY_COMMIT says it for a
+    copy of the sources without their history."""
+    given = os.environ.get("NANOCUPY_COMMIT")
+    if given:
+        return given
+    sources = ("../nanocupy", "../kernels_cu")
     git = ["git", "-C", str(FOLDER.parent)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
         changed = subprocess.check_output(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "../nanocupy"], text=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", *sources], text=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

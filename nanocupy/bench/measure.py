@@ -1,6 +1,7 @@
 """What the benches measure, through the engine: from ids in to ids on the host.
 
-Prompts are random ids, greedy, ends of text ignored. One run warms up and is not counted.
+Prompts are random ids, greedy, ends of text ignored. The first runs are not counted: a device loads
+what a step needs when its shape comes first, and captures it as a graph when it comes again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nanocupy.engine.engine import LLMEngine
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
 
+WARMUPS = 2  # runs that are not counted, where a step's shape may come once a run
 DECODE_PROMPT, DECODE_OUTPUT = 128, 256  # a decode bench runs from context 128 to 384
 
 
@@ -112,7 +114,8 @@ def _prompts(engine: LLMEngine, count: int, num_tokens: int, seed: int) -> list[
 
 
 def _repeat(run: Callable[[int], float], repeats: int) -> tuple[float, ...]:
-    run(0)
+    for _ in range(WARMUPS):
+        run(0)
     return tuple(run(seed) for seed in range(1, repeats + 1))
 
 

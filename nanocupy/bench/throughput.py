@@ -10,8 +10,9 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from nanocupy.bench.measure import Measurement, itemsize_of, weight_counts
+from nanocupy.bench.measure import WARMUPS, Measurement, itemsize_of, weight_counts
 from nanocupy.config import ModelConfig
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.errors import ConfigError
@@ -79,6 +80,16 @@ class Throughput:
     num_steps: int
     num_preemptions: int
 
+    def details(self) -> dict[str, Any]:
+        """All but the result, for JSON."""
+        return {
+            "seconds": [round(s, 4) for s in self.seconds],
+            "prompt_tokens": self.num_prompt_tokens,
+            "output_tokens": self.num_output_tokens,
+            "steps": self.num_steps,
+            "preemptions": self.num_preemptions,
+        }
+
 
 def throughput(
     engine: LLMEngine,
@@ -89,7 +100,8 @@ def throughput(
     report: Report = lambda done, total: None,
 ) -> Throughput:
     """Add all requests at once and run until all have ended, sampling at temperature 0.6, ends of
-    text ignored, after one run that is not counted (every run has seeds of its own).
+    text ignored, after two runs that are not counted: steps whose shape comes once in a run are
+    captured in the second. Every run has seeds of its own.
 
     report: called now and then with output tokens done and in all, of all runs. Raises ConfigError
     where the longest request does not fit.
@@ -99,9 +111,9 @@ def throughput(
     if longest > engine.max_context:
         raise ConfigError(f"a request has {longest} tokens, this engine takes {engine.max_context}")
     num_output = sum(output for _, output in requests)
-    total, done = num_output * (1 + repeats), 0
+    total, done = num_output * (WARMUPS + repeats), 0
     seconds, counts = [], (0, 0)
-    for run in range(1 + repeats):
+    for run in range(WARMUPS + repeats):
         before = _counts(engine)
         start = last_report = time.perf_counter()
         for number, (ids, output) in enumerate(requests):
@@ -127,13 +139,13 @@ def throughput(
         Measurement(
             f"throughput/{workload.name}/{shape}/{dtype}",
             "tok/s",
-            tuple(num_output / s for s in seconds[1:]),
+            tuple(num_output / s for s in seconds[WARMUPS:]),
             num_bytes,
             num_flops,
         ),
         sum(len(ids) for ids, _ in requests),
         num_output,
-        tuple(seconds[1:]),
+        tuple(seconds[WARMUPS:]),
         *counts,
     )
 

@@ -146,7 +146,7 @@ def throughput(
     """Output tokens a second: all requests at once, lengths of prompts and outputs uniform.
 
     The defaults on a GPU are nano-vllm's workload: 256 requests of 100 to 1024 tokens in and out,
-    at temperature 0.6, ends of text ignored. One run comes first that is not counted.
+    at temperature 0.6, ends of text ignored. Two runs come first that are not counted.
     """
     from nanocupy.bench import throughput as bench_throughput
     from nanocupy.cli.bench_report import report_throughput

@@ -50,15 +50,8 @@ def report_times(
 def report_throughput(found: Throughput, device: str, as_json: bool) -> None:
     """Output tokens a second, and what the run was made of."""
     result = found.result
-    details = {
-        "seconds": [round(s, 4) for s in found.seconds],
-        "prompt_tokens": found.num_prompt_tokens,
-        "output_tokens": found.num_output_tokens,
-        "steps": found.num_steps,
-        "preemptions": found.num_preemptions,
-    }
     if as_json:
-        _print_json(result, device, details)
+        _print_json(result, device, found.details())
         return
     table = make_table(f"on {device}", "", result.name, right=(1,))
     table.add_row("output tokens/s", f"{result.median:,.1f}")

@@ -62,7 +62,7 @@ def test_throughput_counts_what_it_did() -> None:
     assert found.result.name == "throughput/5x3-9-seed1/tiny/float32"
     assert found.num_prompt_tokens == sum(len(ids) for ids, _ in requests)
     assert found.num_output_tokens == sum(output for _, output in requests)
-    assert reports[-1] == (3 * found.num_output_tokens,) * 2
+    assert reports[-1] == (4 * found.num_output_tokens,) * 2
     for rate, seconds in zip(found.result.values, found.seconds, strict=True):
         assert rate * seconds == pytest.approx(found.num_output_tokens)
     assert found.num_steps >= max(output for _, output in requests)
@@ -97,7 +97,7 @@ def test_the_command(tiny_shape: None, capsys: pytest.CaptureFixture[str]) -> No
     assert result["name"] == "throughput/3x16-18/smollm2-135m/float32"
     assert (result["unit"], len(result["seconds"])) == ("tok/s", 2)
     assert result["spread"][0] <= result["value"] <= result["spread"][1]
-    assert f"output tokens: {3 * result['output_tokens']}, done" in captured.err
+    assert f"output tokens: {4 * result['output_tokens']}, done" in captured.err
     assert cli.main(argv) == 0
     assert "preemptions" in capsys.readouterr().out
     assert cli.main([*argv[:4], "--max-len", "300"]) == 2

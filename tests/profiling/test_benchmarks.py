@@ -1,0 +1,97 @@
+"""`python -m benchmarks.engine` on the CPU: what it measures, and the records it leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import engine, records
+from benchmarks.ceilings import Ceilings
+from nanocupy.bench import idle, measure
+from nanocupy.bench.measure import Measurement
+from nanocupy.bench.shapes import SHAPES
+from nanocupy.errors import ConfigError
+from tests.checkpoint.tiny import tiny_config
+
+CEILINGS = Ceilings(bytes_per_s=2e9, flops_per_s=4e12)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(max_context=512))
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    for module in (measure, idle):
+        monkeypatch.setattr(module, "DECODE_OUTPUT", 5)
+    return tmp_path
+
+
+def run(*argv: str) -> None:
+    shape = ("--shape", "smollm2-135m", "--dtype", "float32", "--device", "cpu")
+    engine.run(engine.parse([*argv, *shape]), CEILINGS)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ceilings_are_the_floor_in_the_result_s_unit() -> None:
+    reads = Measurement("a", "ms", (4.0,), 2_000_000, 1000)
+    assert engine.ceiling_of(reads, CEILINGS) == pytest.approx(1.0)
+    computes = Measurement("a", "ms", (4.0,), 2_000, 8 * 10**9)
+    assert engine.ceiling_of(computes, CEILINGS) == pytest.approx(2.0)
+    rate = Measurement("a", "tok/s", (100.0,), 4 * 10**9, 0)
+    assert engine.ceiling_of(rate, CEILINGS, 500) == pytest.approx(250.0)
+
+
+def test_every_bench_leaves_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("decode", "--batch", "1,2", "--repeats", "2", "--set", "block_size=8")
+    one, two = lines(folder / "decode.jsonl")
+    assert [one["name"], two["name"]] == [f"decode/smollm2-135m/float32/b{n}" for n in (1, 2)]
+    assert one["settings"] == {"block_size": 8}
+    assert one["ceiling"] == pytest.approx(one["bytes"] / 2e6, abs=1e-4)
+    assert one["share"] == pytest.approx(one["ceiling"] / one["value"], rel=0.02, abs=1e-4)
+    assert one["host_step_us"] >= one["host_parts_us"]["launch"]
+    assert one["gpu_idle_share"] is None
+    assert (one["device"], one["dtype"]) == ("cpu", "float32")
+    assert (one["read_gb_per_s"], one["product_tflops"]) == (2.0, 4.0)
+    run("prefill", "--tokens", "20,40")
+    assert [r["unit"] for r in lines(folder / "prefill.jsonl")] == ["ms", "ms"]
+    run("throughput", "--requests", "3", "--min-len", "4", "--max-len", "9", "--repeats", "1")
+    (busy,) = lines(folder / "throughput.jsonl")
+    assert busy["name"] == "throughput/3x4-9/smollm2-135m/float32"
+    assert busy["share"] == pytest.approx(busy["value"] / busy["ceiling"], rel=0.02, abs=1e-4)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 5
+    assert "prefill/smollm2-135m/float32/t40" in out
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'block_size'"):
+        engine.parse(["decode", "--set", "blok_size=8"])
+    with pytest.raises(ConfigError, match="block_size is 0"):
+        engine.parse(["decode", "--set", "block_size=0"])
+    with pytest.raises(SystemExit):
+        engine.parse(["walk"])
+
+
+def test_the_commit_of_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A "+" where a kernel or the package differs from the commit, and only there."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for name in ("nanocupy", "kernels_cu", "benchmarks/records", "docs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("1")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    monkeypatch.delenv("NANOCUPY_COMMIT", raising=False)
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "benchmarks" / "records")
+    (tmp_path / "docs" / "file").write_text("2")
+    assert records._commit() == head
+    (tmp_path / "kernels_cu" / "file").write_text("2")
+    assert records._commit() == head + "+"
+    monkeypatch.setenv("NANOCUPY_COMMIT", "abc1234")
+    assert records._commit() == "abc1234"
