@@ -35,6 +35,12 @@ __device__ __forceinline__ int index_of(uint64_t key) {
     return static_cast<int>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
+// The token of a row's largest key; -1 where that logit is NaN or infinite: no token can be told.
+__device__ __forceinline__ int token_of(uint64_t key) {
+    const uint32_t order = static_cast<uint32_t>(key >> 32);
+    return order_of(-infinity()) < order && order < order_of(infinity()) ? index_of(key) : -1;
+}
+
 // penalize_rows: logit bias, repetition, presence and frequency penalties, in place
 // grid S, block any multiple of 32, no shared memory
 // logits         float [S, V]
@@ -67,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(1024) penalize_rows(
 // grid (S, parts), block any multiple of 32
 // logits  float [S, V]
 // keys    uint64 [S, parts]: for argmax_merge_rows; unused (null) with one part
-// out     int32 [S]: written with one part
+// out     int32 [S]: written with one part; -1 where the largest is infinite or NaN
 // REF: numpy_ops.sample (temperature 0)
 // COST: 4 * S * V bytes
 extern "C" __global__ void __launch_bounds__(1024) argmax_rows(
@@ -85,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(1024) argmax_rows(
     best = block_reduce<LargestKey>(best);
     if (threadIdx.x != 0) return;
     if (gridDim.y == 1) {
-        out[blockIdx.x] = index_of(best);
+        out[blockIdx.x] = token_of(best);
     } else {
         keys[static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y] = best;
     }
@@ -94,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(1024) argmax_rows(
 // argmax_merge_rows: the argmax of each row from the keys of its parts
 // grid S, block 32
 // keys  uint64 [S, parts] of argmax_rows
-// out   int32 [S]
+// out   int32 [S]; -1 where the largest is infinite or NaN
 // REF: numpy_ops.sample (temperature 0)
 // COST: 8 * S * parts bytes
 extern "C" __global__ void __launch_bounds__(1024) argmax_merge_rows(
@@ -106,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(1024) argmax_merge_rows(
         best = LargestKey::combine(best, keys[static_cast<int64_t>(blockIdx.x) * parts + i]);
     }
     best = warp_reduce<LargestKey>(best);
-    if (lane_id() == 0) out[blockIdx.x] = index_of(best);
+    if (lane_id() == 0) out[blockIdx.x] = token_of(best);
 }
 
 // A row of logits as the sampler sees it: what is kept, and what each token weighs.
@@ -217,7 +223,7 @@ __device__ __forceinline__ void draw(const Row& row, double uniform, int32_t* ou
 // top_p        float [S], from 1 on off; min_p float [S], 0 is off
 // seeds        uint64 [S]; counters uint32 [S, 2]: position and sample index
 // out          int32 [S]
-// A row whose largest logit is infinite or NaN gives that one.
+// A row whose largest logit is infinite or NaN gives -1.
 // REF: numpy_ops.sample
 // COST: reads a row 3 times (from L2 after the first), 3 times more for top-k, 4 times for top-p
 extern "C" __global__ void __launch_bounds__(1024) sample_rows(
@@ -239,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample_rows(
     best = block_reduce<LargestKey>(best);
     row.top = row.logits[index_of(best)];
     if (row.temperature == 0.0f || !(fabsf(row.top) < infinity())) {
-        if (threadIdx.x == 0) out[s] = index_of(best);
+        if (threadIdx.x == 0) out[s] = token_of(best);
         return;
     }
 

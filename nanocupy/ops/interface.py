@@ -231,6 +231,6 @@ class Ops(ABC):
         the seed as key and (position, sample, 0, 0) as counter; u in [0, 1) is made of 53 bits,
         (word0 >> 5) * 2**26 + (word1 >> 6) over 2**53, and picks the first id, in the order of
         ids, whose cumulative weight is above u * total. A row whose largest logit is NaN or
-        infinite gives its argmax: the first NaN, else the first infinity. A row's token depends
-        on its own logits and parameters alone.
+        infinite (or that has no other than -inf) gives -1. A row's token depends on its own logits
+        and parameters alone.
         """
