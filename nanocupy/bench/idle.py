@@ -10,7 +10,6 @@ from typing import Any
 from nanocupy.bench.measure import DECODE_OUTPUT, decode_steps
 from nanocupy.cuda.step_stamps import IdleTime, idle_share
 from nanocupy.engine.engine import LLMEngine
-from nanocupy.engine.watch import StepWatch
 from nanocupy.profiling.step_parts import PARTS, StepParts
 
 
@@ -44,7 +43,7 @@ class HostTime:
 def decode_idle(engine: LLMEngine, shape: str, dtype: str, batch: int) -> HostTime:
     """Run the work of `measure.decode` once more, watched; steps are a little slower by that.
     Raises ConfigError where it does not fit."""
-    parts = StepParts()
+    parts, watch = StepParts(), engine.watch
     # Room for the steps of the prompts too, so that no decode step falls out of the ring.
     stamps = engine.runner.stamp_steps(2 * DECODE_OUTPUT + 2 * batch)
     try:
@@ -59,7 +58,7 @@ def decode_idle(engine: LLMEngine, shape: str, dtype: str, batch: int) -> HostTi
             spent.append(parts.last)
         steps = stamps.read() if stamps is not None else []
     finally:
-        engine.watch = StepWatch()
+        engine.watch = watch
         engine.runner.stamp_steps(0)
     return HostTime(
         f"decode/{shape}/{dtype}/b{batch}",

@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a trace that chrome://tracing or ui.perfetto.dev opens.",
 )
+@click.option(
+    "--nvtx",
+    is_flag=True,
+    help="Mark requests, steps, layers and ops as ranges for nsys or ncu, under which it runs.",
+)
 @click.option("--by-layer", is_flag=True, help="A table by layer too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 def profile(
@@ -55,6 +60,7 @@ def profile(
     prompt_tokens: int,
     output_tokens: int,
     trace: Path | None,
+    nvtx: bool,
     by_layer: bool,
     as_json: bool,
 ) -> None:
@@ -62,7 +68,8 @@ def profile(
 
     Each op is timed on its own, so nothing overlaps and no graph is replayed: shares are right,
     whole steps are slower than `nanocupy bench` shows. GB/s and GFLOP/s are of the bytes and
-    operations that an op cannot do without.
+    operations that an op cannot do without. To see steps as they are in use, with ranges of
+    requests and steps alone, run any command under a profiler with NANOCUPY_NVTX=1.
     """
     if model is not None and shape is not None:
         raise ConfigError("give --model or --shape, not both")
@@ -71,6 +78,11 @@ def profile(
     from nanocupy.profiling.profile import profile as run_profile
     from nanocupy.profiling.timeline import totals, trace_events, write_trace
 
+    ranges = None
+    if nvtx:
+        from nanocupy.cuda.nvtx import CupyNvtx
+
+        ranges = CupyNvtx()
     checkpoint, itemsize = _checkpoint(model, shape or "smollm2-135m", device)
     context = prompt_tokens + output_tokens
     if context > checkpoint.config.max_context:
@@ -82,7 +94,7 @@ def profile(
     runner = make_runner(checkpoint, config, progress=True)
     result = run_profile(
         runner, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch,
-        itemsize=itemsize,
+        itemsize=itemsize, nvtx=ranges,
     )  # fmt: skip
     parts = {"prefill": result.prefill, "decode": result.decode}
     memory = result.memory[-1][1]

@@ -45,15 +45,24 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
 def make_engine(
     checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False
 ) -> LLMEngine:
-    """An engine on the runner that `make_runner` gives, with all of `config`. Raises the same."""
+    """An engine on the runner that `make_runner` gives, with all of `config`. Raises the same.
+
+    With NANOCUPY_NVTX=1 in the environment, profilers see its requests and steps as ranges.
+    """
     runner = make_runner(checkpoint, config, progress=progress)
-    return LLMEngine(
+    engine = LLMEngine(
         checkpoint.config,
         runner,
         scheduler_settings(config, runner.limits),
         prefix_cache=config.prefix_cache,
         run_ahead=config.run_ahead and runner.can_run_ahead,
     )
+    if os.environ.get("NANOCUPY_NVTX", "0") not in ("", "0"):
+        from nanocupy.cuda.nvtx import CupyNvtx
+        from nanocupy.profiling.ranges import RangeWatch
+
+        engine.watch = RangeWatch(CupyNvtx())
+    return engine
 
 
 def _cpu_runner(

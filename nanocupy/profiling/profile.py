@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanocupy.cuda.nvtx import Nvtx
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.runner import Runner
 from nanocupy.model.weights import weight_layout
+from nanocupy.profiling.ranges import RangeObserver, RangeWatch
 from nanocupy.profiling.recorder import HostClock, StepRecorder
 from nanocupy.profiling.timeline import Span
 from nanocupy.sampling_params import SamplingParams
@@ -24,10 +26,17 @@ class Profile:
 
 
 def profile(
-    runner: Runner, *, prompt_tokens: int, output_tokens: int, batch: int, itemsize: int
+    runner: Runner,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch: int,
+    itemsize: int,
+    nvtx: Nvtx | None = None,
 ) -> Profile:
     """Run `batch` random prompts of `prompt_tokens` ids and `output_tokens` greedy tokens each,
-    after one uncounted run. Raises RequestError where they do not fit."""
+    after one uncounted run. nvtx: where ranges of the counted run go. Raises RequestError where
+    they do not fit."""
     config = runner.config
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     rng = np.random.default_rng(0)
@@ -45,6 +54,9 @@ def profile(
     clock = getattr(runner, "clock", None) or HostClock()
     recorder = StepRecorder(clock, shapes, itemsize)
     runner.observer = recorder
+    if nvtx is not None:
+        runner.observer = RangeObserver(nvtx, recorder)
+        engine.watch = RangeWatch(nvtx)
     try:
         run()
     finally:
