@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from nanocupy.checkpoint.base import Checkpoint
@@ -124,8 +125,16 @@ def _cuda_runner(
     num_host_blocks = _num_host_blocks(checkpoint.config, config, wanted, ITEMSIZES[dtype])
     limits = replace(limits, num_host_blocks=num_host_blocks)
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
-    with byte_progress("loading", progress, quiet_s=1.0) as report:
-        runner.upload_weights(checkpoint, report)
+    variants = runner.kernel_variants()
+    compiler, arch = device.kernels.compiler, device.kernels.arch
+    with ThreadPoolExecutor(1) as pool:  # both take their time, and neither needs the other
+        compiled = pool.submit(compiler.compile_all, variants, arch=arch)
+        with byte_progress("loading", progress, quiet_s=1.0) as report:
+            runner.upload_weights(checkpoint, report)
+        if not compiled.done():
+            say("compiling kernels for this GPU, once; later starts find them", progress)
+        compiled.result()
+    device.kernels.prefetch(variants)
     return runner
 
 

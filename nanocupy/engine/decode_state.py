@@ -72,6 +72,10 @@ class DecodeState:
         return part.reshape(num_places, 2) if name == "counters" else part
 
     @property
+    def field_names(self) -> tuple[str, ...]:
+        return (*_FIELDS, "block_tables")
+
+    @property
     def num_places(self) -> int:
         """Places in use: the first ones."""
         return len(self._place_of)

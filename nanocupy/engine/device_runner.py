@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nanocupy.checkpoint.base import Checkpoint, dequantized
-from nanocupy.checkpoint.random import RandomCheckpoint
+from nanocupy.checkpoint.base import Checkpoint
 from nanocupy.config import ModelConfig
 from nanocupy.cuda.arena import ArenaPlan
 from nanocupy.cuda.device import Device
@@ -31,6 +29,8 @@ from nanocupy.engine.batch import (
 )
 from nanocupy.engine.binding import StepObserver, bind_calls, run_calls, step_dims
 from nanocupy.engine.decode_state import DecodeState
+from nanocupy.engine.device_inputs import DeviceInputs, Staging
+from nanocupy.engine.device_logprobs import DeviceLogprobs
 from nanocupy.engine.device_plan import (
     MAX_UPDATES,
     MIN_INPUT_BYTES,
@@ -41,33 +41,27 @@ from nanocupy.engine.device_plan import (
     table_width,
 )
 from nanocupy.engine.device_swap import HostBlocks
+from nanocupy.engine.device_weights import upload_weights
 from nanocupy.engine.request import PENDING_TOKEN, Request
+from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
-from nanocupy.engine.step_inputs import StepShape, fill, step_shape
-from nanocupy.model.forward import decoder_forward
+from nanocupy.engine.step_inputs import StepShape, step_shape
+from nanocupy.model.forward import OpCall, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
-from nanocupy.ops.cuda_sizes import ITEMSIZES, workspace_plan
+from nanocupy.ops.cuda_sizes import kv_len_bound, workspace_plan
+from nanocupy.ops.kernel_variants import Variant, VariantCollector
 
-_ALIGNMENT = 16  # bytes
 _SAMPLER_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "counters")
-
-
-@dataclass
-class _Staging:
-    """Pinned memory of a step that is under way: what it sends, and what it brings back."""
-
-    inputs: np.ndarray  # uint8
-    updates: np.ndarray  # int32 [MAX_UPDATES, 2]
-    sampled: np.ndarray  # int32 [max_num_seqs]
 
 
 class DeviceRunner(Runner):
     """Runs `config` on `device`. Fill the weights (`upload_weights`) before the first step."""
 
     can_run_ahead = True
+    has_logprobs = True
 
     def __init__(
         self,
@@ -90,20 +84,17 @@ class DeviceRunner(Runner):
         self.forward = decoder_forward(config, rope)
         self._is_dynamic = rope.is_dynamic
         self.weights = {w.name: self._view(f"weight.{w.name}") for w in weight_layout(config)}
-        sizes = op_sizes(config, settings, limits)
-        self._few_queries = sizes.max_queries
+        sizes = self._sizes = op_sizes(config, settings, limits)
         workspaces = {name: self._view(name) for name in workspace_plan(sizes, device.traits)}
         device.fill(workspaces["counters"], 0)
+        self._workspaces = workspaces
         self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)
 
         width = table_width(limits)
         self.state = DecodeState(limits.max_num_seqs, width, limits.block_size)
         self._state_words = self._view("decode_state")
         device.fill(self._state_words, 0)
-        self._inputs = self._view("inputs")
-        self._inputs_used = 0
-        # Two steps may be under way, so each of their parts on the host is there twice.
-        self._staging = [self._new_staging() for _ in range(2)]
+        self._inputs = DeviceInputs(device, self._view("inputs"), limits.max_num_seqs)
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._previous: Sequence[Request] = ()  # whose tokens `sampled` holds, by row
         self._stamps: StepStamps | None = None
@@ -117,6 +108,7 @@ class DeviceRunner(Runner):
         for cache in caches:
             device.fill(cache, 0)
         self._host_blocks = HostBlocks(device, caches, limits.num_host_blocks)
+        self._logprobs = DeviceLogprobs(device, config.vocab_size, self._head_of, limits)
         device.synchronize("preparing the device")
 
     @property
@@ -132,32 +124,35 @@ class DeviceRunner(Runner):
     ) -> None:
         """Copy the checkpoint's tensors into place, or make random ones there; progress is called
         with bytes done and in all. Raises CheckpointError, CudaError."""
-        layout = list(weight_layout(self.config))
-        itemsize = ITEMSIZES[self.settings.dtype]
-        total = sum(math.prod(weight.shape) for weight in layout) * itemsize
-        with self._device.uploader(total, progress) as uploader:
-            for weight in layout:
-                row = 0
-                for source in weight.sources:
-                    num_rows = checkpoint.tensors[source].shape[0]
-                    part = self.weights[weight.name][row : row + num_rows]
-                    row += num_rows
-                    deviation = None
-                    if isinstance(checkpoint, RandomCheckpoint):
-                        deviation = checkpoint.deviation(source)
-                    if deviation is None:
-                        uploader.upload(source, dequantized(checkpoint.read(source)), part)
-                    else:  # made there: quicker by far than here
-                        self.ops.fill_normal(part, deviation, checkpoint.seed_of(source))
-        self._device.synchronize("loading the weights")
+        upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
 
-    def _new_staging(self) -> _Staging:
-        pinned = self._device.pinned
-        return _Staging(
-            pinned(self._inputs.nbytes),
-            pinned(8 * MAX_UPDATES).view(np.int32).reshape(-1, 2),
-            pinned(4 * self.limits.max_num_seqs).view(np.int32),
+    def kernel_variants(self) -> list[Variant]:
+        """The kernel modules that steps of every kind need: to compile them at once, beforehand."""
+        collector = VariantCollector()
+        real, limits = self.ops, self.limits
+        self.ops = CudaOps(
+            collector, lambda *args: None, self._workspaces, self._sizes, self._device.traits
         )
+        calls = [call for call in self.forward if not call.layer]  # the layers are alike
+
+        def work() -> None:
+            for num_tokens in sorted({1, min(64, limits.max_step_tokens), limits.max_step_tokens}):
+                shape = StepShape(num_tokens, 1, table_width(limits), 1, num_tokens)
+                inputs = self._inputs.arrays_of(shape)
+                self._forward(inputs, _dims(shape), calls)
+            for params in (None, inputs):
+                self._sample(1, params)
+            for num in sorted({min(n, limits.max_num_seqs) for n in (1, 2, 4, 8, 16, 1 << 30)}):
+                for longest in (1, limits.max_context):
+                    bound = kv_len_bound(self._sizes, self._device.traits, num, longest)
+                    inputs = self._decode_inputs(num)
+                    self._forward(inputs, step_dims(num, num, num, 1, bound), calls)
+            self.ops.resolve_tokens(inputs["token_ids"], self._view("sampled"))
+
+        try:
+            return collector.collect(work)
+        finally:
+            self.ops = real
 
     def stamp_steps(self, num_steps: int) -> StepStamps:
         self._stamps = StepStamps(self._device, num_steps) if num_steps else None
@@ -165,12 +160,11 @@ class DeviceRunner(Runner):
 
     # ----------------------------------------------------------------- steps
 
-    def run(self, schedule: Schedule) -> list[int]:
+    def run(self, schedule: Schedule) -> list[int] | StepResult:
         return self.launch(schedule)()
 
-    def launch(self, schedule: Schedule) -> Callable[[], list[int]]:
-        self._staging.reverse()
-        staging = self._staging[0]
+    def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
+        staging = self._inputs.turn()
         if schedule.swap_out or schedule.swap_in:
             self._host_blocks.copy(schedule)
             self._batch = None
@@ -182,19 +176,23 @@ class DeviceRunner(Runner):
             order = self._launch_other(schedule, staging)
         moment = self._device.moment()
 
-        def read() -> list[int]:
+        def read() -> list[int] | StepResult:
             self._device.wait(moment, "a step")
-            return staging.sampled[order].tolist()
+            token_ids = staging.sampled[order].tolist()
+            if not schedule.wants_logprobs:
+                return token_ids
+            return self._logprobs.result(token_ids)
 
         return read
 
-    def _launch_other(self, schedule: Schedule, staging: _Staging) -> Any:
+    def _launch_other(self, schedule: Schedule, staging: Staging) -> Any:
         """A step that is no repetition of the one before. Returns the rows, in `sampled`, of the
         requests that sample, in the schedule's order."""
         sampling = schedule.sampling
         rows = {request: row for row, request in enumerate(self._previous)}
         penalties = build_penalty_batch(sampling, self.config.eos_ids)
-        if penalties is None and all(s.samples and s.num_tokens == 1 for s in schedule):
+        decodes = all(s.samples and s.num_tokens == 1 for s in schedule)
+        if decodes and penalties is None and not schedule.wants_logprobs:
             self._batch = schedule.requests
             updates = self.state.updates(sampling, rows)
             self._previous = self.state.places[: len(sampling)]
@@ -206,7 +204,7 @@ class DeviceRunner(Runner):
             if batch.token_ids[row] == PENDING_TOKEN:
                 batch.token_ids[row] = -1 - rows[item.request]
         self._previous = sampling
-        self._step(batch, sampling, penalties, staging)
+        self._step(schedule, batch, penalties, staging)
         return slice(0, len(sampling))
 
     def logits(self, batch: ForwardBatch) -> np.ndarray:
@@ -220,7 +218,7 @@ class DeviceRunner(Runner):
         exact = StepShape(len(batch.token_ids), num_seqs, width, shape[0], queries)
 
         def body() -> None:
-            self._forward(self._send(exact, batch, None, self._staging[0]), _dims(exact))
+            self._forward(self._inputs.send_step(exact, batch, None), _dims(exact))
             self._device.to_host(host, self._view("logits", shape))
 
         self._device.eager("logits were asked for", body)
@@ -229,7 +227,7 @@ class DeviceRunner(Runner):
 
     # ----------------------------------------------------------------- decodes alone
 
-    def _decode(self, staging: _Staging, updates: np.ndarray) -> Any:
+    def _decode(self, staging: Staging, updates: np.ndarray) -> Any:
         """One token for each request of the batch: one graph, and what the host must change before
         it. Returns the rows of the requests."""
         state, device = self.state, self._device
@@ -246,75 +244,77 @@ class DeviceRunner(Runner):
             token_ids = state.view(self._state_words, "token_ids", num_places)
             self.ops.resolve_tokens(token_ids, self._view("sampled"))
         greedy = not state.view(state.words, "temperature", state.num_places).any()
+        kv_lens = state.view(state.words, "kv_lens", num_places)
+        bound = kv_len_bound(self._sizes, device.traits, num_places, int(kv_lens.max()))
+        dims = step_dims(num_places, num_places, num_places, 1, bound)
         if self.observer is None:
             device.run(
-                ("decode", num_places, "greedy" if greedy else "sampled", self._stamps),
-                lambda: self._decode_step(num_places, greedy),
+                ("decode", num_places, bound, "greedy" if greedy else "sampled", self._stamps),
+                lambda: self._decode_step(num_places, dims, greedy),
             )
         else:  # the calls of a graph cannot be seen one by one
-            dims = step_dims(num_places, num_places, num_places, 1)
-            kv_lens = state.view(state.words, "kv_lens", num_places).tolist()
             self._observed(
-                dims, range(num_places + 1), kv_lens, lambda: self._decode_step(num_places, greedy)
-            )
+                dims, range(num_places + 1), kv_lens.tolist(),
+                lambda: self._decode_step(num_places, dims, greedy),
+            )  # fmt: skip
         state.advance()
         self._fetch(staging, state.num_places)
         return self._places
 
-    def _decode_step(self, num_places: int, greedy: bool) -> None:
+    def _decode_step(self, num_places: int, dims: Mapping[str, int], greedy: bool) -> None:
         """The body of a decode graph: forward, sample, move on."""
-
-        def field(name: str) -> Any:
-            return self.state.view(self._state_words, name, num_places)
 
         if self._stamps is not None:
             self._stamps.start()
+        inputs = self._decode_inputs(num_places)
+        self._forward(inputs, dims)
+        sampled = self._sample(num_places, None if greedy else inputs)
+        self.ops.advance_decode_state(
+            sampled,
+            *(inputs[name] for name in ("block_tables", "token_ids", "positions", "kv_lens")),
+            *(inputs[name] for name in ("slots", "rope_lens", "counters")),
+            self.limits.block_size,
+        )
+        if self._stamps is not None:
+            self._stamps.end(DECODE)
+
+    def _decode_inputs(self, num_places: int) -> dict[str, Any]:
+        """The fields of the decode state, and what of a step's inputs is always the same there."""
+        fields = {
+            name: self.state.view(self._state_words, name, num_places)
+            for name in self.state.field_names
+        }
         numbers = self._view("place_numbers")
-        inputs = {
-            "token_ids": field("token_ids"),
-            "positions": field("positions"),
-            "slots": field("slots"),
-            "rope_lens": field("rope_lens"),
-            "kv_lens": field("kv_lens"),
-            "block_tables": field("block_tables"),
+        return fields | {
             "query_starts": numbers[: num_places + 1],
             "sample_rows": numbers[:num_places],
         }
-        self._forward(inputs, step_dims(num_places, num_places, num_places, 1))
-        sampler = None if greedy else {name: field(name) for name in _SAMPLER_FIELDS}
-        sampled = self._sample(num_places, sampler)
-        self.ops.advance_decode_state(
-            sampled, field("block_tables"), field("token_ids"), field("positions"),
-            field("kv_lens"), field("slots"), field("rope_lens"), field("counters"),
-            self.limits.block_size,
-        )  # fmt: skip
-        if self._stamps is not None:
-            self._stamps.end(DECODE)
 
     # ----------------------------------------------------------------- any other step
 
     def _step(
         self,
+        schedule: Schedule,
         batch: ForwardBatch,
-        requests: Sequence[Request],
         penalties: PenaltyBatch | None,
-        staging: _Staging,
+        staging: Staging,
     ) -> None:
         """Forward and sample for a batch that brings its inputs along; a graph for each rounded
-        shape. Penalties are sent and done between the two."""
+        shape. Between the two, logits that are asked for are kept, and penalties done."""
+        requests = schedule.sampling
         shape = step_shape(
             batch,
             max_tokens=self.limits.max_step_tokens,
             max_num_seqs=self.limits.max_num_seqs,
             max_table_width=table_width(self.limits),
             max_rows=self.limits.max_num_seqs,
-            few_queries=self._few_queries,
+            few_queries=self._sizes.max_queries,
         )
         greedy = all(r.params.temperature == 0 for r in requests)
         sampler = None if greedy else build_sampler_batch(requests)
-        inputs = self._send(shape, batch, sampler, staging)
+        inputs = self._inputs.send_step(shape, batch, sampler)
         self.ops.resolve_tokens(inputs["token_ids"], self._view("sampled"))
-        params = None if greedy else {name: inputs[name] for name in _SAMPLER_FIELDS}
+        params = None if greedy else inputs
 
         def body(draws: bool) -> None:
             if self._stamps is not None:
@@ -325,7 +325,7 @@ class DeviceRunner(Runner):
             if self._stamps is not None:
                 self._stamps.end(OTHER)
 
-        draws = penalties is None
+        draws = penalties is None and not schedule.wants_logprobs
         if self.observer is not None:
             lens = batch.kv_lens.tolist() + [0] * (shape.num_seqs - len(batch.kv_lens))
             starts = batch.query_starts.tolist()
@@ -334,29 +334,18 @@ class DeviceRunner(Runner):
         else:
             how = ("greedy" if greedy else "sampled") if draws else "logits"
             self._device.run(("step", shape, how, self._stamps), lambda: body(draws))
-        if penalties is not None:
+        if not draws:
             logits = self._view("logits", (len(requests), self.config.vocab_size))
+            if schedule.wants_logprobs:
+                self._logprobs.keep(schedule, logits, _dims(shape))
             for rows, part in split_penalties(penalties, MIN_INPUT_BYTES // 32):
-                if self._inputs_used > self._inputs.nbytes - MIN_INPUT_BYTES:
-                    self._device.synchronize("sending penalties")  # the staging memory is reused
-                    self._inputs_used = shape.num_bytes
-                self.ops.penalize(logits[rows], **self._put_all(vars(part), staging))
-            self._sample(shape.num_rows, params)
+                if self._inputs.is_full:
+                    self._device.synchronize("sending penalties")
+                    self._inputs.rewind(shape.num_bytes)
+                self.ops.penalize(logits[rows], **self._inputs.send(vars(part)))
+            if shape.num_rows:
+                self._sample(shape.num_rows, params)
         self._fetch(staging, len(requests))
-
-    def _send(
-        self, shape: StepShape, batch: ForwardBatch, sampler: Any, staging: _Staging
-    ) -> dict[str, Any]:
-        """Bring the inputs of a step over; each as an array of the device, by name."""
-        fill(staging.inputs, shape, batch, sampler)
-        self._inputs_used = shape.num_bytes
-        self._device.to_device(self._inputs[: shape.num_bytes], staging.inputs[: shape.num_bytes])
-        return {
-            name: self._inputs[offset : offset + math.prod(size) * dtype.itemsize]
-            .view(dtype)
-            .reshape(size)
-            for name, (offset, dtype, size) in shape.arrays.items()
-        }
 
     # ----------------------------------------------------------------- parts of both
 
@@ -367,10 +356,10 @@ class DeviceRunner(Runner):
         if params is None:
             self.ops.argmax(logits, sampled)
         else:
-            self.ops.sample(logits, **params, out=sampled)
+            self.ops.sample(logits, **{n: params[n] for n in _SAMPLER_FIELDS}, out=sampled)
         return sampled
 
-    def _fetch(self, staging: _Staging, num_rows: int) -> None:
+    def _fetch(self, staging: Staging, num_rows: int) -> None:
         """Start the copy of the sampled ids to the host."""
         if num_rows:
             self._device.to_host(staging.sampled[:num_rows], self._view("sampled", (num_rows,)))
@@ -388,15 +377,28 @@ class DeviceRunner(Runner):
         self._device.synchronize("a step")
         self.observer.end_step()
 
-    def _forward(self, inputs: Mapping[str, Any], dims: Mapping[str, int]) -> None:
-        """The op calls of a step, in order. `inputs`: the batch's arrays, where they lie."""
+    def _head_of(self, rows: np.ndarray, dims: Mapping[str, int]) -> Any:
+        """Logits [n, V] of these rows int32 [n] of the step of `dims` that has just run."""
+        self._inputs.rewind(0)
+        sent = self._inputs.send({"sample_rows": rows})
+        dims = {**dims, "S": len(rows)}
+        self._forward(sent, dims, [call for call in self.forward if call.op == "lm_head"])
+        return self._view("logits", (len(rows), self.config.vocab_size))
+
+    def _forward(
+        self,
+        inputs: Mapping[str, Any],
+        dims: Mapping[str, int],
+        calls: Sequence[OpCall] | None = None,
+    ) -> None:
+        """The op calls of a step, in order, or some of them. `inputs`: the batch's arrays."""
         limits = self.limits
         all_dims = {"N": limits.num_blocks, "P": limits.block_size, "M": 0, **dims}
 
         def view(name: str, shape: tuple[int, ...]) -> Any:
             return inputs[name] if name in inputs else self._view(name, shape)
 
-        bound = bind_calls(self.forward, self.ops, view, self.weights, all_dims)
+        bound = bind_calls(calls or self.forward, self.ops, view, self.weights, all_dims)
         run_calls(bound, self.observer)
 
     # ----------------------------------------------------------------- inputs
@@ -406,27 +408,6 @@ class DeviceRunner(Runner):
         host = self._device.pinned(values.nbytes).view(values.dtype).reshape(values.shape)
         host[...] = values
         self._device.to_device(self._view(name), host)
-
-    def _put_all(self, arrays: Mapping[str, np.ndarray], staging: _Staging) -> dict[str, Any]:
-        """Send arrays in one copy, behind what the step has sent so far; each as an array of the
-        device, by the same names."""
-        start = self._inputs_used
-        offsets: dict[str, int] = {}
-        for name, array in arrays.items():
-            offset, end = self._inputs_used, self._inputs_used + array.nbytes
-            assert end <= self._inputs.nbytes, f"the inputs of a step outgrew their memory: {name}"
-            staging.inputs[offset:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            self._inputs_used = -(-end // _ALIGNMENT) * _ALIGNMENT
-            offsets[name] = offset
-        stop = min(self._inputs_used, self._inputs.nbytes)
-        if stop > start:
-            self._device.to_device(self._inputs[start:stop], staging.inputs[start:stop])
-        return {
-            name: self._inputs[offsets[name] : offsets[name] + array.nbytes]
-            .view(array.dtype)
-            .reshape(array.shape)
-            for name, array in arrays.items()
-        }
 
 
 def _dims(shape: StepShape) -> dict[str, int]:

@@ -236,3 +236,69 @@ def test_a_name_can_be_used_again():
     for ids in ([1, 2, 3], [9, 8, 7, 6]):
         requests = {"same": (0, ids, GREEDY)}
         assert generate(on_device, requests) == generate(on_numpy, requests)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+def test_logprobs_are_those_of_numpy(run_ahead):
+    """Of sampled and of prompt tokens, in chunks, beside requests that do not ask."""
+    found = []
+    for runner in runners("qwen2", ShimDevice(), chunk=16):
+        engine = LLMEngine(runner.config, runner, run_ahead=run_ahead and runner.can_run_ahead)
+        asking = GREEDY.with_(temperature=0.8, seed=3, logprobs=3, prompt_logprobs=2)
+        engine.add_request("asks", list(range(1, 23)), asking)
+        engine.add_request("penalised", [7, 8, 9], asking.with_(repetition_penalty=1.5, n=2))
+        engine.add_request("plain", [5, 6], GREEDY)
+        outputs: dict[str, list] = {}
+        while engine.has_unfinished:
+            for output in engine.step():
+                outputs.setdefault((output.request_id, output.sample_index), []).append(output)
+        found.append(outputs)
+    assert found[0].keys() == found[1].keys()
+    for name, wanted in found[1].items():
+        got = found[0][name]
+        assert [o.token_id for o in got] == [o.token_id for o in wanted]
+        for a, b in zip(got, wanted, strict=True):
+            assert (a.logprobs is None) == (b.logprobs is None) == (name[0] == "plain")
+            pairs = [(a.logprobs, b.logprobs)] if b.logprobs else []
+            assert (a.prompt_logprobs is None) == (b.prompt_logprobs is None)
+            pairs += list(zip(a.prompt_logprobs or (), b.prompt_logprobs or (), strict=True))
+            for x, y in pairs:
+                assert (x.token_id, x.rank) == (y.token_id, y.rank)
+                assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
+                assert [i for i, _ in x.top] == [i for i, _ in y.top]
+    assert len(found[0]["asks", 0][0].prompt_logprobs) == 21
+
+
+def test_a_row_that_is_no_number_fails_its_request_alone():
+    on_device, _ = runners("llama", ShimDevice())
+    head = on_device.weights["embed.weight" if CONFIGS["llama"].tied_lm_head else "lm_head.weight"]
+    outputs: dict[str, list] = {}
+    engine = LLMEngine(on_device.config, on_device, run_ahead=True)
+    embedding = on_device.weights["embed.weight"]
+    embedding[47] = np.nan  # only who has this token in its prompt is hit
+    assert head is not embedding
+    engine.add_request("good", [1, 2, 3], GREEDY)
+    engine.add_request("bad", [1, 47, 3], GREEDY)
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    assert [o.finish_reason for o in outputs["bad"]] == ["error"]
+    assert len(outputs["good"]) == 7
+    assert outputs["good"][-1].finish_reason == "length"
+
+
+def test_the_kernels_that_steps_need_are_known_beforehand():
+    device = ShimDevice()
+    on_device, _ = runners("qwen3-ntk", device)
+    known = {(file, tuple(sorted(m.items()))) for file, m in on_device.kernel_variants()}
+    asked: set = set()
+    get = device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        asked.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    generate(on_device, arrivals(12, GREEDY.with_(temperature=0.7)))
+    assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
+    assert len(asked & known) >= 8

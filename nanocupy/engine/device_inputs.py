@@ -1,0 +1,103 @@
+"""What a step sends to the device and gets back, through pinned memory that two steps share.
+
+Two steps may be under way: the host prepares one while the device runs the other. So whatever the
+host writes or reads there is twice, and `turn` goes to the other one; on the device, where steps
+run one after the other, it is once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanocupy.cuda.device import Device
+from nanocupy.engine.batch import ForwardBatch, SamplerBatch
+from nanocupy.engine.device_plan import MAX_UPDATES, MIN_INPUT_BYTES
+from nanocupy.engine.step_inputs import StepShape, fill
+
+_ALIGNMENT = 16  # bytes
+
+
+@dataclass
+class Staging:
+    """Pinned memory of one step."""
+
+    inputs: np.ndarray  # uint8
+    updates: np.ndarray  # int32 [MAX_UPDATES, 2]
+    sampled: np.ndarray  # int32 [max_num_seqs]
+
+
+class DeviceInputs:
+    """Sends arrays to `memory`, uint8 on the device, which a step's kernels read."""
+
+    def __init__(self, device: Device, memory: Any, max_num_seqs: int) -> None:
+        self._device = device
+        self._memory = memory
+        self._used = 0  # bytes that the step has taken
+        self._stagings = [
+            Staging(
+                device.pinned(memory.nbytes),
+                device.pinned(8 * MAX_UPDATES).view(np.int32).reshape(-1, 2),
+                device.pinned(4 * max_num_seqs).view(np.int32),
+            )
+            for _ in range(2)
+        ]
+
+    @property
+    def staging(self) -> Staging:
+        """Of the step that is being prepared."""
+        return self._stagings[0]
+
+    def turn(self) -> Staging:
+        """The next step begins; the one before the last has been read."""
+        self._stagings.reverse()
+        self._used = 0
+        return self.staging
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to wait for what was sent, and to `rewind`."""
+        return self._used > self._memory.nbytes - MIN_INPUT_BYTES
+
+    def rewind(self, num_bytes: int) -> None:
+        """Use the memory behind the first `num_bytes` again: the device has read it."""
+        self._used = num_bytes
+
+    def send_step(
+        self, shape: StepShape, batch: ForwardBatch, sampler: SamplerBatch | None
+    ) -> dict[str, Any]:
+        """The inputs of a step, at places that follow from `shape`; each as an array of the device,
+        by name."""
+        fill(self.staging.inputs, shape, batch, sampler)
+        self._used = shape.num_bytes
+        self._copy(0, shape.num_bytes)
+        return self.arrays_of(shape)
+
+    def arrays_of(self, shape: StepShape) -> dict[str, Any]:
+        """Where the inputs of a step of this shape lie, by name."""
+        return {name: self._array(*place) for name, place in shape.arrays.items()}
+
+    def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """More arrays in one copy, behind what the step has sent so far."""
+        start = self._used
+        sent = {}
+        for name, array in arrays.items():
+            offset, end = self._used, self._used + array.nbytes
+            assert end <= self._memory.nbytes, f"the inputs of a step outgrew their memory: {name}"
+            self.staging.inputs[offset:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+            sent[name] = self._array(offset, array.dtype, array.shape)
+        self._copy(start, min(self._used, self._memory.nbytes))
+        return sent
+
+    def _copy(self, start: int, stop: int) -> None:
+        if stop > start:
+            self._device.to_device(self._memory[start:stop], self.staging.inputs[start:stop])
+
+    def _array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+        end = offset + math.prod(shape) * dtype.itemsize
+        return self._memory[offset:end].view(dtype).reshape(shape)
