@@ -124,8 +124,33 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// Ask for `bytes` bytes from p on in L2; both multiples of 16. A hint, from compute capability 9.0.
+__device__ __forceinline__ void prefetch_l2_span(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes of shared memory, aligned to 16.
+__device__ __forceinline__ uint4 ld_shared_16(const void* p) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(p))
+                 : "memory");
+    return v;
+}
+
+// p, kept in a register: the compiler would work out a place in shared memory anew in every turn of a
+// loop, which takes longer than the load. Such a place is read with ld_shared_16.
+template <typename T>
+__device__ __forceinline__ T* keep_pointer(T* p) {
+    asm volatile("" : "+l"(p));
+    return p;
 }
 
 // Copy 16 bytes to shared memory, both aligned to 16; they are there for this thread after

@@ -4,10 +4,11 @@
 // Every block puts the inputs of all tokens into shared memory, once: rounded, normalised where the
 // op has a norm. Where they are more than the launch allows (k_tile), a block takes them a tile at a
 // time, and again for each pass over its rows: right, but slower; the host makes k_tile as large as
-// it can. See gemv.cuh for the macros WARPS, ROWS_PER_WARP, UNROLL, TENSOR, PREFETCH, MIN_BLOCKS.
+// it can. See gemv.cuh for the macros WARPS, ROWS_PER_WARP, RING, UNROLL, TENSOR, PREFETCH,
+// MIN_BLOCKS.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
-// weights only, and dependents may start once a block has its inputs.
+// weights only, and dependents may start at once.
 #include "gemv.cuh"
 
 struct Nothing {};
@@ -84,15 +85,16 @@ struct StoreLogits {
 };
 
 // norm_linear_rows: out = rms_norm(x) @ weight.T + bias, for ROWS tokens
-// grid any (1 to the units there are: nanocupy/ops/launch_gemv.py), block 32 * WARPS,
-// shared memory ROWS * (min(k_tile, K rounded up to 256) + 32) * sizeof(scalar_t) bytes
+// grid any (nanocupy/ops/launch_gemv.py), block 32 * WARPS, shared memory, in bytes,
+// RING * 512 * WARPS + (ROWS + 1) * (min(k_tile, K up to 256s) + 32) * sizeof(scalar_t) +
+// ROWS * (K / 256 up) * 4
 // x            residual_t [ROWS, K]
 // norm_weight  scalar_t [K]
 // weight       scalar_t [R, K]
 // bias         scalar_t [R], or null
 // out          scalar_t [ROWS, R], no part of the inputs
-// k_tile a multiple of 256; k_splits a power of two up to WARPS; R, K >= 1. Any K; where rows of weights are not
-// multiples of 16 bytes, slowly. x may come from the kernel before, weights may not.
+// k_tile a multiple of 256; k_splits a power of two up to WARPS; R, K >= 1. Any K; where rows of
+// weights are not multiples of 16 bytes, slowly. x may come from the kernel before, weights may not.
 // REF: numpy_ops.norm_linear
 // COST: (R * K + R) * sizeof(scalar_t) bytes, and 2 * ROWS * R * K flops
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) norm_linear_rows(
@@ -103,7 +105,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) norm_linear
 }
 
 // linear_add_rows: residual += x @ weight.T + bias, rounded once, for ROWS tokens
-// grid, block, shared memory as norm_linear_rows
+// grid, block as norm_linear_rows; shared memory RING * 512 * WARPS +
+// ROWS * (min(k_tile, K up to 256s) + 32) * sizeof(scalar_t) bytes
 // x         scalar_t [ROWS, K]
 // weight    scalar_t [D, K]
 // bias      scalar_t [D], or null

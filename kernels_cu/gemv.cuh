@@ -1,30 +1,40 @@
 // Products of 1 to 8 tokens with a matrix of weights, which is read once and sets the time.
 //
-// Owns how the matrix is shared out over blocks and warps, and the merge of their sums. What the
-// inputs are (gemv_input.cuh), how a warp multiplies (gemv_products.cuh), and what becomes of a sum
-// (an Epilogue of gemv.cu) is not its part.
+// Owns how the matrix is shared out over blocks and warps, the order in which weights come, and the
+// merge of sums. What the inputs are (gemv_input.cuh), how a warp multiplies (gemv_products.cuh),
+// and what becomes of a sum (an Epilogue of gemv.cu) is not its part.
 //
 // WARPS          of a block (8)
 // ROWS_PER_WARP  rows of weights that a warp reads side by side: 1, 2, 4 (2)
-// UNROLL         loads of 16 bytes that a lane has under way, for each of those rows (4)
-// TENSOR         1: 16-bit products on the tensor cores, where the chip has them; a warp then reads 8
-//                rows side by side, and 2 * UNROLL loads a lane are under way (1 from ROWS 3 on)
-// PREFETCH       batches of a warp asked for in L2 before the kernel before has ended (1)
-// MIN_BLOCKS     blocks that must fit on a multiprocessor: bounds the registers (2)
+// RING           16-byte vectors a thread that are on their way to shared memory, or lie there (16)
+// UNROLL         of these, how many come and are used together (4)
+// TENSOR         1: 16-bit products on the tensor cores, where the chip has them; a warp then reads
+//                8 rows side by side (1)
+// PREFETCH       KB a block, beyond the ring, asked for in L2 before the kernel before has ended (0)
+// MIN_BLOCKS     blocks that must fit on a multiprocessor, whatever their kernels: bounds the
+//                registers (3)
+//
+// Weights wait for no other kernel. With launches that overlap, the blocks of a kernel come to a
+// multiprocessor while the one before still runs there, fill their ring, and only then wait: memory
+// has work while kernels change over, which at a few megabytes a matrix is half of the time. So a
+// block keeps its weights in shared memory rather than in registers, of which the blocks of three
+// kernels must share 64 K, and each thread copies what itself will use, so that nobody waits for
+// another warp's weights.
 //
 // A unit is the rows of weights that a warp, or `k_splits` warps along the inputs, takes at a time;
 // with PAIRS they alternate between the matrix's first and second half. Every block gets the same
-// number of units, or one more, in a row. The sum of an output is taken in an order that depends on
-// the method and on k_splits (above 1, on k_tile too), not on the grid, the batch or other rows.
+// number of units, or one more, in a row, and takes WARPS / k_splits of them in a pass. The sum of
+// an output is taken in an order that depends on the method and on k_splits (above 1, on k_tile
+// too), not on the grid, the batch or other rows.
 #pragma once
 
 #include "gemv_products.cuh"
 
 #ifndef PREFETCH
-#define PREFETCH 1
+#define PREFETCH 0
 #endif
 #ifndef MIN_BLOCKS
-#define MIN_BLOCKS 2
+#define MIN_BLOCKS 3
 #endif
 
 constexpr int LOG_WARPS =
@@ -38,199 +48,282 @@ struct GemvMatrix {
     int k_splits;  // warps that share a unit: a power of two, at most WARPS
 };
 
-// Where a warp is: pass over the block's units, tile of inputs, chunks left of its part of the tile.
-struct GemvPlace {
-    int pass;
-    int tile;
-    int chunk;
-    int end;
+// What of the matrix is whose: a block's units, and of each what this warp takes.
+template <bool PAIRS, typename Product>
+struct GemvShare {
+    static constexpr int UNIT_ROWS = Product::UNIT_ROWS;
+    static constexpr int OUTPUTS = PAIRS ? UNIT_ROWS / 2 : UNIT_ROWS;  // of a unit
+    static_assert(!PAIRS || UNIT_ROWS % 2 == 0, "pairs of rows");
+
+    // The chunks of a warp in a tile of a pass: chunk … end - 1.
+    struct Part {
+        int pass;
+        int tile;
+        int chunk;
+        int end;
+    };
+
+    const scalar_t* weight;
+    int num_outputs, num_inputs;
+    int split_bits, slots, slot, split;
+    int first_unit, end_unit, num_passes;
+    int num_tiles, num_chunks, tile_chunks;
+
+    // Powers of two by shifts: the first weights wait for all of this.
+    __device__ __forceinline__ GemvShare(const GemvMatrix& matrix, int tile_size)
+        : weight(matrix.weight), num_outputs(matrix.num_outputs), num_inputs(matrix.num_inputs) {
+        const int block = blockIdx.x, blocks = gridDim.x;
+        split_bits = lowest_bit(matrix.k_splits);
+        slots = WARPS >> split_bits;
+        slot = warp_id() >> split_bits;
+        split = warp_id() & (matrix.k_splits - 1);
+        const int num_units = (num_outputs + OUTPUTS - 1) / OUTPUTS;
+        const int each = num_units / blocks, over = num_units - each * blocks;
+        first_unit = each * block + min(block, over);
+        end_unit = first_unit + each + (block < over ? 1 : 0);
+        num_passes = (end_unit - first_unit + slots - 1) >> (LOG_WARPS - split_bits);
+        num_tiles = num_inputs <= tile_size ? 1 : (num_inputs + tile_size - 1) / tile_size;
+        num_chunks = (num_inputs + Product::CHUNK - 1) / Product::CHUNK;
+        tile_chunks = tile_size / Product::CHUNK;
+    }
+
+    __device__ __forceinline__ int unit(int pass) const { return first_unit + pass * slots + slot; }
+
+    // A warp without a unit in the pass has no chunks there; one of many splits may have none.
+    __device__ __forceinline__ Part part(int pass, int tile) const {
+        const int first = tile * tile_chunks;
+        const int count = unit(pass) < end_unit ? min(tile_chunks, num_chunks - first) : 0;
+        Part part;
+        part.pass = pass;
+        part.tile = tile;
+        part.chunk = first + (count * split >> split_bits);
+        part.end = first + (count * (split + 1) >> split_bits);
+        return part;
+    }
+
+    // The next part that has chunks, or one of a pass beyond the last.
+    __device__ __forceinline__ Part after(Part part) const {
+        do {
+            const bool same_pass = part.tile + 1 < num_tiles;
+            part = this->part(same_pass ? part.pass : part.pass + 1, same_pass ? part.tile + 1 : 0);
+        } while (part.chunk >= part.end && part.pass < num_passes);
+        return part;
+    }
+
+    // Row r of the warp's unit. Rows beyond the matrix are the last one again; their sums are not
+    // stored.
+    __device__ __forceinline__ const scalar_t* row(int pass, int r) const {
+        const int output = min(unit(pass) * OUTPUTS + (PAIRS ? r / 2 : r), num_outputs - 1);
+        const int index = PAIRS && r % 2 ? num_outputs + output : output;
+        return weight + static_cast<int64_t>(index) * num_inputs;
+    }
+};
+
+// The weights of a warp, in the order of its parts, on their way through the ring: RING_BATCHES
+// batches are under way or landed, one group of copies each, empty where nothing is left.
+template <bool PAIRS, typename Product>
+struct GemvStream {
+    typedef GemvShare<PAIRS, Product> Share;
+    static constexpr int RING_BATCHES = RING / Product::VECTORS;
+    static_assert(RING_BATCHES >= 1, "RING holds no batch: UNROLL or ROWS_PER_WARP is too large");
+
+    typename Share::Part ahead;  // what is to be copied next
+    uint4* ring = keep_pointer(own_ring());
+    int place = 0;  // the oldest batch's first vector
+
+    __device__ __forceinline__ uint4* oldest() const { return ring + place * BLOCK_THREADS; }
+
+    __device__ __forceinline__ void aim(const Share& share, Product& product) const {
+        product.aim([&](int r) { return share.row(ahead.pass, r); });
+    }
+
+    // Copy a batch to where the oldest one was.
+    __device__ __forceinline__ void bring(const Share& share, Product& product) {
+        if (ahead.pass < share.num_passes) {
+            product.bring(oldest(), ahead.chunk, ahead.end - ahead.chunk, share.num_inputs);
+            ahead.chunk += Product::BATCH;
+            if (ahead.chunk >= ahead.end) {
+                ahead = share.after(ahead);
+                aim(share, product);
+            }
+        }
+        cp_async_commit();
+        place = place + Product::VECTORS < RING_BATCHES * Product::VECTORS
+                    ? place + Product::VECTORS
+                    : 0;
+    }
+
+    __device__ __forceinline__ void fill(const Share& share, Product& product) {
+        ahead = share.part(0, 0);
+        if (ahead.chunk >= ahead.end) ahead = share.after(ahead);
+        aim(share, product);
+#pragma unroll 1
+        for (int i = 0; i < RING_BATCHES; ++i) bring(share, product);
+    }
+
+    // Ask for what follows the ring's contents in L2.
+    __device__ __forceinline__ void prefetch(const Share& share) const {
+        constexpr int BYTES = PREFETCH * 1024 / WARPS / Share::UNIT_ROWS / 128 * 128;  // of a row
+        if constexpr (BYTES > 0 && Product::ALIGNED) {
+            typename Share::Part part = ahead;
+            int left = BYTES;
+#pragma unroll 1
+            while (left > 0 && part.pass < share.num_passes) {
+                const int first = part.chunk * Product::CHUNK;
+                const int end = min(part.end * Product::CHUNK, share.num_inputs);
+                const int bytes = min((end - first) * static_cast<int>(sizeof(scalar_t)), left);
+                if (lane_id() < Share::UNIT_ROWS) {
+                    prefetch_l2_span(share.row(part.pass, lane_id()) + first, bytes);
+                }
+                left -= bytes;
+                part = share.after(part);
+            }
+        }
+    }
 };
 
 // The whole kernel: a block's units, one pass of WARPS / k_splits of them after the other.
 template <bool PAIRS, typename Product, typename Input, typename Epilogue>
 __device__ __forceinline__ void run_product(
     const GemvMatrix& matrix, const Input& input, const Epilogue& epilogue) {
-    constexpr int UNIT_ROWS = Product::UNIT_ROWS;
-    constexpr int CHUNK = Product::CHUNK;
-    constexpr int OUTPUTS = PAIRS ? UNIT_ROWS / 2 : UNIT_ROWS;  // of a unit
-    static_assert(!PAIRS || UNIT_ROWS % 2 == 0, "pairs of rows");
-    // Powers of two by shifts: the first loads wait for all of this.
-    const int splits = matrix.k_splits, split_bits = lowest_bit(splits);
-    const int slots = WARPS >> split_bits;
-    const int slot = warp_id() >> split_bits, split = warp_id() & (splits - 1);
-    const int block = blockIdx.x, num_units = (matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
-    const int each = num_units / static_cast<int>(gridDim.x);
-    const int over = num_units - each * static_cast<int>(gridDim.x);
-    const int first_unit = each * block + min(block, over);
-    const int end_unit = first_unit + each + (block < over ? 1 : 0);
-    const int num_passes = (end_unit - first_unit + slots - 1) >> (LOG_WARPS - split_bits);
-    const int num_tiles = (matrix.num_inputs + input.tile_size - 1) / input.tile_size;
-    const int num_chunks = (matrix.num_inputs + CHUNK - 1) / CHUNK;
-    const int tile_chunks = input.tile_size / CHUNK;
-
-    // A warp without a unit, or without a chunk of the tile, goes along with nothing to do.
-    const auto enter = [&](int pass, int tile) {
-        const bool active = pass < num_passes && first_unit + pass * slots + slot < end_unit;
-        const int first = tile * tile_chunks;
-        const int count = active ? min(tile_chunks, num_chunks - first) : 0;
-        GemvPlace place;
-        place.pass = pass;
-        place.tile = tile;
-        place.chunk = first + (count * split >> split_bits);
-        place.end = first + (count * (split + 1) >> split_bits);
-        return place;
-    };
-    const auto next = [&](const GemvPlace& place) {
-        GemvPlace then = place;
-        then.chunk += Product::BATCH;
-        if (then.chunk < place.end) return then;
-        const bool same_unit = place.tile + 1 < num_tiles;
-        return enter(same_unit ? place.pass : place.pass + 1, same_unit ? place.tile + 1 : 0);
-    };
-    // Rows beyond the matrix read the last one again; their sums are not stored.
-    const auto row_start = [&](int pass, int r) {
-        const int unit = first_unit + pass * slots + slot;
-        const int output = min(unit * OUTPUTS + (PAIRS ? r / 2 : r), matrix.num_outputs - 1);
-        const int row = PAIRS && r % 2 ? matrix.num_outputs + output : output;
-        return matrix.weight + static_cast<int64_t>(row) * matrix.num_inputs;
-    };
-    const auto limit_of = [&](const GemvPlace& place) {
-        return min(place.end * CHUNK, matrix.num_inputs);
-    };
-
-    Product product;
-    const auto load = [&](const GemvPlace& place) {
-        const auto rows = [&](int r) { return row_start(place.pass, r); };
-        product.load(rows, place.chunk, limit_of(place));
-    };
-
-    GemvPlace place = enter(0, 0);
-    load(place);  // weights wait for no other kernel
-    GemvPlace ahead = place;
-#pragma unroll 1
-    for (int i = 0; i < PREFETCH; ++i) {
-        ahead = next(ahead);
-        constexpr int LINE = 128 / sizeof(scalar_t);
-        constexpr int LINES = (Product::BATCH * CHUNK + LINE - 1) / LINE;  // of a row
-        const int limit = limit_of(ahead);
-        for (int line = lane_id(); line < LINES * UNIT_ROWS; line += WARP_SIZE) {
-            const int k = ahead.chunk * CHUNK + line / UNIT_ROWS * LINE;
-            if (k < limit) prefetch_l2(row_start(ahead.pass, line % UNIT_ROWS) + k);
-        }
+    typedef GemvShare<PAIRS, Product> Share;
+    constexpr int OUTPUTS = Share::OUTPUTS, UNIT_ROWS = Share::UNIT_ROWS;
+    const Share share(matrix, input.tile_size);
+    if (share.num_passes == 0) {  // the whole block
+        grid_dependency_wait();
+        return;
     }
-    input.request(0);
+    Product product;
+    GemvStream<PAIRS, Product> stream;
+    input.request();
+    stream.fill(share, product);
+    stream.prefetch(share);
     grid_dependency_wait();
-    input.start();
-    block_sync();
+
+    const int splits = matrix.k_splits, slots = share.slots;
+    const int end_output = min(share.end_unit * OUTPUTS, share.num_outputs);
+    // With splits, the parts of MERGE_PASSES passes are merged together: thread i, and i plus the
+    // block's threads …, finishes output i % group_outputs of them, of token i / group_outputs.
+    const int group_outputs = MERGE_PASSES * slots * OUTPUTS;
+    const int group_bits = lowest_bit(group_outputs);
+    const auto own_output = [&](int pass, int v) {
+        const int r = Product::value_row(v);
+        return share.unit(pass) * OUTPUTS + (PAIRS ? r / 2 : r);
+    };
+    const auto finishes_own = [&](int pass, int v) {
+        return Product::owns_value() && (!PAIRS || Product::value_row(v) % 2 == 0) &&
+               own_output(pass, v) < end_output;
+    };
 
     typename Epilogue::Addend addends[Product::VALUES];
-    product.clear();
-    bool first_tile = true, enters = true;
-    while (place.pass < num_passes) {
-        if (enters && (first_tile || num_tiles > 1)) {
-            if (!first_tile) {
-                block_sync();
-                input.request(place.tile);
-            }
-            input.load(place.tile);
-            block_sync();
-            if (first_tile) grid_dependency_launch();
-            first_tile = false;
-        }
-        const int first_output = (first_unit + place.pass * slots) * OUTPUTS;
-        const int end_output = min(end_unit * OUTPUTS, matrix.num_outputs);
-        // With splits, thread i of the block finishes output i % pass_outputs of the pass.
-        const int pass_outputs = slots * OUTPUTS;
-        const int thread = threadIdx.x;
-        const int shared_output = first_output + (thread & (pass_outputs - 1));
-        const int shared_token = thread >> lowest_bit(pass_outputs);
-        const bool finishes_shared = shared_token < ROWS && shared_output < end_output;
-        const auto own_output = [&](int v) {
-            const int r = Product::value_row(v);
-            return first_output + slot * OUTPUTS + (PAIRS ? r / 2 : r);
-        };
-        const auto finishes_own = [&](int v) {
-            return Product::owns_value() && (!PAIRS || Product::value_row(v) % 2 == 0) &&
-                   own_output(v) < end_output;
-        };
-        if (enters && place.tile == 0) {  // early, as they come from far
-            if (splits > 1) {
-                if (finishes_shared) addends[0] = epilogue.fetch(shared_output, shared_token);
-            } else {
+    const auto fetch_addends = [&](int pass) {  // early, as they come from far
+        if (splits > 1) {
+            if (pass % MERGE_PASSES != 0) return;
+            const int output = (share.first_unit + pass * slots) * OUTPUTS +
+                               (static_cast<int>(threadIdx.x) & (group_outputs - 1));
+            const int token = threadIdx.x >> group_bits;
+            if (token < ROWS && output < end_output) addends[0] = epilogue.fetch(output, token);
+        } else {
 #pragma unroll
-                for (int v = 0; v < Product::VALUES; ++v) {
-                    if (finishes_own(v)) {
-                        addends[v] = epilogue.fetch(own_output(v), Product::value_token());
-                    }
+            for (int v = 0; v < Product::VALUES; ++v) {
+                if (finishes_own(pass, v)) {
+                    addends[v] = epilogue.fetch(own_output(pass, v), Product::value_token());
                 }
+            }
+        }
+    };
+    fetch_addends(0);
+    input.template start<Product::PAIRS_CROSSED, GemvStream<PAIRS, Product>::RING_BATCHES>();
+    product.take(input);
+
+#pragma unroll 1
+    for (int pass = 0; pass < share.num_passes; ++pass) {
+        if (pass > 0) fetch_addends(pass);
+        product.clear();
+#pragma unroll 1
+        for (int tile = 0; tile < share.num_tiles; ++tile) {
+            if (pass + tile > 0 && share.num_tiles > 1) {
+                block_sync();
+                input.template load<Product::PAIRS_CROSSED>(tile);
+                block_sync();
+            }
+            const typename Share::Part part = share.part(pass, tile);
+            int tile_chunk = part.chunk - tile * share.tile_chunks;
+#pragma unroll 1
+            for (int left = part.end - part.chunk; left > 0; left -= Product::BATCH) {
+                cp_async_wait<GemvStream<PAIRS, Product>::RING_BATCHES - 1>();
+                product.multiply(stream.oldest(), tile_chunk, left);
+                tile_chunk += Product::BATCH;
+                stream.bring(share, product);
             }
         }
 
-        const int tile_chunk = place.chunk - place.tile * tile_chunks;
-        if (place.chunk + Product::BATCH <= place.end) {
-#pragma unroll
-            for (int u = 0; u < Product::BATCH; ++u) product.multiply(input, u, tile_chunk + u);
-        } else {
-#pragma unroll
-            for (int u = 0; u < Product::BATCH; ++u) {
-                if (place.chunk + u < place.end) product.multiply(input, u, tile_chunk + u);
-            }
-        }
-        const GemvPlace then = next(place);
-        load(then);
-        if (then.pass != place.pass) {
-            float values[Product::VALUES];
-            product.reduce(values);
-            product.clear();
-            if (splits == 1) {
-                if constexpr (PAIRS) {
-                    float gate, up;
-                    Product::pair(values, gate, up);
-                    if (finishes_own(0)) {
-                        epilogue.store(
-                            own_output(0), Product::value_token(), gate, up, addends[0]);
-                    }
-                } else {
-#pragma unroll
-                    for (int v = 0; v < Product::VALUES; ++v) {
-                        if (finishes_own(v)) {
-                            epilogue.store(
-                                own_output(v), Product::value_token(), values[v], addends[v]);
-                        }
-                    }
+        float values[Product::VALUES];
+        product.reduce(values);
+        if (splits == 1) {
+            if constexpr (PAIRS) {
+                float gate, up;
+                Product::pair(values, gate, up);
+                if (finishes_own(pass, 0)) {
+                    epilogue.store(
+                        own_output(pass, 0), Product::value_token(), gate, up, addends[0]);
                 }
             } else {
-                // Two buffers in turn: a pass writes while the one before is still being read.
-                float* partial = gemv_scratch().partial[place.pass % 2];
-                float* own = partial + warp_id() * UNIT_ROWS * ROWS;
 #pragma unroll
                 for (int v = 0; v < Product::VALUES; ++v) {
-                    if (Product::owns_value()) {
-                        own[Product::value_token() * UNIT_ROWS + Product::value_row(v)] = values[v];
-                    }
-                }
-                block_sync();
-                if (finishes_shared) {
-                    const int local = shared_output - first_output;
-                    const float* parts =
-                        partial + ((local / OUTPUTS << split_bits) * ROWS + shared_token) * UNIT_ROWS +
-                        local % OUTPUTS * (PAIRS ? 2 : 1);
-                    float sums[2] = {0.0f, 0.0f};
-                    for (int s = 0; s < splits; ++s) {
-                        sums[0] += parts[s * UNIT_ROWS * ROWS];
-                        if (PAIRS) sums[1] += parts[s * UNIT_ROWS * ROWS + 1];
-                    }
-                    if constexpr (PAIRS) {
-                        epilogue.store(shared_output, shared_token, sums[0], sums[1], addends[0]);
-                    } else {
-                        epilogue.store(shared_output, shared_token, sums[0], addends[0]);
+                    if (finishes_own(pass, v)) {
+                        epilogue.store(
+                            own_output(pass, v), Product::value_token(), values[v], addends[v]);
                     }
                 }
             }
+            continue;
         }
-        enters = then.pass != place.pass || then.tile != place.tile;
-        place = then;
+
+        const int in_group = pass % MERGE_PASSES;
+        float* own = gemv_scratch().partial[in_group] + warp_id() * UNIT_ROWS * ROWS;
+#pragma unroll
+        for (int v = 0; v < Product::VALUES; ++v) {
+            if (Product::owns_value()) {
+                own[Product::value_token() * UNIT_ROWS + Product::value_row(v)] = values[v];
+            }
+        }
+        if (in_group + 1 < MERGE_PASSES && pass + 1 < share.num_passes) continue;
+        block_sync();
+        const int group_output = (share.first_unit + (pass - in_group) * slots) * OUTPUTS;
+        const int slot_bits = LOG_WARPS - share.split_bits;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < group_outputs * ROWS; i += BLOCK_THREADS) {
+            const int local = i & (group_outputs - 1), token = i >> group_bits;
+            const int output = group_output + local, unit = local / OUTPUTS;
+            if (output >= end_output) continue;
+            if (i >= BLOCK_THREADS) addends[0] = epilogue.fetch(output, token);
+            const float* parts =
+                gemv_scratch().partial[unit >> slot_bits] +
+                (((unit & (slots - 1)) << share.split_bits) * ROWS + token) * UNIT_ROWS +
+                local % OUTPUTS * (PAIRS ? 2 : 1);
+            float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int s = 0; s < WARPS; ++s) {  // all are read at once
+                sums[0] += s < splits ? parts[s * UNIT_ROWS * ROWS] : 0.0f;
+                if (PAIRS) sums[1] += s < splits ? parts[s * UNIT_ROWS * ROWS + 1] : 0.0f;
+            }
+            if constexpr (PAIRS) {
+                epilogue.store(output, token, sums[0], sums[1], addends[0]);
+            } else {
+                epilogue.store(output, token, sums[0], addends[0]);
+            }
+        }
+        if (pass + 1 < share.num_passes) block_sync();
     }
+}
+
+// Weights of which no 16 bytes can be read at once. A function of its own, so that it takes no
+// registers from the others.
+template <bool PAIRS, typename Input, typename Epilogue>
+__device__ __noinline__ void run_unaligned(
+    const GemvMatrix matrix, const Input input, const Epilogue epilogue) {
+    run_product<PAIRS, LaneProduct<Input, PAIRS ? 2 : 1, 1, false>>(matrix, input, epilogue);
 }
 
 // Chooses the method by what the weights and the chip allow.
@@ -238,17 +331,20 @@ template <bool PAIRS, typename Input, typename Epilogue>
 __device__ __forceinline__ void run_gemv(
     const GemvMatrix& matrix, const Input& input, const Epilogue& epilogue) {
     constexpr int UNIT = PAIRS && ROWS_PER_WARP == 1 ? 2 : ROWS_PER_WARP;
+    constexpr int BATCH = UNROLL / UNIT > 0 ? UNROLL / UNIT : 1;
+    // The next kernel may come at once: it waits by itself for this one's results.
+    grid_dependency_launch();
     if (rows_are_wide(matrix.weight, matrix.num_inputs)) {
 #if TENSOR && HAS_MMA && SCALAR != 0
         if constexpr (same_type<typename Input::act_t, scalar_t>) {
-            run_product<PAIRS, TensorProduct<Input, 2 * UNROLL>>(matrix, input, epilogue);
+            run_product<PAIRS, TensorProduct<Input, UNROLL>>(matrix, input, epilogue);
         } else {
-            run_product<PAIRS, LaneProduct<Input, UNIT, UNROLL, true>>(matrix, input, epilogue);
+            run_product<PAIRS, LaneProduct<Input, UNIT, BATCH, true>>(matrix, input, epilogue);
         }
 #else
-        run_product<PAIRS, LaneProduct<Input, UNIT, UNROLL, true>>(matrix, input, epilogue);
+        run_product<PAIRS, LaneProduct<Input, UNIT, BATCH, true>>(matrix, input, epilogue);
 #endif
     } else {
-        run_product<PAIRS, LaneProduct<Input, UNIT, 1, false>>(matrix, input, epilogue);
+        run_unaligned<PAIRS>(matrix, input, epilogue);
     }
 }

@@ -28,7 +28,13 @@ from nanocupy.ops.cuda_sizes import (
     query_buckets,
 )
 from nanocupy.ops.interface import Array, Ops
-from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, GemvTuning, plan_gemv
+from nanocupy.ops.launch_gemv import (
+    MAX_ROWS,
+    GemvLaunch,
+    GemvTuning,
+    default_tuning,
+    plan_gemv,
+)
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.tensor_maps import TensorMaps
 
@@ -63,11 +69,12 @@ class CudaOps(Ops):
         self._workspaces = workspaces
         self._sizes = sizes
         self._traits = traits
-        self._gemv_tuning = gemv_tuning or GemvTuning()
         plain = traits.force_plain
+        self._gemv_tuning = gemv_tuning or default_tuning(
+            traits.compute_capability, traits.max_shared_bytes, tensor=not plain
+        )
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
-        self._tensor_gemv = not plain and traits.compute_capability >= (8, 0)
         self._maps: TensorMaps | None = None  # made where a kernel takes any
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
@@ -105,12 +112,10 @@ class CudaOps(Ops):
             num_outputs, num_inputs, rows, self._traits.num_multiprocessors,
             weight_bytes=weight_bytes,
             input_bytes=ITEMSIZES[input_dtype] if input_dtype else weight_bytes,
-            pairs=pairs, tuning=tuning,
-            max_shared_bytes=min(self._traits.max_shared_bytes, 96 << 10),
+            norm=entry != "linear_add_rows", pairs=pairs, tuning=tuning,
+            max_shared_bytes=self._traits.max_shared_bytes,
         )  # fmt: skip
         macros = self._row_types | tuning.macros(rows)
-        if not self._tensor_gemv:
-            macros["TENSOR"] = 0
         self._launch(
             "gemv.cu", entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),
             *args, _i32(num_outputs), _i32(num_inputs), _i32(plan.k_tile), _i32(plan.k_splits),

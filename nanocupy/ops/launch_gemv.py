@@ -11,34 +11,59 @@ from dataclasses import dataclass
 MAX_ROWS = 8  # tokens; more go to cuBLAS
 TILE_STEP = 256  # inputs; TILE_STEP in gemv_input.cuh
 ROW_PAD = 32  # inputs; ROW_PAD in gemv_input.cuh
+MAX_UNIT_ROWS = 8  # rows of weights; in gemv_input.cuh
 TENSOR_UNIT_ROWS = 8
 
-# A block may ask for this much shared memory on every card from compute capability 8.0 on, with two
-# blocks a multiprocessor on the large ones. 7.5 gives 64 KB.
-MAX_SHARED_BYTES = 96 << 10
-# Of an H100 or H200: what one multiprocessor reads in a nanosecond when all of them read, and how
-# long a load takes. Only their ratio matters here, and roughly.
-_BYTES_PER_NS = 28.0
-_LATENCY_NS = 800.0
-_BARRIER_NS = 60.0
+# The most shared memory of a block, on cards that have more too: two fit on a multiprocessor of an
+# H100, so that the weights of the next kernel come while one runs.
+MAX_SHARED_BYTES = 112 << 10
+# What the driver takes of a multiprocessor's shared memory for each block.
+_RESERVED_BYTES = 1 << 10
+# Room for inputs that the ring leaves in a block's share of a multiprocessor.
+_INPUT_BYTES = 8 << 10
+# Of an H100 or H200, roughly, as only their ratios matter: what a warp's vector of 512 bytes takes
+# of a multiprocessor's share of memory; how often a warp with a full ring gets one, however few
+# others read; what using one takes a warp; the end of a pass; a merge between warps.
+_READ_NS = 22.0
+_ALONE_NS = 62.0
+_USE_NS = 30.0
+_PASS_NS = 50.0
+_MERGE_NS = 100.0
 
 
 @dataclass(frozen=True)
 class GemvTuning:
     """The macros of gemv.cuh, and how many blocks a multiprocessor is given.
 
-    tensor: whether 16-bit products run on the tensor cores; None: from 3 tokens on.
+    ring_kb: of weights on their way, a block, for one token or two; three and four have 3/4 of it,
+    more have half, as their inputs need the room. unroll: vectors of a thread that come together,
+    if the ring holds three times as many, else two. tensor: whether 16-bit products run on the
+    tensor cores. l2_ahead_kb: a block, asked for in L2 beyond the ring, before the kernel before
+    has ended. resident_blocks: blocks of any kernels that a multiprocessor's registers must hold.
     """
 
     warps: int = 8
     rows_per_warp: int = 2
     unroll: int = 4
-    tensor: bool | None = None
-    prefetch: int = 1
-    blocks_per_multiprocessor: int = 2
+    ring_kb: int = 64
+    tensor: bool = True
+    l2_ahead_kb: int = 32
+    blocks_per_multiprocessor: int = 1
+    resident_blocks: int = 3
 
-    def uses_tensor(self, rows: int) -> bool:
-        return rows >= 3 if self.tensor is None else self.tensor
+    def _ring(self, rows: int) -> tuple[int, int]:
+        """(vectors of 16 bytes a thread in the ring, how many come together): RING, UNROLL."""
+        quarters = 4 if rows <= 2 else 3 if rows <= 4 else 2
+        vectors = self.ring_kb * 1024 * quarters // 4 // (512 * self.warps)
+        unroll = self.unroll if vectors >= 3 * self.unroll else min(self.unroll, 2)
+        together = max(unroll, self.rows_per_warp, 2)
+        return max(together, vectors // together * together), unroll
+
+    def ring_vectors(self, rows: int) -> int:
+        return self._ring(rows)[0]
+
+    def ring_bytes(self, rows: int) -> int:
+        return self.ring_vectors(rows) * 512 * self.warps
 
     def macros(self, rows: int) -> dict[str, int]:
         """Beside SCALAR and RESIDUAL, for a batch of `rows` tokens."""
@@ -46,14 +71,36 @@ class GemvTuning:
             "ROWS": rows,
             "WARPS": self.warps,
             "ROWS_PER_WARP": self.rows_per_warp,
-            "UNROLL": self.unroll,
-            "TENSOR": int(self.uses_tensor(rows)),
-            "PREFETCH": self.prefetch,
-            "MIN_BLOCKS": self.blocks_per_multiprocessor,
+            "UNROLL": self._ring(rows)[1],
+            "RING": self._ring(rows)[0],
+            "TENSOR": int(self.tensor),
+            "PREFETCH": self.l2_ahead_kb,
+            "MIN_BLOCKS": self.resident_blocks,
         }
 
 
 DEFAULT_TUNING = GemvTuning()
+
+
+def default_tuning(
+    compute_capability: tuple[int, int], max_shared_bytes: int, *, tensor: bool = True
+) -> GemvTuning:
+    """For a card; max_shared_bytes: the most that a block can have there.
+
+    From 9.0 on, launches overlap: one block a multiprocessor, small enough for those of three
+    kernels. Below, nothing comes before a kernel's start, and two blocks fill each other's gaps.
+    """
+    overlaps = compute_capability >= (9, 0)
+    together = 3 if overlaps else 2
+    share = (max_shared_bytes + _RESERVED_BYTES) // together - _RESERVED_BYTES
+    ring_kb = min(64 if overlaps else 32, max(8, (share - _INPUT_BYTES) >> 10))
+    return GemvTuning(
+        ring_kb=ring_kb,
+        tensor=tensor and compute_capability >= (8, 0),
+        l2_ahead_kb=DEFAULT_TUNING.l2_ahead_kb if overlaps else 0,
+        blocks_per_multiprocessor=1 if overlaps else 2,
+        resident_blocks=together,
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +122,7 @@ def plan_gemv(
     *,
     weight_bytes: int,
     input_bytes: int | None = None,
+    norm: bool = True,
     pairs: bool = False,
     tuning: GemvTuning = DEFAULT_TUNING,
     max_shared_bytes: int = MAX_SHARED_BYTES,
@@ -83,9 +131,10 @@ def plan_gemv(
     """The launch of a product of `rows` tokens with weights [num_outputs, num_inputs].
 
     weight_bytes: of one weight; input_bytes: of one value in shared memory (a weight's, and the
-    residual's in lm_head_rows); pairs: norm_swiglu_rows, whose weights have twice num_outputs rows;
-    k_splits: forced, else chosen. num_outputs 0 gives a grid of 0: nothing is to be launched.
-    Raises ValueError for numbers outside what the kernels take.
+    residual's in lm_head_rows); norm: whether the inputs are normalised (all but linear_add_rows);
+    pairs: norm_swiglu_rows, whose weights have twice num_outputs rows; max_shared_bytes: what a
+    block can have on the card; k_splits: forced, else chosen. num_outputs 0 gives a grid of 0:
+    nothing is to be launched. Raises ValueError for numbers outside what the kernels take.
     """
     if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_outputs < 0 or num_multiprocessors < 1:
         raise ValueError(
@@ -93,38 +142,52 @@ def plan_gemv(
             f"multiprocessors: gemv kernels take 1 to {MAX_ROWS} tokens and sizes from 1 on"
         )
     input_bytes = weight_bytes if input_bytes is None else input_bytes
-    k_tile = _tile(num_inputs, rows * input_bytes, max_shared_bytes)
+    row_bytes = (rows + norm) * input_bytes  # of all rows, an input
+    fixed = tuning.ring_bytes(rows) + (rows * 4 * -(-num_inputs // TILE_STEP) if norm else 0)
+    room = min(max_shared_bytes, MAX_SHARED_BYTES) - fixed - scratch_bytes(rows, tuning)
+    k_tile = _tile(num_inputs, row_bytes, room)
     stride = min(k_tile, _padded(num_inputs)) + ROW_PAD
-    unit_outputs, chunk = _unit(rows, weight_bytes, input_bytes, pairs, tuning)
+    unit_outputs, chunk = _unit(weight_bytes, input_bytes, pairs, tuning)
     units = -(-num_outputs // unit_outputs)
-    num_blocks = min(units, num_multiprocessors * tuning.blocks_per_multiprocessor)
+    # Rather a few blocks without work than a multiprocessor without a block: the next kernel's come
+    # while these are there, and two of them would share an empty one.
+    num_blocks = num_multiprocessors * tuning.blocks_per_multiprocessor
+    num_blocks = num_blocks if 2 * units > num_blocks else units
     if k_splits is None:
-        k_splits = _splits(units, num_blocks, num_inputs, chunk, weight_bytes, unit_outputs, tuning)
+        k_splits = _splits(units, num_blocks, num_inputs, chunk, tuning)
     elif k_splits & (k_splits - 1) or not 1 <= k_splits <= tuning.warps:
         raise ValueError(f"k_splits is {k_splits}, no power of two up to {tuning.warps} warps")
     return GemvLaunch(
-        (num_blocks,), 32 * tuning.warps, rows * stride * input_bytes, k_tile, k_splits
+        (num_blocks,), 32 * tuning.warps, fixed + stride * row_bytes, k_tile, k_splits
     )
+
+
+def scratch_bytes(rows: int, tuning: GemvTuning) -> int:
+    """Shared memory of a block beside what its launch asks for: GemvScratch of gemv_input.cuh."""
+    return merge_passes(rows) * tuning.warps * MAX_UNIT_ROWS * rows * 4
+
+
+def merge_passes(rows: int) -> int:
+    """MERGE_PASSES of gemv_input.cuh."""
+    return 4 if rows <= 4 else 2
 
 
 def _padded(num_inputs: int) -> int:
     return -(-num_inputs // TILE_STEP) * TILE_STEP
 
 
-def _tile(num_inputs: int, bytes_per_input: int, max_shared_bytes: int) -> int:
+def _tile(num_inputs: int, bytes_per_input: int, room: int) -> int:
     """Inputs of a tile: all of them where they fit, else equal tiles of the fewest that do."""
-    most = (max_shared_bytes // bytes_per_input - ROW_PAD) // TILE_STEP * TILE_STEP
+    most = (room // bytes_per_input - ROW_PAD) // TILE_STEP * TILE_STEP
     if most < TILE_STEP:
-        raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no tile of inputs")
+        raise ValueError(f"{room} bytes of shared memory beside the ring hold no tile of inputs")
     num_tiles = -(-num_inputs // most)
     return _padded(-(-num_inputs // num_tiles))
 
 
-def _unit(
-    rows: int, weight_bytes: int, input_bytes: int, pairs: bool, tuning: GemvTuning
-) -> tuple[int, int]:
+def _unit(weight_bytes: int, input_bytes: int, pairs: bool, tuning: GemvTuning) -> tuple[int, int]:
     """(outputs a unit, inputs a chunk) of the method that aligned weights are given to."""
-    if tuning.uses_tensor(rows) and weight_bytes == 2 and input_bytes == 2:
+    if tuning.tensor and weight_bytes == 2 and input_bytes == 2:
         unit_rows, lanes = TENSOR_UNIT_ROWS, 4
     else:
         unit_rows, lanes = tuning.rows_per_warp, 32
@@ -133,42 +196,31 @@ def _unit(
     return unit_rows // (2 if pairs else 1), lanes * 16 // weight_bytes
 
 
-def _splits(
-    units: int,
-    num_blocks: int,
-    num_inputs: int,
-    chunk: int,
-    weight_bytes: int,
-    unit_outputs: int,
-    tuning: GemvTuning,
-) -> int:
+def _splits(units: int, num_blocks: int, num_inputs: int, chunk: int, tuning: GemvTuning) -> int:
     """Warps that share a unit: the number for which the block with most units ends first.
 
-    A pass takes what its bytes need at the multiprocessor's rate, but no less than its loads' way
-    to memory and back, once for each batch of them. Splits shorten the last pass, which few warps
-    run, at a barrier each pass. Of equals the one with most warps at work. The number of tokens
-    plays no part beyond the method it selects.
+    A pass takes what its bytes need, but no less than one warp needs for its own; and what the
+    busiest warp does with weights that are there already is added, as it is all that is left of a
+    small matrix once the kernel before has ended. Splits share out what passes leave over, at a
+    merge every few passes. The number of tokens plays no part.
     """
     if units == 0:
         return 1
     in_block = -(-units // num_blocks)
     num_chunks = -(-num_inputs // chunk)
-    unit_bytes = unit_outputs * num_inputs * weight_bytes
-    rate = _BYTES_PER_NS / tuning.blocks_per_multiprocessor
-    batch = tuning.unroll * (2 if chunk < 32 * 16 // weight_bytes else 1)
+    chunk_vectors = tuning.rows_per_warp if chunk >= 128 else 1
 
     def cost(splits: int) -> float:
         slots = tuning.warps // splits
-        chunks = -(-num_chunks // splits)
-        batches = -(-chunks // batch)
-        total, left = 0.0, in_block
-        full, last = divmod(left, slots)
-        total += full * max(slots * unit_bytes / rate, batches * _LATENCY_NS)
+        vectors = -(-num_chunks // splits) * chunk_vectors  # of a warp in a pass
+        passes, last = divmod(in_block, slots)
+        total = passes * vectors * max(tuning.warps * _READ_NS, _ALONE_NS)
         if last:
-            total += max(last * unit_bytes / rate, batches * _LATENCY_NS)
-        passes = full + (last > 0)
-        return total + (passes * _BARRIER_NS if splits > 1 else 0)
+            total += vectors * max(last * splits * _READ_NS, _ALONE_NS)
+            passes += 1
+        merges = -(-passes // merge_passes(1)) if splits > 1 else 0
+        return total + passes * (vectors * _USE_NS + _PASS_NS) + merges * _MERGE_NS
 
     powers = [1 << i for i in range(tuning.warps.bit_length())]
     choices = [s for s in powers if s <= min(tuning.warps, num_chunks)]
-    return min(choices, key=lambda s: (cost(s), -s * min(in_block, tuning.warps // s)))
+    return min(choices, key=lambda s: (cost(s), s))

@@ -15,8 +15,9 @@ from tests.ops.cases import DTYPES, Call
 OPS = ("norm_linear", "linear_add", "norm_swiglu", "lm_head")
 Run = Callable[..., None]  # as Backend.run
 
-# Few multiprocessors and warps, so that small matrices have several passes in a block.
-SMALL = GemvTuning(warps=4)
+# Few multiprocessors and warps, so that small matrices have several passes in a block, and a ring
+# of few batches, so that it goes round.
+SMALL = GemvTuning(warps=4, ring_kb=24, l2_ahead_kb=4)
 NUM_MULTIPROCESSORS = 3
 
 
@@ -89,6 +90,7 @@ def launch_op(
         num_multiprocessors,
         weight_bytes=storage.itemsize,
         input_bytes=(residual if op == "lm_head" else storage).itemsize,
+        norm=op != "linear_add",
         pairs=op == "norm_swiglu",
         tuning=tuning,
         **plan,

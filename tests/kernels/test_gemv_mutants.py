@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nanocupy.ops.launch_gemv import MAX_SHARED_BYTES, TILE_STEP, scratch_bytes
 from tests.kernels.gemv_runs import SMALL, check_op, make_call
 from tests.ops.cases import DTYPES
 from tests.shim import build
@@ -21,7 +22,8 @@ HEADERS = ("gemv_input.cuh", "gemv_products.cuh", "gemv.cuh")
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in the sources. Found by `op` on weights [outputs, inputs]."""
+    """`old` becomes `new` in the sources. Found by `op` on weights [outputs, inputs]; tiled: with
+    room for the smallest tile of inputs alone."""
 
     name: str
     old: str
@@ -32,84 +34,118 @@ class Mutant:
     dtype: str = "float32"
     rows: int = 2
     splits: int = 1
-    shared_bytes: int = 96 << 10
+    tiled: bool = False
 
 
 MUTANTS = [
     Mutant(
         "no barrier after the inputs are in place",
-        "input.load(place.tile);\n            block_sync();",
-        "input.load(place.tile);",
+        "start_as<CROSSED, false, 1, GROUPS>();\n        }\n        block_sync();",
+        "start_as<CROSSED, false, 1, GROUPS>();\n        }",
     ),
     Mutant(
         "no barrier after the sums of squares",
-        "input.start();\n    block_sync();",
-        "input.start();",
+        "part of the norm's weights\n            block_sync();",
+        "part of the norm's weights",
     ),
+    Mutant("no wait for the norm's weights", "cp_async_wait<GROUPS>();", ""),
     Mutant(
-        "no barrier before the next tile is asked for",
-        "block_sync();\n                input.request(place.tile);",
-        "input.request(place.tile);",
+        "no barrier before the next tile",
+        "block_sync();\n                input.template load",
+        "input.template load",
         op="linear_add",
         inputs=1032,
-        shared_bytes=2 * 4 * 300,
+        tiled=True,
+    ),
+    Mutant(
+        "no barrier after the next tile",
+        "(tile);\n                block_sync();",
+        "(tile);",
+        op="linear_add",
+        inputs=1032,
+        tiled=True,
+    ),
+    Mutant(
+        "parts without chunks take a batch",
+        "} while (part.chunk >= part.end && part.pass < num_passes);",
+        "} while (false);",
+        inputs=1032,
+        splits=2,
+        tiled=True,
     ),
     Mutant(
         "no barrier before the parts are merged",
-        "                block_sync();\n                if (finishes_shared) {",
-        "                if (finishes_shared) {",
+        "block_sync();\n        const int group_output =",
+        "const int group_output =",
         splits=4,
     ),
     Mutant(
-        "one buffer for the parts of all passes",
-        "partial[place.pass % 2]",
-        "partial[0]",
+        "parts of the next passes while these are merged",
+        "if (pass + 1 < share.num_passes) block_sync();",
+        "",
         splits=2,
         outputs=70,
     ),
     Mutant(
-        "no wait for copied inputs",
-        "cp_async_commit();\n            cp_async_wait<0>();",
-        "cp_async_commit();",
+        "a thread's second output with the addend of its first",
+        "if (i >= BLOCK_THREADS) addends[0]",
+        "if (i < 0) addends[0]",
         op="linear_add",
+        dtype="bfloat16",
+        rows=8,
+        splits=2,
+        outputs=48,
+    ),
+    Mutant("one batch too few waited for", "RING_BATCHES - 1>();", "RING_BATCHES>();"),
+    Mutant(
+        "a batch is replaced before it is used",
+        "product.multiply(stream.oldest(), tile_chunk, left);",
+        "stream.bring(share, product);\n"
+        "                product.multiply(stream.oldest(), tile_chunk, left);",
     ),
     Mutant(
-        "no wait for the parked norm weights",
-        "if constexpr (PARKED) cp_async_wait<0>();",
-        "",
-    ),
-    Mutant(
-        "one input beyond the last partial chunk",
-        "return min(place.end * CHUNK, matrix.num_inputs);",
-        "return min(place.end * CHUNK, matrix.num_inputs + 1);",
-        inputs=517,
+        "the ring is a batch longer than its room",
+        "        place = place + Product::VECTORS <",
+        "        place = place + Product::VECTORS <=",
     ),
     Mutant(
         "the last partial chunk left out",
-        "const int num_chunks = (matrix.num_inputs + CHUNK - 1) / CHUNK;",
-        "const int num_chunks = matrix.num_inputs / CHUNK;",
+        "num_chunks = (num_inputs + Product::CHUNK - 1) / Product::CHUNK;",
+        "num_chunks = num_inputs / Product::CHUNK;",
+    ),
+    Mutant(
+        "weights beyond a row's end",
+        "exist = num_inputs - lane_id() * WIDE - k;",
+        "exist = num_inputs + 128 - lane_id() * WIDE - k;",
     ),
     Mutant(
         "inputs not padded with zeros",
-        "cp_async_16_or_zero(row(m) + k, p, k < end);",
-        "if (k < end) cp_async_16(row(m) + k, p);",
+        "if (k - lane_id() * SPAN >= end) break;",
+        "if (k >= end) break;",
         op="linear_add",
     ),
     Mutant(
         "rows beyond the matrix read",
-        "min(unit * OUTPUTS + (PAIRS ? r / 2 : r), matrix.num_outputs - 1)",
-        "unit * OUTPUTS + (PAIRS ? r / 2 : r)",
+        "min(unit(pass) * OUTPUTS + (PAIRS ? r / 2 : r), num_outputs - 1)",
+        "unit(pass) * OUTPUTS + (PAIRS ? r / 2 : r)",
+    ),
+    Mutant(
+        "bytes beyond the matrix asked for in L2",
+        "const int end = min(part.end * Product::CHUNK, share.num_inputs);",
+        "const int end = part.end * Product::CHUNK + 4096;",
+        outputs=6,
+        inputs=776,
     ),
     Mutant(
         "outputs of the next block stored",
-        "own_output(v) < end_output;",
-        "own_output(v) <= end_output;",
+        "own_output(pass, v) < end_output;",
+        "own_output(pass, v) <= end_output;",
         op="linear_add",
     ),
     Mutant(
         "gate and up exchanged",
-        "PAIRS && r % 2 ? matrix",
-        "PAIRS && r % 2 == 0 ? matrix",
+        "PAIRS && r % 2 ? num_outputs",
+        "PAIRS && r % 2 == 0 ? num_outputs",
         op="norm_swiglu",
     ),
     Mutant(
@@ -120,10 +156,17 @@ MUTANTS = [
     ),
     Mutant(
         "operands of the tensor cores in another order",
-        "low[4] = {v.x, 0, v.y, 0}, high[4] = {v.z, 0, v.w, 0}",
-        "low[4] = {v.x, 0, v.z, 0}, high[4] = {v.y, 0, v.w, 0}",
+        "pairs[4] = {v.x, v.y, v.z, v.w}",
+        "pairs[4] = {v.x, v.z, v.y, v.w}",
         dtype="bfloat16",
         rows=3,
+    ),
+    Mutant(
+        "the half of a result that means nothing",
+        "values[1] = (sums[0][1] + sums[1][3])",
+        "values[1] = (sums[0][1] + sums[1][1])",
+        dtype="bfloat16",
+        rows=1,
     ),
 ]
 
@@ -162,7 +205,10 @@ def run_mutant(mutant: Mutant, source: str, order: int) -> None:
     storage = DTYPES[mutant.dtype]
     call = make_call(mutant.op, storage, mutant.rows, mutant.outputs, mutant.inputs, bias=True)
     tuning = replace(SMALL, unroll=2)
-    how = {"k_splits": mutant.splits, "max_shared_bytes": mutant.shared_bytes, "tuning": tuning}
+    fixed = tuning.ring_bytes(mutant.rows) + scratch_bytes(mutant.rows, tuning)
+    smallest = fixed + 4 * (mutant.rows + 1) * (mutant.inputs // TILE_STEP + 1 + TILE_STEP + 32)
+    most = smallest if mutant.tiled else MAX_SHARED_BYTES
+    how = {"k_splits": mutant.splits, "max_shared_bytes": most, "tuning": tuning}
     check_op(runner(source, order), mutant.op, call, **how)
 
 

@@ -16,6 +16,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 // One thread runs all fibers, so that thread-local memory is a place of their own for the shared
 // variables of a library, those of templates too: it can be poisoned and swapped as a whole.
 #define __shared__ static thread_local
@@ -150,8 +151,23 @@ inline uint4 ld_nc_16(const void* p, CALLER) {
     if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
     return *static_cast<const uint4*>(p);
 }
+inline uint4 ld_shared_16(const void* p, CALLER) {
+    if (!shim::in_shared(p, 16)) shim::fail("line %d: a load not from shared memory", line);
+    if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
+    return *static_cast<const uint4*>(p);
+}
+template <typename T>
+inline T* keep_pointer(T* p) {
+    return p;
+}
 inline void prefetch_l2(const void* p) {
     (void)*static_cast<const volatile char*>(p);  // a fault where p lies in no allocation
+}
+inline void prefetch_l2_span(const void* p, uint32_t bytes, CALLER) {
+    if (!is_aligned_16(p) || bytes % 16) shim::fail("line %d: a span not in units of 16", line);
+    if (bytes == 0) return;
+    prefetch_l2(p);
+    prefetch_l2(static_cast<const char*>(p) + bytes - 1);
 }
 
 inline void cp_async_16(void* shared, const void* global, CALLER) {
