@@ -20,11 +20,15 @@ import numpy as np
 
 from benchmarks.records import write_record
 from nanocupy.ops.launch_attention_prefill import (
-    FILE,
+    PrefillLaunch,
     PrefillTile,
+    WgmmaTile,
     default_tile,
     launch_attention_prefill,
+    launch_attention_prefill_wgmma,
+    wgmma_tile,
 )
+from nanocupy.ops.tensor_maps import TensorMaps
 
 BLOCK_SIZE = 16
 BFLOAT16 = 2  # code of the kernels' SCALAR
@@ -33,29 +37,20 @@ RUNS = 9
 RUN_MS = 4.0
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
-VARIANTS = {
+VARIANTS: dict[int, list[PrefillTile | WgmmaTile]] = {
     128: [
+        WgmmaTile(),
+        WgmmaTile(l2_bytes=16 << 20),
+        WgmmaTile(l2_bytes=48 << 20),
         PrefillTile(4, 32, 64),
         PrefillTile(8, 32, 64, min_blocks=1),
-        PrefillTile(4, 32, 48),
-        PrefillTile(4, 32, 32),
-        PrefillTile(4, 32, 32, stages=3),
-        PrefillTile(8, 16, 64, min_blocks=1, queries_stay=True),
-        PrefillTile(8, 16, 64, min_blocks=1),
-        PrefillTile(4, 16, 64, queries_stay=True),
-        PrefillTile(4, 16, 32, min_blocks=3, queries_stay=True),
-        PrefillTile(4, 16, 64, min_blocks=3),
     ],
     64: [
+        WgmmaTile(3, stages=3),
+        WgmmaTile(3, stages=4),
+        WgmmaTile(2, stages=3),
         PrefillTile(4, 32, 64, queries_stay=True),
-        PrefillTile(4, 32, 64),
-        PrefillTile(4, 32, 64, stages=3, queries_stay=True),
         PrefillTile(8, 32, 64, min_blocks=1, queries_stay=True),
-        PrefillTile(4, 32, 32, queries_stay=True),
-        PrefillTile(4, 32, 32, min_blocks=3),
-        PrefillTile(4, 16, 64, min_blocks=3, queries_stay=True),
-        PrefillTile(4, 16, 64, min_blocks=4, queries_stay=True),
-        PrefillTile(8, 16, 64, min_blocks=2, queries_stay=True),
     ],
 }
 
@@ -122,14 +117,21 @@ class Prepared:
         self.device_table = cupy.asarray(self.table)
         self.query_starts = cupy.asarray(np.array([0, p.tokens], np.int32))
         self.kv_lens = cupy.asarray(np.array([p.tokens], np.int32))
+        self.counter = cupy.zeros(1, np.uint32)
 
-    def arguments(self, index: int) -> list[Any]:
+    def arguments(self, index: int, tile: PrefillTile | WgmmaTile, maps: TensorMaps) -> list[Any]:
         p = self.problem
         sizes = 1, p.heads, p.kv_heads, BLOCK_SIZE, self.table.shape[1]
+        arrays = [self.queries[index], self.keys[index], self.values[index]]
+        counter = []
+        if isinstance(tile, WgmmaTile):
+            q, *caches = arrays
+            arrays = [maps.queries(q, tile, p.heads // p.kv_heads)]
+            arrays += [maps.cache(cache, tile) for cache in caches]
+            counter = [self.counter]
         return [
-            self.queries[index], self.keys[index], self.values[index], self.query_starts,
-            self.kv_lens, self.device_table, self.out[index], np.float32(p.head_size**-0.5),
-            *(np.int32(size) for size in sizes),
+            *arrays, self.query_starts, self.kv_lens, self.device_table, self.out[index], *counter,
+            np.float32(p.head_size**-0.5), *(np.int32(size) for size in sizes),
         ]  # fmt: skip
 
     def worst_error(self) -> float:
@@ -155,18 +157,39 @@ class Prepared:
         return worst
 
 
-def ours(loader: Any, prepared: Prepared, tile: PrefillTile) -> tuple[list[float], Any]:
+def best_tile(loader: Any, problem: Problem) -> PrefillTile | WgmmaTile:
+    """What the ops take on this card."""
+    tile, group = None, problem.heads // problem.kv_heads
+    if loader.arch == "sm_90a":
+        tile = wgmma_tile(problem.head_size, group, BLOCK_SIZE, BFLOAT16, BFLOAT16)
+    return tile or default_tile(problem.head_size)
+
+
+def launch_of(loader: Any, problem: Problem, tile: PrefillTile | WgmmaTile) -> PrefillLaunch:
+    p = problem
+    counts = p.tokens, 1, p.heads, p.kv_heads, p.head_size
+    if isinstance(tile, PrefillTile):
+        return launch_attention_prefill(*counts, tile=tile)
+    return launch_attention_prefill_wgmma(
+        *counts, tile=tile, num_multiprocessors=loader.num_multiprocessors
+    )
+
+
+def ours(loader: Any, prepared: Prepared, tile: PrefillTile | WgmmaTile) -> tuple[list[float], Any]:
     """TFLOP/s of each run, and the kernel. Raises RuntimeError where the result is wrong."""
     import cupy
 
     p = prepared.problem
-    launch = launch_attention_prefill(p.tokens, 1, p.heads, p.kv_heads, p.head_size, tile=tile)
+    launch, maps = launch_of(loader, p, tile), TensorMaps(loader.driver.tensor_map)
     kernel = loader.get(
         launch.file, launch.entry, SCALAR=BFLOAT16, HEAD_SIZE=p.head_size, **launch.macros
     )
     calls = [
         kernel.prepare(
-            launch.grid, (launch.block,), prepared.arguments(i), shared_bytes=launch.shared_bytes
+            launch.grid,
+            (launch.block,),
+            prepared.arguments(i, tile, maps),
+            shared_bytes=launch.shared_bytes,
         )
         for i in range(p.num_sets)
     ]
@@ -298,7 +321,7 @@ def lengths_table(loader: Any, torch: Any, problems: list[Problem], record: bool
     print(f"{'TFLOP/s':40s} {'ours':>8s} {'range':>13s} {'fa2':>8s} {'cudnn':>8s}")
     for problem in problems:
         prepared = Prepared(problem)
-        rates, _ = ours(loader, prepared, default_tile(problem.head_size))
+        rates, _ = ours(loader, prepared, best_tile(loader, problem))
         del prepared
         cupy.get_default_memory_pool().free_all_blocks()
         beside = peers(torch, problem) if torch else {}
@@ -320,14 +343,27 @@ def lengths_table(loader: Any, torch: Any, problems: list[Problem], record: bool
             )  # fmt: skip
 
 
+def name_of(tile: PrefillTile | WgmmaTile) -> str:
+    steps = f"{tile.keys}x{tile.stages}"
+    if isinstance(tile, WgmmaTile):
+        return f"wgmma {4 * tile.warpgroups}x16 {steps} {tile.l2_bytes >> 20} MB"
+    stay = " stay" if tile.queries_stay else ""
+    return f"{tile.warps}x{tile.warp_rows} {steps}{stay} min{tile.min_blocks}"
+
+
 def variants_table(loader: Any, lengths: tuple[int, ...]) -> None:
     import cupy
 
     for head_size, tiles in VARIANTS.items():
-        variants = [{"SCALAR": BFLOAT16, "HEAD_SIZE": head_size, **t.macros()} for t in tiles]
-        loader.prefetch((FILE, macros) for macros in variants)
-        rows: dict[PrefillTile, list[str]] = {tile: [] for tile in tiles}
-        facts: dict[PrefillTile, str] = {}
+        if loader.arch != "sm_90a":
+            tiles = [tile for tile in tiles if isinstance(tile, PrefillTile)]
+        build = {"SCALAR": BFLOAT16, "HEAD_SIZE": head_size}
+        loader.prefetch(
+            (launch_of(loader, Problem(1, 1, 1, head_size), tile).file, build | tile.macros())
+            for tile in tiles
+        )
+        rows: dict[PrefillTile | WgmmaTile, list[str]] = {tile: [] for tile in tiles}
+        facts: dict[PrefillTile | WgmmaTile, str] = {}
         for tokens in lengths:
             prepared = Prepared(Problem(tokens, 32, 32, head_size))
             for tile in tiles:
@@ -337,13 +373,10 @@ def variants_table(loader: Any, lengths: tuple[int, ...]) -> None:
                 facts[tile] = f"{kernel.num_registers:5d} {kernel.local_bytes:5d} {held:6d}"
             del prepared
             cupy.get_default_memory_pool().free_all_blocks()
-        print(f"\nd{head_size}: warps x rows, keys x stages, queries in registers")
+        print(f"\nd{head_size}: warps x rows, keys x stages, more")
         print(f"{'tile':28s}  regs local blocks" + "".join(f" t{n:<7d}" for n in lengths))
         for tile in tiles:
-            name = f"{tile.warps}x{tile.warp_rows} {tile.keys}x{tile.stages}"
-            name += " stay" if tile.queries_stay else ""
-            name += f" min{tile.min_blocks}"
-            print(f"{name:28s} {facts[tile]} {' '.join(rows[tile])}", flush=True)
+            print(f"{name_of(tile):28s} {facts[tile]} {' '.join(rows[tile])}", flush=True)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ class WgmmaTile:
     warpgroups: int = 2
     keys: int = 128
     stages: int = 2
-    l2_bytes: int = 24 << 20
+    l2_bytes: int = 32 << 20
 
     @property
     def threads(self) -> int:
@@ -90,7 +90,7 @@ class WgmmaTile:
 
     def shared_bytes(self, head_size: int) -> int:
         """Dynamic shared memory of a block, with what places it on 1024 bytes."""
-        rows = self.warpgroups * 64 + 2 * self.stages * self.keys
+        rows = 2 * self.warpgroups * 64 + 2 * self.stages * self.keys
         return 1024 + 2 * head_size * rows
 
     def macros(self) -> dict[str, int]:
@@ -161,7 +161,7 @@ def wgmma_tile(
 ) -> WgmmaTile | None:
     """The tile of `attention_prefill_wgmma`, or None where it does not run. group: heads that
     share keys; block_size: positions of a block of the cache."""
-    tile = WgmmaTile()
+    tile = WgmmaTile(warpgroups=3, stages=3) if head_size == 64 else WgmmaTile()
     fits = block_size % 8 == 0 and (tile.keys % block_size == 0 or block_size % tile.keys == 0)
     if head_size not in (64, 128) or scalar == 0 or cache != scalar or not fits:
         return None
