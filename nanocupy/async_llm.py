@@ -46,7 +46,8 @@ class AsyncLLMEngine:
         params: SamplingParams | None = None,
         priority: RequestPriority | None = None,
     ) -> AsyncIterator[TextChunk]:
-        """The answer piece by piece. Leaving the iteration early ends the request.
+        """The answer piece by piece, those of its samples as they come. Leaving the iteration early
+        ends the request.
 
         prompt, params: as `LLM.stream`. Raises RequestError for this request alone, and whatever
         ended the engine for every request that waits.
@@ -103,7 +104,8 @@ class AsyncLLMEngine:
         listener: Listener,
     ) -> Future[Answer]:
         """Queue a request, from any thread. `listener` is called on the engine's thread with every
-        chunk, then with None; it must not wait for anything, and if it raises, its request ends."""
+        chunk, then with None or the error that ended it; it must not wait for anything, and if it
+        raises, its request ends."""
 
         def add() -> Answer:
             answer = self.llm.stream(prompt, params, priority or RequestPriority())
@@ -192,7 +194,7 @@ class AsyncLLMEngine:
                     listener(chunk)
                 if answer.finish_reason is None:
                     continue
-                listener(None)
+                listener(answer.error)  # None where it ended well
             except Exception:  # a listener that fails ends its own request and no other
                 answer.close()
             del self._listeners[key]

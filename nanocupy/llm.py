@@ -9,129 +9,32 @@ from __future__ import annotations
 
 import operator
 import os
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 from weakref import WeakValueDictionary
 
+from nanocupy.answer import Answer, Completion, Sample, TextChunk
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import EngineConfig
-from nanocupy.engine.engine import StepOutput, scheduler_settings
+from nanocupy.engine.engine import scheduler_settings
 from nanocupy.engine.request import RequestPriority
-from nanocupy.engine.stops import StopMatcher
 from nanocupy.errors import ConfigError, RequestError, TokenizerError
+from nanocupy.progress import count_progress
 from nanocupy.sampling_params import SamplingParams
-from nanocupy.tokenizer import Tokenizer, stream_decoder
+from nanocupy.tokenizer import Tokenizer
 from nanocupy.tokenizer.chat import ChatTemplate
+
+__all__ = ["LLM", "Answer", "Completion", "Message", "Prompt", "Sample", "TextChunk"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
+# So many prompts get a progress bar on a terminal unasked.
+MANY_PROMPTS = 16
+
 _CHECKPOINT_OPTIONS = ("legacy_format", "legacy_kind", "rope_scaling", "tokenizer_path")
-
-
-@dataclass(frozen=True)
-class TextChunk:
-    """A piece of a streamed answer. `text` may be empty; the last piece has a finish_reason:
-    "stop", "length" or "abort"."""
-
-    text: str
-    token_id: int | None
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished answer.
-
-    text without stop strings and special tokens; token_ids as sampled, the end-of-text id
-    included; times in seconds: to the first token and in all.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    num_prompt_tokens: int
-    time_to_first_token: float
-    total_time: float
-
-
-class Answer(Iterator[TextChunk]):
-    """An answer in the making: iterate over its chunks. Close or drop it to end it early."""
-
-    def __init__(
-        self,
-        llm: LLM,
-        request_id: str,
-        num_prompt_tokens: int,
-        params: SamplingParams,
-        *,
-        continuing: bool,
-    ) -> None:
-        self._llm = llm
-        self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self._stream = stream_decoder(llm.tokenizer, continuing=continuing)
-        self._stops = StopMatcher(params.stop)
-        self._pieces: list[str] = []
-        self._chunks: deque[TextChunk] = deque()
-        self._started = self._first_token_at = self._finished_at = time.perf_counter()
-
-    def __next__(self) -> TextChunk:
-        while not self._chunks:
-            if self.finish_reason is not None:
-                raise StopIteration
-            self._llm._step()
-        return self._chunks.popleft()
-
-    def take_chunks(self) -> Iterator[TextChunk]:
-        """The chunks that are there and were not taken yet; never runs the engine."""
-        while self._chunks:
-            yield self._chunks.popleft()
-
-    def close(self) -> None:
-        """End the answer now, with what it has."""
-        if self.finish_reason is None:
-            self.finish_reason = "abort"
-            self._finished_at = time.perf_counter()
-            self._llm._end(self)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def completion(self) -> Completion:
-        """The answer so far; the whole one once the iteration has ended."""
-        return Completion(
-            text="".join(self._pieces),
-            token_ids=list(self.token_ids),
-            finish_reason=self.finish_reason or "abort",
-            num_prompt_tokens=self.num_prompt_tokens,
-            time_to_first_token=self._first_token_at - self._started,
-            total_time=self._finished_at - self._started,
-        )
-
-    def _extend(self, output: StepOutput) -> None:
-        """Take in a new token."""
-        now = time.perf_counter()
-        if not self.token_ids:
-            self._first_token_at = now
-        self.token_ids.append(output.token_id)
-        reason = output.finish_reason
-        # The id that ends a text is not part of it.
-        text = "" if reason == "stop" else self._stream.push(output.token_id)
-        shown = self._stops.push(text)
-        if reason is not None:
-            shown += self._stops.push(self._stream.finish()) + self._stops.finish()
-        if self._stops.stopped_by is not None:
-            reason = "stop"
-        self.finish_reason, self._finished_at = reason, now
-        self._pieces.append(shown)
-        self._chunks.append(TextChunk(shown, output.token_id, reason))
 
 
 class LLM:
@@ -207,7 +110,8 @@ class LLM:
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """The sampling settings the model's author recommends, with `changes` over them."""
-        return SamplingParams(**(_author_settings(self.checkpoint.generation_defaults) | changes))
+        defaults = _author_settings(self.checkpoint.generation_defaults)
+        return SamplingParams().with_(**(defaults | changes))
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a plain prompt, with the beginning-of-text id where the model wants one."""
@@ -230,20 +134,32 @@ class LLM:
     # ----------------------------------------------------------------- answers
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...
+    def generate(
+        self, prompts: str, params: SamplingParams | None = None, *, progress: bool | None = None
+    ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
     ) -> list[Completion]: ...
-    def generate(self, prompts, params=None):
+    def generate(self, prompts, params=None, *, progress=None):
         """Continue a prompt, or many in one batch. A prompt is text or a list of token ids; the
-        answers come in the prompts' order."""
+        answers come in the prompts' order, each of params.n samples.
+
+        progress: show how many have ended on stderr; None = on a terminal, where they are many.
+        Raises CheckpointError where the model gives no numbers for a prompt that is alone; of many,
+        that one's finish_reason is "error".
+        """
         if isinstance(prompts, str):
-            return self._complete([self.encode(prompts)], params, continuing=True)[0]
+            ids = [self.encode(prompts)]
+            return self._complete(ids, params, continuing=True, progress=progress)[0]
         if not isinstance(prompts, Sequence):
             raise RequestError(f"prompts are {prompts!r}; give a text or a list of prompts")
         ids = [self.encode(p) if isinstance(p, str) else _token_ids(p) for p in prompts]
-        return self._complete(ids, params, continuing=True)
+        return self._complete(ids, params, continuing=True, progress=progress, many=True)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
@@ -273,15 +189,30 @@ class LLM:
         return self._add([ids], params, continuing=not is_chat, priority=priority)[0]
 
     def _complete(
-        self, prompts: Sequence[list[int]], params: SamplingParams | None, *, continuing: bool
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | None,
+        *,
+        continuing: bool,
+        progress: bool | None = False,
+        many: bool = False,
     ) -> list[Completion]:
+        if progress is None:
+            on_terminal = sys.stderr is not None and sys.stderr.isatty()
+            progress = on_terminal and len(prompts) >= MANY_PROMPTS
         answers = self._add(prompts, params, continuing=continuing)
         try:
-            while any(answer.finish_reason is None for answer in answers):
-                self._step()
+            with count_progress("answers", progress) as report:
+                while waiting := sum(answer.finish_reason is None for answer in answers):
+                    report(len(answers) - waiting, len(answers))
+                    self._step()
+                report(len(answers), len(answers))
         finally:
             for answer in answers:
                 answer.close()
+        for answer in answers:
+            if answer.error is not None and not many:
+                raise answer.error
         return [answer.completion() for answer in answers]
 
     def _add(
@@ -302,7 +233,7 @@ class LLM:
             for ids in prompts:
                 self._num_requests += 1
                 request_id = str(self._num_requests)
-                answer = Answer(self, request_id, len(ids), params, continuing=continuing)
+                answer = Answer(self, request_id, ids, params, continuing=continuing)
                 self._engine.add_request(request_id, ids, params, priority)
                 self._answers[request_id] = answer
                 added.append(answer)
@@ -320,13 +251,13 @@ class LLM:
                 self._engine.abort(output.request_id)
                 continue
             answer._extend(output)
-            if answer.finish_reason is not None:
-                self._end(answer)
 
-    def _end(self, answer: Answer) -> None:
-        """Forget an answer that has ended; the engine may not know yet (a stop string)."""
-        self._answers.pop(answer.request_id, None)
-        self._engine.abort(answer.request_id)
+    def _end(self, request_id: str, sample_index: int | None = None) -> None:
+        """Forget an answer that has ended, or end one sample of it; the engine may not know yet (a
+        stop string)."""
+        if sample_index is None:
+            self._answers.pop(request_id, None)
+        self._engine.abort(request_id, sample_index)
 
 
 def _split_options(

@@ -10,6 +10,8 @@ from typing import Any
 from nanocupy.errors import RequestError
 
 MAX_STOPS = 64
+MAX_SAMPLES = 256
+MAX_LOGPROBS = 100  # tokens told of at each place: all of it travels as Python objects
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class SamplingParams:
     """Applied in this order: logit bias and penalties, temperature, min-p, top-k, top-p over what
     is left, one draw.
 
+    n                    answers to each prompt; they differ where the temperature is not 0
     max_tokens           output tokens at most; None = until the model ends or the context is full
     min_tokens           output tokens before an end-of-text or stop id may come
     temperature          0 = the most likely token, always; up to 100
@@ -31,8 +34,14 @@ class SamplingParams:
     stop                 strings that end the text; they are not part of it
     stop_token_ids       ids that end the text, beside the model's own
     ignore_eos           do not end at the model's end-of-text ids
+    logprobs             tell the log-probability of each token of the output, and the k most likely
+                         ones there; 0 = only the token's own; None = nothing
+    prompt_logprobs      the same of the prompt's tokens, from the second on
+    Log-probabilities are the model's own: of its logits before everything above, so that they
+    compare between requests however these are sampled.
     """
 
+    n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
@@ -47,6 +56,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -56,6 +67,10 @@ class SamplingParams:
             if not isinstance(value, (tuple, list)):
                 raise RequestError(f"{name} is {value!r}; it must be a list")
             object.__setattr__(self, name, tuple(value))
+        _whole("n", self.n, 1, MAX_SAMPLES)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS, "or None for nothing")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, 1 << 30)
         _whole("min_tokens", self.min_tokens, 0, 1 << 30)
@@ -96,7 +111,13 @@ class SamplingParams:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     def with_(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again; RequestError for an unknown one."""
+        unknown = [name for name in changes if name not in self.__dataclass_fields__]
+        if unknown:
+            raise RequestError(
+                f"{unknown[0]} is no sampling parameter; there are "
+                f"{', '.join(self.__dataclass_fields__)}"
+            )
         return replace(self, **changes)
 
 

@@ -101,7 +101,9 @@ def build_sampler_batch(requests: Sequence[Request]) -> SamplerBatch:
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         seeds=np.array([r.seed for r in requests], np.uint64),
-        counters=np.array([(r.num_tokens, 0) for r in requests], np.uint32).reshape(-1, 2),
+        counters=np.array(
+            [[r.num_tokens for r in requests], [r.sample_index for r in requests]], np.uint32
+        ).T.copy(),
     )
 
 

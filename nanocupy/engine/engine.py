@@ -11,12 +11,12 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.policy import PolicyWeights
 from nanocupy.engine.request import Request, RequestPriority, RequestState
+from nanocupy.engine.results import FAILED_TOKEN, StepOutput, StepResult, TokenLogprob
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
 from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
@@ -44,16 +44,10 @@ def scheduler_settings(
     )
 
 
-class StepOutput(NamedTuple):
-    """One new token of a request. finish_reason: "stop" (end of text or a stop id: token_id is
-    that id), "length", or None while it goes on."""
-
-    request_id: str
-    token_id: int
-    finish_reason: str | None
-
-
+# Makes a StepOutput of a tuple of all its fields: half the time of the class itself, and a step
+# makes one for every sequence.
 _step_output = partial(tuple.__new__, StepOutput)
+_NOTHING = (None, None)  # no log-probabilities
 
 
 class LLMEngine:
@@ -91,8 +85,8 @@ class LLMEngine:
         # A sequence must fit in the whole cache, or it could never finish.
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
-        self._requests: dict[str, Request] = {}
-        self._in_flight: tuple[Schedule, Callable[[], list[int]]] | None = None
+        self._requests: dict[str, list[Request]] = {}  # by id: its samples that have not ended
+        self._in_flight: tuple[Schedule, Callable[[], list[int] | StepResult]] | None = None
         self._outputs: list[StepOutput] = []  # not returned yet
 
     @property
@@ -113,40 +107,55 @@ class LLMEngine:
         params: SamplingParams,
         priority: RequestPriority = RequestPriority(),  # noqa: B008 (frozen)
     ) -> None:
-        """Queue a prompt of token ids. Raises RequestError; nothing is queued then."""
+        """Queue a prompt of token ids, params.n samples of it. Raises RequestError; nothing is
+        queued then."""
         prompt_ids = list(prompt_ids)
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         if not prompt_ids:
             raise RequestError("the prompt is empty: it must have at least one token")
         vocab_size = self.config.vocab_size
-        for token_id in [*prompt_ids, *params.logit_bias, *params.stop_token_ids]:
-            if not 0 <= token_id < vocab_size:
-                raise RequestError(f"token id {token_id} is not in the vocabulary of {vocab_size}")
+        for ids in (prompt_ids, params.logit_bias, params.stop_token_ids):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+                bad = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+                raise RequestError(f"token id {bad} is not in the vocabulary of {vocab_size}")
         if len(prompt_ids) >= self.max_context:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_context} "
                 "with at least one of output; shorten the prompt"
             )
-        eos_ids = tuple(self.config.eos_ids)
+        wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+        if wants_logprobs and not self.runner.has_logprobs:
+            raise RequestError(
+                f"logprobs and prompt_logprobs are not made on {self.runner.device} yet; leave "
+                "them out, or run on the CPU (device cpu)"
+            )
         max_total = self.max_context
         if params.max_tokens is not None:
             max_total = min(max_total, len(prompt_ids) + params.max_tokens)
         seed = params.seed if params.seed >= 0 else secrets.randbits(63)
-        request = Request(
-            request_id, prompt_ids, params, seed, max_total, priority,
-            rope_base=self._rope_base(len(prompt_ids)),
-            stop_ids=frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_ids)),
-        )  # fmt: skip
-        self.scheduler.add(request)
-        self._requests[request_id] = request
+        eos_ids = () if params.ignore_eos else self.config.eos_ids
+        samples: list[Request] = []
+        for index in range(params.n):
+            samples.append(
+                Request(
+                    request_id, prompt_ids, params, seed, max_total, priority,
+                    rope_base=self._rope_base(len(prompt_ids)),
+                    sample_index=index,
+                    stop_ids=frozenset((*params.stop_token_ids, *eos_ids)),
+                    leader=samples[0] if samples else None,
+                )
+            )  # fmt: skip
+        for request in samples:
+            self.scheduler.add(request)
+        self._requests[request_id] = samples
         self.watch.request_added(request_id)
 
-    def abort(self, request_id: str) -> None:
-        """End a request now; an id that is not running is ignored."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request, "abort")
+    def abort(self, request_id: str, sample_index: int | None = None) -> None:
+        """End a request now, or one sample of it; what is not running is ignored."""
+        for request in list(self._requests.get(request_id, ())):
+            if sample_index is None or request.sample_index == sample_index:
+                self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
         """Run one step; the new token of every request whose token was read."""
@@ -159,7 +168,7 @@ class LLMEngine:
 
     def _step(self) -> None:
         if self.scheduler.num_needing_ids:
-            self._collect()  # penalties count tokens, so all must be known
+            self._collect()  # penalties count tokens, say, so all must be known
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()
         read = None
@@ -182,9 +191,13 @@ class LLMEngine:
             return
         (schedule, read), self._in_flight = self._in_flight, None
         self.watch.part("wait")
-        token_ids = read()
+        result = read()
         self.watch.part("process")
-        for request, token_id in self.scheduler.update(schedule, token_ids):
+        token_ids = result.token_ids if isinstance(result, StepResult) else result
+        given = self.scheduler.update(schedule, token_ids)
+        logprobs = self._take_logprobs(schedule, result)
+        outputs = self._outputs
+        for request, token_id in given:
             reason = None
             num_output = len(request.output_ids)
             if token_id in request.stop_ids and num_output >= request.params.min_tokens:
@@ -193,14 +206,50 @@ class LLMEngine:
                 reason = "length"
             if reason is not None:
                 self._finish(request, reason)
-            self._outputs.append(_step_output((request.request_id, token_id, reason)))
+            output = request.request_id, token_id, reason, request.sample_index
+            output += self._logprobs_of(request, logprobs) if request.wants_logprobs else _NOTHING
+            outputs.append(_step_output(output))
+        if FAILED_TOKEN in token_ids:
+            self._fail(schedule, token_ids)
+
+    def _take_logprobs(
+        self, schedule: Schedule, result: list[int] | StepResult
+    ) -> dict[Request, TokenLogprob | None]:
+        """Those of the step's tokens; the prompts' are kept with their requests."""
+        if not isinstance(result, StepResult):
+            return {}
+        for request, found in result.prompt_logprobs.items():
+            request.prompt_logprobs += found
+        if not result.logprobs:
+            return {}
+        return dict(zip(schedule.sampling, result.logprobs, strict=True))
+
+    def _logprobs_of(
+        self, request: Request, logprobs: dict[Request, TokenLogprob | None]
+    ) -> tuple[TokenLogprob | None, tuple[TokenLogprob, ...] | None]:
+        """The last two fields of a StepOutput."""
+        of_prompt = None
+        if len(request.output_ids) == 1 and request.num_prompt_logprobs is not None:
+            of_prompt = tuple(request.prompt_logprobs)
+        return logprobs.get(request), of_prompt
+
+    def _fail(self, schedule: Schedule, token_ids: Sequence[int]) -> None:
+        """End those for which the model gave no numbers, and no others."""
+        for request, token_id in zip(schedule.sampling, token_ids, strict=True):
+            if token_id == FAILED_TOKEN and request.state is not RequestState.FINISHED:
+                self._finish(request, "error")
+                name, index = request.request_id, request.sample_index
+                self._outputs.append(StepOutput(name, FAILED_TOKEN, "error", index))
 
     def _finish(self, request: Request, reason: str) -> None:
         assert request.state is not RequestState.FINISHED
         request.finish_reason = reason
-        self.scheduler.finish(request)
-        del self._requests[request.request_id]
-        self.watch.request_finished(request.request_id)
+        self.scheduler.finish(request, failed=reason == "error")
+        samples = self._requests[request.request_id]
+        samples.remove(request)
+        if not samples:
+            del self._requests[request.request_id]
+            self.watch.request_finished(request.request_id)
 
     def _rope_base(self, num_prompt_tokens: int) -> int:
         """Dynamic NTK: what the base follows, the prompt's length beyond the trained context."""

@@ -19,12 +19,16 @@ from nanocupy.engine.batch import (
 )
 from nanocupy.engine.binding import BoundCall, StepObserver, bind_calls, run_calls, step_dims
 from nanocupy.engine.request import PENDING_TOKEN, Request
+from nanocupy.engine.results import StepResult, TokenLogprob
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
-from nanocupy.errors import CheckpointError
+from nanocupy.engine.step_logprobs import PromptRows, asking_rows, prompt_rows, sampled_logprobs
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.ops.numpy_ops import NumpyOps
+
+# Rows of a prompt that the LM head sees at once, where its log-probabilities are asked for.
+_PROMPT_ROWS = 64
 
 
 class NumpyRunner(Runner):
@@ -34,6 +38,8 @@ class NumpyRunner(Runner):
     With `deferred`, a launched step is computed only when its ids are read, so that nothing can
     depend on them before: for tests of an engine that runs ahead.
     """
+
+    has_logprobs = True
 
     def __init__(
         self,
@@ -67,7 +73,7 @@ class NumpyRunner(Runner):
             if num_host_blocks
         ]
         self.can_run_ahead = deferred
-        self._queue: deque[Callable[[], list[int]]] = deque()  # launched, not computed
+        self._queue: deque[Callable[[], list[int] | StepResult]] = deque()  # launched, not computed
         self._last_ids: dict[Request, int] = {}  # what the last computed step sampled
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.
         self._bound: dict[tuple[int, ...], list[BoundCall]] = {}
@@ -79,19 +85,19 @@ class NumpyRunner(Runner):
             owners[owner] = owners.get(owner, 0) + memory.nbytes
         return owners
 
-    def run(self, schedule: Schedule) -> list[int]:
+    def run(self, schedule: Schedule) -> list[int] | StepResult:
         return self._prepare(schedule)()
 
-    def launch(self, schedule: Schedule) -> Callable[[], list[int]]:
+    def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         if not self.can_run_ahead:
             return super().launch(schedule)
         self._queue.append(self._prepare(schedule))
         return self._run_next
 
-    def _run_next(self) -> list[int]:
+    def _run_next(self) -> list[int] | StepResult:
         return self._queue.popleft()()
 
-    def _prepare(self, schedule: Schedule) -> Callable[[], list[int]]:
+    def _prepare(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         """The step as a function, which looks at the requests no more."""
         if not schedule.requests:
             return lambda: self._swap(schedule) or []
@@ -107,15 +113,24 @@ class NumpyRunner(Runner):
         requests = schedule.sampling
         penalties = build_penalty_batch(requests, self.config.eos_ids)
         sampler = build_sampler_batch(requests)
+        asking = asking_rows(requests)
+        of_prompts = prompt_rows(schedule) if schedule.wants_logprobs else []
 
-        def execute() -> list[int]:
+        def execute() -> list[int] | StepResult:
             self._swap(schedule)
-            for row, request in pending:
-                batch.token_ids[row] = self._last_ids[request]
+            for row, request in pending:  # where the last step failed, any token will do
+                batch.token_ids[row] = max(self._last_ids[request], 0)
             logits = self.logits(batch)
+            kept = logits[asking]
             token_ids = self._sample(logits, penalties, sampler) if requests else []
             self._last_ids = dict(zip(requests, token_ids, strict=True))
-            return token_ids
+            if not schedule.wants_logprobs:
+                return token_ids
+            return StepResult(
+                token_ids,
+                sampled_logprobs(kept, asking, requests, token_ids),
+                {r.request: self._prompt_logprobs(r, len(batch.token_ids)) for r in of_prompts},
+            )
 
         return execute
 
@@ -149,17 +164,23 @@ class NumpyRunner(Runner):
     def _sample(
         self, logits: np.ndarray, penalties: PenaltyBatch | None, sampler: SamplerBatch
     ) -> list[int]:
-        # A NaN reaches the maximum, and a row of nothing but -inf has no other.
-        if not np.isfinite(logits.max(axis=-1)).all():
-            raise CheckpointError(
-                "the model computes NaN or infinite logits: its weights are damaged or out of "
-                "range; check the file with `nanocupy inspect --verify`"
-            )
         if penalties is not None:
             self.ops.penalize(logits, **vars(penalties))
         ids = np.empty(len(logits), np.int32)
         self.ops.sample(logits, **vars(sampler), out=ids)
         return ids.tolist()
+
+    def _prompt_logprobs(self, rows: PromptRows, num_tokens: int) -> list[TokenLogprob]:
+        """Of the step that has just run: the LM head once more, for rows of its batch."""
+        head = [call for call in self.forward if call.op == "lm_head"]
+        found: list[TokenLogprob] = []
+        for part in rows.split(_PROMPT_ROWS):
+            num_rows = len(part.rows)
+            self._view("sample_rows", part.rows.shape)[...] = part.rows
+            dims = self._dims | step_dims(num_tokens, 0, num_rows, 0)
+            run_calls(bind_calls(head, self.ops, self._view, self.weights, dims))
+            found += part.logprobs(self._view("logits", (num_rows, self.config.vocab_size)))
+        return found
 
     # ----------------------------------------------------------------- binding
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nanocupy.engine.results import TokenLogprob
 from nanocupy.errors import RequestError
 from nanocupy.sampling_params import SamplingParams
 
@@ -100,9 +101,14 @@ class Request:
     block_hashes: list[int] = field(default_factory=list)
     num_cached_blocks: int = 0
     cache_parent: int | None = None
+    # Log-probabilities of the prompt's tokens from the second on, as far as there are any.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     # Of the parameters, as every step asks for it:
     needs_token_ids: bool = field(init=False)
     changes_logits: bool = field(init=False)
+    num_logprobs: int | None = field(init=False)
+    num_prompt_logprobs: int | None = field(init=False)
+    wants_logprobs: bool = field(init=False)
     max_output_tokens: int = field(init=False)
     _counts: Counter[int] = field(default_factory=Counter, repr=False)
     _num_counted: int = 0
@@ -111,8 +117,12 @@ class Request:
         p = self.params
         self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
         self.max_output_tokens = self.max_total_tokens - len(self.prompt_ids)
-        # Whether choosing the next token takes the ids of all before it, on the host.
-        self.needs_token_ids = p.counts_tokens
+        # How many of the most likely tokens are told of each; a prompt's by its first sample.
+        self.num_logprobs = p.logprobs
+        self.num_prompt_logprobs = p.prompt_logprobs if self.sample_index == 0 else None
+        self.wants_logprobs = not (self.num_logprobs is self.num_prompt_logprobs is None)
+        # Whether the ids of all its tokens must be known to the host before its next step.
+        self.needs_token_ids = p.counts_tokens or self.wants_logprobs
         # Whether it may take penalties, a bias or banned ids.
         self.changes_logits = p.has_penalties or p.min_tokens > 0
 
@@ -148,6 +158,12 @@ class Request:
             self._counts.update(self.output_ids[self._num_counted :])
             self._num_counted = len(self.output_ids)
         return self._counts
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether none of the prompt may be left out, though the cache had it."""
+        num_wanted = 0 if self.num_prompt_logprobs is None else self.num_prompt_tokens - 1
+        return len(self.prompt_logprobs) < num_wanted
 
     def append(self, token_id: int) -> None:
         """Take in a generated token: the first of those not read yet or, if none, one more."""

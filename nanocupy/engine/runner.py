@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nanocupy.config import ModelConfig
 from nanocupy.engine.binding import StepObserver
+from nanocupy.engine.results import StepResult
 from nanocupy.engine.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -43,17 +44,22 @@ class Runner(ABC):
     # Whether a step can be launched while the ids of the one before are not read: the runner puts
     # them in itself, wherever a batch has PENDING_TOKEN.
     can_run_ahead: bool = False
+    # Whether requests may ask for log-probabilities; without, the engine refuses those that do.
+    has_logprobs: bool = False
 
     @abstractmethod
-    def run(self, schedule: Schedule) -> list[int]:
+    def run(self, schedule: Schedule) -> list[int] | StepResult:
         """Execute one step: the copies of swap_out, those of swap_in, the forward. Returns the ids
-        of the requests that sample, in the schedule's order. The requests are left as they are."""
+        of the requests that sample, in the schedule's order, FAILED_TOKEN for a row whose largest
+        logit is NaN or infinite: that request ends, and no other. A schedule with `wants_logprobs`
+        gets a StepResult. The requests are left as they are."""
 
-    def launch(self, schedule: Schedule) -> Callable[[], list[int]]:
+    def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         """Start one step. Returns a function that waits for it and gives what `run` does; it is
-        called once, before the step after the next is launched."""
-        token_ids = self.run(schedule)
-        return lambda: token_ids
+        called once, before the step after the next is launched, and with `wants_logprobs` before
+        the next: then no token of the next is pending."""
+        result = self.run(schedule)
+        return lambda: result
 
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         """From the next step on, note when each starts and ends on the device, and keep the last

@@ -80,11 +80,17 @@ class Schedule:
         """Whether any row's logits may have to be changed before the draw."""
         return any(request.changes_logits for request in self.sampling)
 
+    @cached_property
+    def wants_logprobs(self) -> bool:
+        """Whether the step must give log-probabilities, of output or prompt."""
+        return any(item.request.wants_logprobs for item in self.requests)
+
     def with_grown(self, grown: Sequence[Request]) -> Schedule:
         """The same step, where `grown` got a block; what was worked out of it is kept."""
         if not grown and not self.grown:
             return self
-        _ = self.num_tokens, self.sampling, self.changes_logits  # once, for all copies
+        # Once, for all copies:
+        _ = self.num_tokens, self.sampling, self.changes_logits, self.wants_logprobs
         other = copy(self)
         object.__setattr__(other, "grown", tuple(grown))
         return other

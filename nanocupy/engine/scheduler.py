@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from nanocupy.engine.decoding import DecodingSet, decodes
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
+from nanocupy.engine.results import FAILED_TOKEN
 from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
 from nanocupy.engine.scheduler_checks import check_running, check_waiting
 from nanocupy.engine.step_plan import SchedulerCounters, StepPlan
@@ -141,7 +142,7 @@ class Scheduler:
 
     def update(self, schedule: Schedule, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
         """Take in the ids of the oldest step in flight. Returns who got which token; not those
-        that have ended meanwhile."""
+        that have ended meanwhile, nor those whose step has failed."""
         _, host_block_ids = self._in_flight.popleft()
         self.memory.host_pool.free(host_block_ids)
         given = list(zip(schedule.sampling, token_ids, strict=True))
@@ -150,17 +151,22 @@ class Scheduler:
             for request in [r for r in self._ending if not self._is_in_flight(r)]:
                 self._ending.remove(request)
                 self.memory.drop(request)
+        if FAILED_TOKEN in token_ids:
+            given = [pair for pair in given if pair[1] != FAILED_TOKEN]
         for request, token_id in given:
             request.output_ids.append(token_id)
         for request in self.decoding.at_border():
             self.memory.store(request)
         return given
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Request, *, failed: bool = False) -> None:
         """Take the request out, wherever it is. Its blocks are free when no step that was launched
-        with it is in flight."""
-        if request.state is RequestState.RUNNING:
+        with it is in flight. What one that failed has computed is of no use to others."""
+        if failed:
+            self.memory.forget(request)
+        elif request.state is RequestState.RUNNING:
             self.memory.store(request)
+        if request.state is RequestState.RUNNING:
             self._unseat(request)
         else:
             self.waiting.remove(request)
@@ -282,6 +288,8 @@ class Scheduler:
     def _admit(self, request: Request, plan: StepPlan) -> bool | None:
         """Let a waiting or preempted request run, if there is room; None where it should rather
         wait for one that is computing its prefix."""
+        if self._waits_for_leader(request):
+            return None
         memory, old_computed = self.memory, request.num_computed_tokens
         num_found = memory.attach(request)
         if self._is_being_filled(request, plan):
@@ -311,6 +319,17 @@ class Scheduler:
         plan.admitted.append(request)
         self._put(request, num_tokens, plan)
         return True
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        """Whether another sample of the prompt is computing blocks of it that both can have."""
+        leader, size = request.leader, self.memory.pool.block_size
+        if leader is None or self.memory.cache is None:
+            return False
+        num_shared = (request.num_prompt_tokens - 1) // size * size
+        waits = leader.state is RequestState.RUNNING and leader.num_computed_tokens < num_shared
+        if not waits:
+            request.leader = None  # and nothing keeps that one alive
+        return waits
 
     def _is_being_filled(self, request: Request, plan: StepPlan) -> bool:
         cache, size = self.memory.cache, self.memory.pool.block_size

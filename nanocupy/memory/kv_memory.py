@@ -35,7 +35,7 @@ class KVMemory:
         """Let a request without blocks share those the prefix cache has for it. Returns how many
         tokens it need neither compute nor, if it is swapped out, copy back; `detach` undoes it."""
         assert not request.block_ids
-        if self.cache is None:
+        if self.cache is None or request.needs_whole_prompt:
             return 0
         self._share(request, self.cache.lookup(request))
         return len(request.block_ids) * self.pool.block_size
@@ -57,7 +57,7 @@ class KVMemory:
         """Move a running request that is about to begin a block past blocks that others have
         computed meanwhile."""
         cache, index = self.cache, len(request.block_ids)
-        if cache is None or request.num_cached_blocks != index:
+        if cache is None or request.num_cached_blocks != index or request.needs_whole_prompt:
             return
         if request.num_computed_tokens != index * self.pool.block_size:
             return
@@ -71,6 +71,12 @@ class KVMemory:
         """Remember the request's full blocks, as far as they are computed and known."""
         if self.cache is not None:
             self.cache.store(request)
+
+    def forget(self, request: Request) -> None:
+        """Have nobody find what only this request holds."""
+        for block_id in request.block_ids if self.cache is not None else ():
+            if block_id in self.cache and self.pool.num_holders(block_id) == 1:
+                self.cache.forget(block_id)
 
     def swap_out(self, request: Request) -> list[BlockPair] | None:
         """Exchange the request's blocks for blocks of the host. Returns the copies to make, or

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from nanocupy import LLM, AsyncLLMEngine, RequestPriority, SamplingParams
-from nanocupy.errors import CudaError, RequestError
+from nanocupy.errors import CheckpointError, CudaError, RequestError
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.cli.test_cli_generate import TEMPLATE, byte_tokenizer
+from tests.engine.test_failures import damaged
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -161,6 +162,45 @@ def test_a_lost_device_tells_everyone(model, monkeypatch):
 
     results = asyncio.run(main())
     assert all(isinstance(r, CudaError) and "context is gone" in str(r) for r in results)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_an_answer_without_numbers_is_one_callers_error(model):
+    params = PARAMS.with_(logit_bias={33: -100.0})
+    fine = make_llm(model).generate("fine", params).text
+    llm = make_llm(model)
+    llm._engine.runner.weights = damaged(llm._engine.runner.weights, ord("!"))
+
+    async def read(engine):
+        return [chunk async for chunk in engine.stream("bad!", params)]
+
+    async def main():
+        async with AsyncLLMEngine(llm) as engine:
+            return await asyncio.gather(
+                engine.generate("bad!", params), engine.generate("fine", params), read(engine),
+                return_exceptions=True,
+            )  # fmt: skip
+
+    bad, good, streamed = asyncio.run(main())
+    assert good.text == fine
+    for error in (bad, streamed):
+        assert isinstance(error, CheckpointError)
+        assert "NaN" in str(error)
+
+
+def test_samples_are_those_of_the_llm(model):
+    params = PARAMS.with_(temperature=1.2, seed=3, n=3, logprobs=1)
+    alone = make_llm(model).generate("Hi", params)
+
+    async def main():
+        async with AsyncLLMEngine(make_llm(model)) as engine:
+            whole = asyncio.create_task(engine.generate("Hi", params))
+            texts = ["", "", ""]
+            async for chunk in engine.stream("Hi", params):
+                texts[chunk.sample_index] += chunk.text
+            return (await whole).texts, texts
+
+    assert asyncio.run(main()) == (alone.texts, alone.texts)
 
 
 def test_closing_ends_what_waits(model, monkeypatch):

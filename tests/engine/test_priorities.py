@@ -150,7 +150,7 @@ def test_an_urgent_request_takes_the_place_of_another():
             engine.add_request(name, [1] * 8, PARAMS.with_(max_tokens=30), RequestPriority(1))
         engine.step()
         engine.add_request("urgent", [3] * 8, PARAMS, RequestPriority(0))
-        slower = engine._requests["slower"]
+        slower = engine._requests["slower"][0]
         engine.step()
         assert (slower.state is RequestState.PREEMPTED) == (policy == "priority")
         ended = []
@@ -165,7 +165,7 @@ def test_preemptions_of_one_request_are_capped():
     limits = RunnerLimits(60, 4, 64, 64, 1, num_host_blocks=60)
     engine = make_engine(Clock(), limits, policy="priority", max_preemptions=3)
     engine.add_request("slow", [1] * 8, PARAMS.with_(max_tokens=40), RequestPriority(9))
-    slow = engine._requests["slow"]
+    slow = engine._requests["slow"][0]
     steps = 0
     while "slow" in engine._requests:
         if steps % 2 == 0:

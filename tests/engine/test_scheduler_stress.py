@@ -73,7 +73,7 @@ class Stress:
         name = str(number)
         self.engine.add_request(name, ids, params, priority)
         self.alive[name] = (ids, params, [])
-        request = self.engine._requests[name]
+        request = self.engine._requests[name][0]
         work = (1 + self.settings.max_preemptions) * request.max_total_tokens
         self.work_before.append(sum(self.work_alive.values()))
         self.works.append(work)
