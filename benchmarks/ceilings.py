@@ -36,6 +36,13 @@ def measure_ceilings(dtype: str) -> Ceilings:
     return Ceilings(bytes_per_s, flops_per_s)
 
 
+def device_name() -> str:
+    """Of GPU 0."""
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+
+
 def product_ceiling(dtype: str) -> float:
     """Operations a second of cuBLAS on square matrices of normal random values."""
     import cupy

@@ -3,10 +3,12 @@
     python -m benchmarks.engine decode --shape qwen3-0.6b --batch 1,8,32,128
     python -m benchmarks.engine prefill --shape qwen3-0.6b --tokens 2048,8192
     python -m benchmarks.engine throughput --shape qwen3-0.6b --requests 256
+    python -m benchmarks.engine startup --shape qwen3-0.6b
 
 What `nanocupy bench` measures, by the same functions, with random weights of a public shape. Each
 result is appended to benchmarks/records/<what>.jsonl, with the floor as its ceiling: its bytes over
-the rate of plain reads, or its operations over that of a large cuBLAS product, whichever is more.
+the rate of plain reads, or its operations over that of a large cuBLAS product, whichever is
+more; a start has none.
 Decode steps are also watched: the share of time in which the GPU is idle, and the host's time by
 part. `--set NAME=VALUE` changes a setting of the engine; those changed stand in the record.
 """
@@ -15,22 +17,26 @@ from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.ceilings import Ceilings, device_name, measure_ceilings
 from benchmarks.records import write_record
 from nanocupy.bench import idle, measure
 from nanocupy.bench.measure import Measurement
+from nanocupy.bench.model_file import write_random_model
 from nanocupy.bench.shapes import SHAPES, random_checkpoint
+from nanocupy.bench.startup import startup
 from nanocupy.bench.throughput import Workload, throughput
 from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import SETTINGS, EngineConfig, require_known
 from nanocupy.engine.engine import LLMEngine
-from nanocupy.progress import count_progress, say
+from nanocupy.progress import byte_progress, count_progress, say
 
-WHAT = ("decode", "prefill", "throughput")
+WHAT = ("decode", "prefill", "throughput", "startup")
 MAX_CHUNK = 8192  # tokens of a prompt computed in one step, unless --set says otherwise
 
 
@@ -49,9 +55,19 @@ def ceiling_of(result: Measurement, ceilings: Ceilings, num_tokens: int = 0) -> 
     return num_tokens / seconds if result.unit == "tok/s" else 1e3 * seconds
 
 
-def record(what: str, result: Result, ceilings: Ceilings, device: str, dtype: str) -> str:
-    """Write the record; what it says in a line."""
+def record(what: str, result: Result, ceilings: Ceilings | None, device: str, dtype: str) -> str:
+    """Write the record; what it says in a line. ceilings: None for what has none."""
     measured = result.measurement
+    common = {
+        "device": device,
+        "dtype": dtype,
+        "bytes": measured.num_bytes,
+        "flops": measured.num_flops,
+        **result.more,
+    }
+    if ceilings is None:
+        written = write_record(what, measured.name, measured.values, measured.unit, **common)
+        return _line(written)
     ceiling = ceiling_of(measured, ceilings, result.more.get("output_tokens", 0))
     rates = measured.unit == "tok/s"
     share = measured.median / ceiling if rates else ceiling / measured.median
@@ -60,20 +76,20 @@ def record(what: str, result: Result, ceilings: Ceilings, device: str, dtype: st
         measured.name,
         measured.values,
         measured.unit,
-        device=device,
-        dtype=dtype,
-        bytes=measured.num_bytes,
-        flops=measured.num_flops,
         ceiling=round(ceiling, 4),
         share=round(share, 4),
         read_gb_per_s=round(ceilings.bytes_per_s / 1e9, 1),
         product_tflops=round(ceilings.flops_per_s / 1e12, 1),
-        **result.more,
+        **common,
     )
+    return f"{_line(written)}, {share:.1%} of {ceiling:,.3f}"
+
+
+def _line(written: dict[str, Any]) -> str:
     low, high = written["spread"]
     return (
-        f"{measured.name:44s} {written['value']:12,.3f} {measured.unit}  ({low:,.3f} to "
-        f"{high:,.3f}), {share:.1%} of {ceiling:,.3f}"
+        f"{written['name']:44s} {written['value']:12,.3f} {written['unit']}  "
+        f"({low:,.3f} to {high:,.3f})"
     )
 
 
@@ -118,6 +134,21 @@ def engine_for(args: argparse.Namespace, shape: str) -> LLMEngine:
     return make_engine(random_checkpoint(shape, args.dtype), EngineConfig(**settings))
 
 
+def run_startup(args: argparse.Namespace) -> None:
+    """The same for starts, each of which is a process of its own."""
+    config = {"device": args.device, "dtype": args.dtype, **args.settings}
+    more = {"settings": args.settings} if args.settings else {}
+    device = device_name() if args.device == "cuda" else args.device
+    for shape in args.shape:
+        with tempfile.TemporaryDirectory(prefix="nanocupy-bench-") as folder:
+            path = Path(folder) / f"{shape}.nano"
+            with byte_progress("writing random weights", quiet_s=1.0) as report:
+                write_random_model(shape, args.dtype, path, report)
+            found = startup(path, shape, args.dtype, config, args.repeats)
+        result = Result(found.result, found.details() | more)
+        print(record(args.what, result, None, device, args.dtype), flush=True)
+
+
 def run(args: argparse.Namespace, ceilings: Ceilings) -> None:
     """Measure and record everything, a line each on stdout."""
     for shape in args.shape:
@@ -159,6 +190,9 @@ def _numbers(text: str) -> list[int]:
 
 def main() -> None:
     args = parse()
+    if args.what == "startup":
+        run_startup(args)
+        return
     ceilings = measure_ceilings(args.dtype)
     say(
         f"reads {ceilings.bytes_per_s / 1e9:,.0f} GB/s, products "

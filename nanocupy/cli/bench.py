@@ -167,6 +167,53 @@ def throughput(
     report_throughput(found, engine.runner.device, as_json)
 
 
+@bench.command(short_help="Seconds from process start to the first token.")
+@click.option(
+    "--shape",
+    type=click.Choice(SHAPE_NAMES),
+    help="Random weights in a public model's shape, in a temporary file. [default: smollm2-135m]",
+)
+@click.option("--model", "-m", metavar="MODEL", help="A model of your own instead.")
+@_repeats(3)
+@_JSON
+@engine_options()
+def startup(
+    shape: str | None, model: str | None, repeats: int, as_json: bool, **options: Any
+) -> None:
+    """Seconds from the start of a process to its first token, and where they go.
+
+    Every run is a process of its own. The first has no compiled kernels yet and is shown apart.
+    """
+    if model is not None and shape is not None:
+        raise ConfigError("give --model or --shape, not both")
+    import tempfile
+    from pathlib import Path
+
+    from nanocupy.bench.model_file import write_random_model
+    from nanocupy.bench.startup import startup as bench_startup
+    from nanocupy.cli.bench_report import report_startup
+    from nanocupy.engine.config import EngineConfig
+    from nanocupy.hub import resolve_model
+    from nanocupy.progress import byte_progress, count_progress
+
+    config = engine_config(options)
+    usual = EngineConfig().to_dict()
+    changed = {name: v for name, v in config.to_dict().items() if v != usual[name]}
+    dtype = _dtype(config)
+    with tempfile.TemporaryDirectory(prefix="nanocupy-bench-") as folder:
+        if model is None:
+            name = shape or "smollm2-135m"
+            path = Path(folder) / f"{name}.nano"
+            with byte_progress("writing random weights", quiet_s=1.0) as report:
+                write_random_model(name, dtype, path, report)
+        else:
+            path = Path(resolve_model(model, progress=True))
+            name = path.stem
+        with count_progress("starts") as report:
+            found = bench_startup(path, name, dtype, changed, repeats, report)
+    report_startup(found, config.device, as_json)
+
+
 def _config(
     options: dict[str, Any], max_context: int, max_num_seqs: int, **defaults: Any
 ) -> EngineConfig:
@@ -197,8 +244,13 @@ def _engine(
     ):
         if value is not None and value < needed:
             raise ConfigError(f"{name} is {value}; this bench needs {needed} or more")
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if config.device == "cuda" else "float32"
+    dtype = _dtype(config)
     checkpoint = random_checkpoint(shape, dtype)
     return make_engine(checkpoint, config.with_(dtype=dtype), progress=True), dtype
+
+
+def _dtype(config: EngineConfig) -> str:
+    """What weights are stored in."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if config.device == "cuda" else "float32"

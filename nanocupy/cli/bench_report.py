@@ -12,6 +12,7 @@ from nanocupy.cli.console import make_table, plain_console
 if TYPE_CHECKING:
     from nanocupy.bench.idle import HostTime
     from nanocupy.bench.measure import Measurement
+    from nanocupy.bench.startup import Startup
     from nanocupy.bench.throughput import Throughput
 
 
@@ -62,6 +63,19 @@ def report_throughput(found: Throughput, device: str, as_json: bool) -> None:
     table.add_row("preemptions", f"{found.num_preemptions:,}")
     table.add_row("prompt tokens", f"{found.num_prompt_tokens:,}")
     table.add_row("output tokens", f"{found.num_output_tokens:,}")
+    plain_console().print(table)
+
+
+def report_startup(found: Startup, device: str, as_json: bool) -> None:
+    """Seconds to the first token, with kernels in the cache and without."""
+    result = found.result
+    if as_json:
+        _print_json(result, device, found.details())
+        return
+    table = make_table(f"{result.name} on {device}", "seconds", "usual", "first", right=(1, 2))
+    for part, seconds in found.parts.items():
+        table.add_row(part, f"{seconds:.3f}", f"{found.cold_parts[part]:.3f}")
+    table.add_row("to the first token", f"{result.median:.3f}", f"{found.cold_s:.3f}")
     plain_console().print(table)
 
 

@@ -21,7 +21,7 @@ CEILINGS = Ceilings(bytes_per_s=2e9, flops_per_s=4e12)
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(max_context=512))
+    monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(vocab_size=300, max_context=512))
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     for module in (measure, idle):
         monkeypatch.setattr(module, "DECODE_OUTPUT", 5)
@@ -30,7 +30,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def run(*argv: str) -> None:
     shape = ("--shape", "smollm2-135m", "--dtype", "float32", "--device", "cpu")
-    engine.run(engine.parse([*argv, *shape]), CEILINGS)
+    args = engine.parse([*argv, *shape])
+    engine.run_startup(args) if args.what == "startup" else engine.run(args, CEILINGS)
 
 
 def lines(path: Path) -> list[dict]:
@@ -63,8 +64,13 @@ def test_every_bench_leaves_records(folder: Path, capsys: pytest.CaptureFixture[
     (busy,) = lines(folder / "throughput.jsonl")
     assert busy["name"] == "throughput/3x4-9/smollm2-135m/float32"
     assert busy["share"] == pytest.approx(busy["value"] / busy["ceiling"], rel=0.02, abs=1e-4)
+    run("startup", "--repeats", "1")
+    (start,) = lines(folder / "startup.jsonl")
+    assert start["name"] == "startup/smollm2-135m/float32"
+    assert "ceiling" not in start
+    assert start["value"] >= start["parts"]["import"] > 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 5
+    assert out.count("\n") == 6
     assert "prefill/smollm2-135m/float32/t40" in out
 
 
