@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -64,8 +65,21 @@ class Device(Protocol):
         """Wait for all that was started; an error in it is an error of `what`."""
         ...
 
+    def second_stream(self) -> Device:
+        """The same device, with another stream, graphs of its own, and its own memory for
+        products."""
+        ...
+
+    def follow(self, other: Device) -> None:
+        """What is started here from now on begins when all that `other` has so far has ended."""
+        ...
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Within it, what is launched outside of `run` and `eager` goes to this one's stream."""
+        ...
+
     def moment(self) -> Any:
-        """The end of all that was started so far, for `wait`; good until four later ones."""
+        """The end of all that was started so far, for `wait`; good until a dozen later ones."""
         ...
 
     def wait(self, moment: Any, what: str) -> None:
@@ -128,7 +142,7 @@ class CudaDevice:
         self._separate_buffers = separate_buffers
         self._pinned: list[Any] = []
         self._first_mark: Any = None
-        self._moments: deque[Any] = deque(maxlen=4)
+        self._moments: deque[Any] = deque(maxlen=16)
 
     def free_bytes(self) -> int:
         from cupy.cuda import runtime
@@ -189,14 +203,39 @@ class CudaDevice:
 
         synchronize(self.stream, what, self.log)
 
+    def second_stream(self) -> CudaDevice:
+        from nanocupy.cuda.graphs import GraphCache
+        from nanocupy.cuda.streams import new_stream
+
+        other = copy(self)
+        other.__dict__.pop("_cublas", None)
+        other.stream = new_stream()
+        other.graphs = GraphCache(
+            other.stream, enabled=self.graphs.enabled, log=self.log, counters=self.graphs.counters
+        )
+        other._moments = deque(maxlen=self._moments.maxlen)
+        return other
+
+    def follow(self, other: CudaDevice) -> None:
+        from nanocupy.cuda.streams import follow
+
+        follow(self.stream, other.stream, other._next_event())
+
+    def current(self) -> AbstractContextManager[Any]:
+        return self.stream
+
     def moment(self) -> Any:
+        event = self._next_event()
+        with cuda_call("cudaEventRecord"):
+            event.record(self.stream)
+        return event
+
+    def _next_event(self) -> Any:
         from nanocupy.cuda.streams import new_event
 
         full = len(self._moments) == self._moments.maxlen
         event = self._moments.popleft() if full else new_event()
         self._moments.append(event)
-        with cuda_call("cudaEventRecord"):
-            event.record(self.stream)
         return event
 
     def wait(self, moment: Any, what: str) -> None:

@@ -111,7 +111,9 @@ def _cuda_runner(
         raise ConfigError(
             f"kv_cache_dtype is {config.kv_cache_dtype} and dtype {dtype}; they must be the same"
         )
-    settings = DeviceSettings(dtype, dtype, dtype, config.gpu_memory_utilization)
+    settings = DeviceSettings(
+        dtype, dtype, dtype, config.gpu_memory_utilization, two_streams=config.two_streams
+    )
     limits = plan_limits(
         checkpoint.config,
         device,

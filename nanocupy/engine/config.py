@@ -179,6 +179,8 @@ class EngineConfig:
         bool, True, "keep blocks of past prompts and reuse them where a prompt begins alike")
     use_graphs: bool = _setting(
         bool, True, "GPU: replay steps as captured CUDA graphs")
+    two_streams: bool = _setting(
+        bool, False, "GPU: compute prompts beside decodes, on a stream of their own")
     run_ahead: bool = _setting(
         bool, True, "launch a step before the last one's tokens are read, if the runner can")
     # fmt: on

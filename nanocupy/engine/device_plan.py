@@ -5,7 +5,7 @@ Pure planning: nothing is allocated here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanocupy.config import ModelConfig
 from nanocupy.cuda.arena import ArenaPlan, BufferSpec
@@ -18,11 +18,12 @@ from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_sizes import ITEMSIZES, OpSizes, workspace_plan
+from nanocupy.ops.cuda_sizes import ITEMSIZES, DeviceTraits, OpSizes, workspace_plan
 from nanocupy.progress import human_bytes
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 _MAX_CACHE_ROWS = (1 << 32) - 1  # of a layer: the kernels count them in 32 bits
+SECOND_LANE = "second."  # before the names of what the second stream has for itself
 MAX_UPDATES = 1 << 14  # words of the decode state sent at once
 # Penalties come behind the other inputs of a step, through memory of twice this size: enough for
 # the penalised entries of any one sequence.
@@ -36,12 +37,14 @@ _INPUTS = (
 @dataclass(frozen=True)
 class DeviceSettings:
     """Storage types by name: of weights and activations, of the residual stream, of the cache;
-    gpu_memory_utilization: the share of the card's free memory to take, weights included."""
+    gpu_memory_utilization: the share of the card's free memory to take, weights included;
+    two_streams: prompts beside decodes, on a stream and in workspaces of their own."""
 
     dtype: str = "bfloat16"
     residual_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
     gpu_memory_utilization: float = 0.9
+    two_streams: bool = False
 
 
 def plan_limits(
@@ -119,11 +122,25 @@ def buffer_specs(
     table += [
         BufferSpec("decode_state", (state.num_words,), "int32", "batch"),
         BufferSpec("updates", (MAX_UPDATES, 2), "int32", "batch"),
-        BufferSpec("sampled", (limits.max_num_seqs,), "int32", "batch"),
+        BufferSpec("sampled", (2 * limits.max_num_seqs,), "int32", "batch"),  # of either lane
         BufferSpec("place_numbers", (limits.max_num_seqs + 1,), "int32", "batch"),
         BufferSpec("inputs", (inputs.num_bytes + 2 * MIN_INPUT_BYTES,), "uint8", "batch"),
     ]
+    if settings.two_streams:
+        own = lane_buffers(config, sizes, device.traits)
+        table += [replace(s, name=SECOND_LANE + s.name) for s in table if s.name in own]
     return table
+
+
+def lane_buffers(config: ModelConfig, sizes: OpSizes, traits: DeviceTraits) -> frozenset[str]:
+    """Buffers of which each stream that computes has its own."""
+    written = {
+        buffer.name
+        for call in decoder_forward(config, rope_parameters(config))
+        for buffer in call.arguments.values()
+        if isinstance(buffer, Buffer) and buffer.dtype != "cache"
+    }
+    return frozenset(written - {"inv_freq"}) | workspace_plan(sizes, traits).keys() | {"inputs"}
 
 
 def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:

@@ -5,7 +5,6 @@ So that they can be compiled all at once and beforehand, instead of one by one a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 Variant = tuple[str, dict[str, int | str]]  # file, macros
@@ -31,7 +30,7 @@ class VariantCollector:
     def tensor_map(self, *args: Any, **options: Any) -> None:
         """Nothing."""
 
-    def collect(self, work: Callable[[], None]) -> list[Variant]:
-        """The modules that `work`, which launches through this object, asks for."""
-        work()
+    @property
+    def variants(self) -> list[Variant]:
+        """The modules that were asked for."""
         return list(self._found.values())

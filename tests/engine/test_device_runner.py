@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,11 +41,18 @@ FLOAT32 = DeviceSettings("float32", "float32", "float32")
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
 
 
-def runners(name: str, device: ShimDevice, *, num_blocks: int = 40, chunk: int = 32):
+def runners(
+    name: str,
+    device: ShimDevice,
+    *,
+    num_blocks: int = 40,
+    chunk: int = 32,
+    settings: DeviceSettings = FLOAT32,
+):
     """The device's and the NumPy runner over the same weights."""
     checkpoint = TinyCheckpoint(CONFIGS[name], seed=3)
     limits = RunnerLimits(num_blocks, 4, 96, chunk, 12)
-    on_device = DeviceRunner(checkpoint.config, device, limits, FLOAT32)
+    on_device = DeviceRunner(checkpoint.config, device, limits, settings)
     on_device.upload_weights(checkpoint)
     return on_device, NumpyRunner(checkpoint.config, load_numpy_weights(checkpoint), limits)
 
@@ -88,6 +97,17 @@ def test_tokens_are_those_of_numpy(name, traits, run_ahead):
     assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
     assert device.counts["captured"]
     assert device.counts["replayed"] > device.counts["captured"]
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+@pytest.mark.parametrize("params", [GREEDY, GREEDY.with_(temperature=0.9, seed=2)], ids=str)
+def test_two_streams_give_the_same_tokens(params, run_ahead):
+    device = ShimDevice()
+    settings = replace(FLOAT32, two_streams=True)
+    on_device, on_numpy = runners("qwen3-ntk", device, num_blocks=30, chunk=20, settings=settings)
+    requests = {i: (at // 2, *rest) for i, (at, *rest) in arrivals(9, params, seed=1).items()}
+    assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
+    assert device.counts["followed"] >= 6
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])

@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,14 @@ class ShimArena:
         return array if shape is None else array.reshape(-1)[: int(np.prod(shape))].reshape(shape)
 
 
+@dataclass
+class _Queue:
+    """What was started and is not done, in order."""
+
+    started: list[Callable[[], None]] = field(default_factory=list)
+    num_done: int = 0
+
+
 class ShimDevice:
     """A `cuda.device.Device` on NumPy. A graph is the list of what was started while it was
     captured: replaying does the same with the same memory, whatever has become of the host's
@@ -101,12 +111,11 @@ class ShimDevice:
         self._graphs: dict[Any, list[Callable[[], None]]] = {}
         self._seen: set[Any] = set()
         self._recording: list[Callable[[], None]] | None = None
-        self._started: list[Callable[[], None]] = []
-        self._num_done = 0
+        self._queue = _Queue()
         self.counts: Counter[str] = Counter()
 
     def start(self, what: Callable[[], None]) -> None:
-        (self._started if self._recording is None else self._recording).append(what)
+        (self._queue.started if self._recording is None else self._recording).append(what)
 
     def free_bytes(self) -> int:
         return self._memory_bytes
@@ -143,24 +152,37 @@ class ShimDevice:
             body()
             self._graphs[key], self._recording = self._recording, None
             self.counts["captured"] += 1
-        self._started += self._graphs[key]
+        self._queue.started += self._graphs[key]
         self.counts["replayed"] += 1
 
     def eager(self, why: str, body: Callable[[], None]) -> None:
         body()
         self.counts["eager"] += 1
 
+    def second_stream(self) -> ShimDevice:
+        """One queue for both: what is started first is done first."""
+        other = copy(self)
+        other._graphs, other._seen = {}, set()
+        other.kernels = _RecordingKernels(other)
+        return other
+
+    def follow(self, other: ShimDevice) -> None:
+        self.counts["followed"] += 1
+
+    def current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def synchronize(self, what: str) -> None:
         self.wait(self.moment(), what)
 
     def moment(self) -> int:
-        return self._num_done + len(self._started)
+        return self._queue.num_done + len(self._queue.started)
 
     def wait(self, moment: int, what: str) -> None:
         assert self._recording is None, "a graph cannot wait"
-        while self._num_done < moment:
-            self._started.pop(0)()
-            self._num_done += 1
+        while self._queue.num_done < moment:
+            self._queue.started.pop(0)()
+            self._queue.num_done += 1
 
     def mark(self) -> float:
         return time.perf_counter()

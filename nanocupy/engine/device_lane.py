@@ -1,0 +1,105 @@
+"""A stream of a device with what computing on it takes: workspaces, activations, a way to sample.
+
+Two lanes may compute at once; they share weights, cache and the array of sampled ids, of which each
+has its rows. A lane runs op calls; what a step is made of is not its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nanocupy.cuda.device import Device
+from nanocupy.engine.binding import StepObserver, bind_calls, run_calls
+from nanocupy.engine.device_inputs import DeviceInputs
+from nanocupy.engine.device_plan import SECOND_LANE
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.model.forward import OpCall
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import OpSizes, workspace_plan
+
+SAMPLER_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "counters")
+
+
+class Lane:
+    """Runs calls on `device`'s stream.
+
+    arena_view: (name, shape) -> a buffer of the plan; own: of the second lane, the buffers that it
+    does not share with the first. first_row: of `sampled`, where its ids go.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        arena_view: Callable[..., Any],
+        sizes: OpSizes,
+        limits: RunnerLimits,
+        weights: Mapping[str, Any],
+        *,
+        own: frozenset[str] = frozenset(),
+    ) -> None:
+        self.device = device
+        self._arena_view = arena_view
+        self._own = own
+        self._weights = weights
+        self._dims = {"N": limits.num_blocks, "P": limits.block_size, "M": 0}
+        self._vocab_size = sizes.vocab_size
+        self.first_row = limits.max_num_seqs if own else 0
+        workspaces = {name: self.view(name) for name in workspace_plan(sizes, device.traits)}
+        device.fill(workspaces["counters"], 0)
+        self._make_ops = lambda kernels, matmul: CudaOps(
+            kernels, matmul, workspaces, sizes, device.traits
+        )
+        self.ops = self._make_ops(device.kernels, device.matmul)
+        self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_num_seqs)
+
+    def view(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
+        """The start of a buffer, in `shape`."""
+        return self._arena_view(SECOND_LANE + name if name in self._own else name, shape)
+
+    def run(
+        self,
+        calls: Sequence[OpCall],
+        inputs: Mapping[str, Any],
+        dims: Mapping[str, int],
+        observer: StepObserver | None = None,
+    ) -> None:
+        """Op calls, in order. `inputs`: the batch's arrays, where they lie."""
+
+        def view(name: str, shape: tuple[int, ...]) -> Any:
+            return inputs[name] if name in inputs else self.view(name, shape)
+
+        bound = bind_calls(calls, self.ops, view, self._weights, {**self._dims, **dims})
+        run_calls(bound, observer)
+
+    def logits(self, num_rows: int) -> Any:
+        """Those that the last forward left, float32 [num_rows, V]."""
+        return self.view("logits", (num_rows, self._vocab_size))
+
+    def sample(self, num_rows: int, params: Mapping[str, Any] | None) -> Any:
+        """Ids of the first rows of the logits, int32 [num_rows], in this lane's part of `sampled`.
+        params: the sampler's arrays, by name; None takes the argmax."""
+        sampled = self.sampled(num_rows)
+        if params is None:
+            self.ops.argmax(self.logits(num_rows), sampled)
+        else:
+            fields = {name: params[name] for name in SAMPLER_FIELDS}
+            self.ops.sample(self.logits(num_rows), **fields, out=sampled)
+        return sampled
+
+    def sampled(self, num_rows: int) -> Any:
+        return self.view("sampled")[self.first_row : self.first_row + num_rows]
+
+    def fetch(self, num_rows: int) -> None:
+        """Start to copy the sampled ids to the host's memory of this step."""
+        if num_rows:
+            staging = self.inputs.staging
+            self.device.to_host(staging.sampled[:num_rows], self.sampled(num_rows))
+
+    def dry_run(self, kernels: Any, work: Callable[[], None]) -> None:
+        """Do `work` with `kernels` in place of the device's, and no products."""
+        real, self.ops = self.ops, self._make_ops(kernels, lambda *args: None)
+        try:
+            work()
+        finally:
+            self.ops = real
