@@ -140,34 +140,33 @@ class LLM:
     @overload
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Sequence[Message]],
         params: SamplingParams | None = None,
         *,
         progress: bool | None = None,
     ) -> list[Completion]: ...
     def generate(self, prompts, params=None, *, progress=None):
-        """Continue a prompt, or many in one batch. A prompt is text or a list of token ids; the
-        answers come in the prompts' order, each of params.n samples.
+        """Answer a text, or many prompts in one batch. A prompt is text or a list of token ids, to
+        be gone on with, or a conversation; the answers come in the prompts' order, each of params.n
+        samples.
 
         progress: show how many have ended on stderr; None = on a terminal, where they are many.
         Raises CheckpointError where the model gives no numbers for a prompt that is alone; of many,
         that one's finish_reason is "error".
         """
         if isinstance(prompts, str):
-            ids = [self.encode(prompts)]
-            return self._complete(ids, params, continuing=True, progress=progress)[0]
+            return self._complete([self._encoded(prompts)], params, progress=progress)[0]
         if not isinstance(prompts, Sequence):
             raise RequestError(f"prompts are {prompts!r}; give a text or a list of prompts")
-        ids = [self.encode(p) if isinstance(p, str) else _token_ids(p) for p in prompts]
-        return self._complete(ids, params, continuing=True, progress=progress, many=True)
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        return self._complete(encoded, params, progress=progress, many=True)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
     ) -> Completion:
         """Answer a conversation: messages are {"role": …, "content": …}; `variables` go to the
         chat template (enable_thinking=False for Qwen3, say)."""
-        ids = self.encode_chat(messages, **variables)
-        return self._complete([ids], params, continuing=False)[0]
+        return self._complete([(self.encode_chat(messages, **variables), False)], params)[0]
 
     def stream(
         self,
@@ -178,29 +177,29 @@ class LLM:
         """The answer piece by piece, as it comes. The prompt is text, token ids, or a
         conversation; the priority counts where the policy is "priority". Several answers can be
         read in turns: they run in one batch."""
-        is_chat = False
+        return self._add([self._encoded(prompt)], params, priority)[0]
+
+    def _encoded(self, prompt: Prompt | Sequence[Message]) -> tuple[list[int], bool]:
+        """Token ids, and whether the answer goes on a text, so that the space before its first word
+        is its own."""
         if isinstance(prompt, str):
-            ids = self.encode(prompt)
-        elif isinstance(prompt, Sequence) and any(isinstance(m, Mapping) for m in prompt[:1]):
-            is_chat = True
-            ids = self.encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            ids = _token_ids(prompt)
-        return self._add([ids], params, continuing=not is_chat, priority=priority)[0]
+            return self.encode(prompt), True
+        if isinstance(prompt, Sequence) and any(isinstance(m, Mapping) for m in prompt[:1]):
+            return self.encode_chat(prompt), False  # type: ignore[arg-type]
+        return _token_ids(prompt), True
 
     def _complete(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[tuple[list[int], bool]],
         params: SamplingParams | None,
         *,
-        continuing: bool,
         progress: bool | None = False,
         many: bool = False,
     ) -> list[Completion]:
         if progress is None:
             on_terminal = sys.stderr is not None and sys.stderr.isatty()
             progress = on_terminal and len(prompts) >= MANY_PROMPTS
-        answers = self._add(prompts, params, continuing=continuing)
+        answers = self._add(prompts, params)
         try:
             with count_progress("answers", progress) as report:
                 while waiting := sum(answer.finish_reason is None for answer in answers):
@@ -217,20 +216,17 @@ class LLM:
 
     def _add(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[tuple[list[int], bool]],
         params: SamplingParams | None,
-        *,
-        continuing: bool,
         priority: RequestPriority = RequestPriority(),  # noqa: B008 (frozen)
     ) -> list[Answer]:
-        """Queue all prompts, or none of them. continuing: the answers go on a text, so that the
-        space before their first word is theirs."""
+        """Queue all prompts (of `_encoded`), or none of them."""
         params = params if params is not None else self.default_params()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params are {params!r}; give a SamplingParams")
         added: list[Answer] = []
         try:
-            for ids in prompts:
+            for ids, continuing in prompts:
                 self._num_requests += 1
                 request_id = str(self._num_requests)
                 answer = Answer(self, request_id, ids, params, continuing=continuing)

@@ -29,7 +29,7 @@ PROGRAM = "nanocupy"
 
 # name -> (where the command lives, the line `nanocupy --help` shows for it)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("nanocupy.cli.generate:generate", "Answer one prompt and exit."),
+    "generate": ("nanocupy.cli.generate:generate", "Answer prompts and exit."),
     "chat": ("nanocupy.cli.chat:chat", "Talk with a model in the terminal."),
     "pull": ("nanocupy.cli.pull:pull", "Fetch a model into the cache and print its path."),
     "inspect": ("nanocupy.cli.inspect:inspect", "Show what a model file holds and what it needs."),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nanocupy.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
+DEFAULT_NUM_SEQS = 32  # answers made at once, where there are as many
 # A file or pipe may never end; ten million tokens are more than any model takes.
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -75,20 +76,23 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def load_model(options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
-    """Load the model that `options` (of `model_options`) name; its sampling parameters too."""
+def load_model(
+    options: dict[str, Any], *, num_answers: int = 1, **more: Any
+) -> tuple[LLM, SamplingParams]:
+    """Load the model that `options` (of `model_options`) name, for so many answers at once, unless
+    the options say; and its sampling parameters, `more` among them."""
     # Wrong numbers are refused before a model is fetched or loaded.
     changes: dict[str, Any] = {
         name: options[name]
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         if options[name] is not None
     }
-    changes |= {"max_tokens": options["max_tokens"], "stop": options["stop"]}
+    changes |= {"max_tokens": options["max_tokens"], "stop": options["stop"], **more}
     from nanocupy.sampling_params import SamplingParams
 
     SamplingParams(**changes)
-    # One conversation: memory is planned for one sequence, unless more are asked for.
-    config = engine_config(options, max_num_seqs=1)
+    # Memory is planned for no more sequences than there will be, unless more are asked for.
+    config = engine_config(options, max_num_seqs=min(num_answers, DEFAULT_NUM_SEQS))
 
     from nanocupy.llm import LLM
 
