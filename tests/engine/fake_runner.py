@@ -98,6 +98,7 @@ class FakeRunner(Runner):
         return execute
 
     def _check_grown(self, schedule: Schedule) -> None:
+        assert schedule.members.issuperset(schedule.grown)
         num_blocks = {item.request: len(item.request.block_ids) for item in schedule}
         if schedule.requests is self._last_requests:
             changed = {r for r, count in num_blocks.items() if count != self._num_blocks[r]}

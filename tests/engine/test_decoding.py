@@ -12,7 +12,7 @@ from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import tiny_config
-from tests.engine.fake_runner import FakeRunner
+from tests.engine.fake_runner import FakeRunner, expected_tokens
 
 PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 CONFIG = tiny_config(vocab_size=40, max_context=96)
@@ -84,6 +84,28 @@ def test_a_schedule_is_kept_while_the_same_decode(run_ahead, monkeypatch):
     assert [len(s) for s in last] == [4, 4, 4, 4]
     assert last[2].requests is last[3].requests
     assert len({id(s.requests) for s in [schedules[-5], *last]}) == 4
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+def test_what_was_generated_is_found_by_others(run_ahead):
+    runner = FakeRunner(CONFIG, RunnerLimits(60, 4, 96, 32, 4), deferred=run_ahead)
+    engine = LLMEngine(CONFIG, runner, run_ahead=run_ahead)
+    counters = engine.pool.cache.counters
+    ids = [5, 6, 7]
+    said = [*ids, *expected_tokens(ids, 30, 40)]
+    engine.add_request("first", ids, PARAMS)
+    for _ in range(15):
+        engine.step()
+    # 4 blocks of 4 are computed, and their ids are known: it is asked to go on from there.
+    engine.add_request("while it runs", [*said[:17], 1], PARAMS.with_(max_tokens=1))
+    engine.step()
+    assert counters.num_tokens_saved == 16
+    while engine.has_unfinished:
+        engine.step()
+    # It said 30; the last was not computed, and the 32 before it fill 8 blocks.
+    engine.add_request("afterwards", said, PARAMS.with_(max_tokens=1))
+    engine.step()
+    assert counters.num_tokens_saved == 16 + 32
 
 
 def test_a_step_that_failed_is_not_gone_on_from(monkeypatch):

@@ -33,12 +33,13 @@ ASKING = SamplingParams(
 )  # fmt: skip
 
 
-def make_engine(*, num_blocks=80, chunk=64, run_ahead=False, max_num_seqs=6, **settings):
-    limits = RunnerLimits(num_blocks, 4, 96, chunk, max_num_seqs, num_host_blocks=60)
+def make_engine(*, num_blocks=80, chunk=64, run_ahead=False, prefix_cache=True, **settings):
+    limits = RunnerLimits(num_blocks, 4, 96, chunk, 6, num_host_blocks=60)
     runner = NumpyRunner(CONFIG, WEIGHTS, limits, deferred=run_ahead)
     return LLMEngine(
-        CONFIG, runner, SchedulerSettings(max_num_seqs, chunk, **settings), run_ahead=run_ahead
-    )
+        CONFIG, runner, SchedulerSettings(6, chunk, **settings), prefix_cache=prefix_cache,
+        run_ahead=run_ahead,
+    )  # fmt: skip
 
 
 def run(engine: LLMEngine) -> dict[str, list[StepOutput]]:
@@ -77,14 +78,16 @@ def check(found, token_id: int, row: np.ndarray, num_top: int) -> None:
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
 @pytest.mark.parametrize("settings", [
-    {}, {"chunk": 7}, {"chunk": 1}, {"num_blocks": 17, "preemption": "swap"},
-    {"num_blocks": 17, "preemption": "recompute"},
+    {}, {"chunk": 7}, {"chunk": 1}, {"num_blocks": 14, "preemption": "swap"},
+    {"num_blocks": 14, "preemption": "recompute"},
+    {"num_blocks": 14, "preemption": "recompute", "prefix_cache": False},
 ], ids=str)  # fmt: skip
 def test_all_are_those_of_the_model_alone(settings, run_ahead):
     engine = make_engine(run_ahead=run_ahead, **settings)
+    engine.add_request("plain", PROMPTS[4], ASKING.with_(logprobs=None, prompt_logprobs=None))
     for number, ids in enumerate(PROMPTS):
         engine.add_request(str(number), ids, ASKING)
-    engine.add_request("plain", PROMPTS[3], ASKING.with_(logprobs=None, prompt_logprobs=None))
+    requests = [engine._requests[str(number)][0] for number in range(len(PROMPTS))]
     outputs = run(engine)
     assert {(o.logprobs, o.prompt_logprobs) for o in outputs.pop("plain.0")} == {(None, None)}
     assert len(outputs) == len(PROMPTS)
@@ -97,9 +100,10 @@ def test_all_are_those_of_the_model_alone(settings, run_ahead):
         for position, output in enumerate(got, len(prompt) - 1):
             check(output.logprobs, output.token_id, logits[position], 3)
         assert all(output.prompt_logprobs is None for output in others)
+    # Nothing was told twice, though prompts were computed again.
+    assert [len(r.prompt_logprobs) for r in requests] == [len(ids) - 1 for ids in PROMPTS]
     if "num_blocks" in settings:
-        counters = engine.scheduler.counters
-        assert counters.num_swapped_out + counters.num_recomputed
+        assert any(request.num_preemptions for request in requests)
 
 
 def test_asking_changes_no_token():
@@ -111,6 +115,26 @@ def test_asking_changes_no_token():
 
     plain = tokens(logprobs=None, prompt_logprobs=None)
     assert tokens() == tokens(logprobs=0, prompt_logprobs=None) == plain
+
+
+def test_no_id_is_pending_where_they_are_asked_for(monkeypatch):
+    engine = make_engine(run_ahead=True)
+    pending = []
+    launch = engine.runner.launch
+
+    def spy(schedule):
+        pending.append(
+            (schedule.wants_logprobs, sum(r.num_pending_tokens for r in schedule.members))
+        )
+        return launch(schedule)
+
+    monkeypatch.setattr(engine.runner, "launch", spy)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    engine.add_request("asking", PROMPTS[0], params.with_(max_tokens=4, logprobs=1))
+    engine.add_request("plain", PROMPTS[1], params)
+    run(engine)
+    assert pending[:4] == [(True, 0)] * 4
+    assert pending[4:] == [(False, 0)] + [(False, 1)] * 3  # and then it runs ahead
 
 
 def test_a_prompt_in_the_cache_is_computed_again_for_them():

@@ -161,6 +161,22 @@ def test_an_urgent_request_takes_the_place_of_another():
         assert slower.num_preemptions == (policy == "priority")
 
 
+def test_an_urgent_prompt_goes_before_those_that_decode():
+    limits = RunnerLimits(60, 4, 64, 4, 4)
+    # In its first step it gets what the others leave, one token; then all 4, or one in each step.
+    for policy, num_steps in (("priority", 4), ("fcfs", 12)):
+        engine = make_engine(Clock(), limits, policy=policy)
+        for name in "abc":
+            engine.add_request(name, [1], PARAMS.with_(max_tokens=40), RequestPriority(1))
+        engine.step()
+        engine.add_request("urgent", [3] * 12, PARAMS, RequestPriority(0))
+        steps = 0
+        while not engine._requests["urgent"][0].output_ids:
+            engine.step()
+            steps += 1
+        assert steps == num_steps
+
+
 def test_preemptions_of_one_request_are_capped():
     limits = RunnerLimits(60, 4, 64, 64, 1, num_host_blocks=60)
     engine = make_engine(Clock(), limits, policy="priority", max_preemptions=3)
