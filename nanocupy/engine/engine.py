@@ -167,7 +167,7 @@ class LLMEngine:
         return outputs
 
     def _step(self) -> None:
-        if self.scheduler.num_needing_ids:
+        if self.scheduler.running.num_needing_ids:
             self._collect()  # penalties count tokens, say, so all must be known
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from nanocupy.engine.decoding import DecodingSet, decodes
+from nanocupy.engine.running import RunningSet, decodes
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.results import FAILED_TOKEN
@@ -49,11 +49,7 @@ class Scheduler:
     ) -> None:
         self.memory = memory
         self.counters = SchedulerCounters()
-        self.running: list[Request] = []  # in the order in which they were admitted
-        # Of those: who decodes; who has more to catch up on, or has no token to come.
-        self.decoding = DecodingSet(memory.pool.block_size)
-        self._others: list[Request] = []
-        self.num_needing_ids = 0  # requests that run and need the ids of all their tokens
+        self.running = RunningSet(memory.pool.block_size)
         self._clock = clock
         self._max_preemptions = settings.max_preemptions
         self._num_arrivals = 0
@@ -109,25 +105,20 @@ class Scheduler:
         """The runner has started the step that `schedule` gave last: its tokens count."""
         plan, self._plan = self._plan, StepPlan(0, 0.0)
         if plan.lockstep:
-            before = len(self.decoding)
-            self.decoding.advance()
-            if len(self.decoding) < before:
-                self._others = [r for r in self.running if r not in self.decoding]
+            self.running.advance()
         for item in plan.items.values():
             request = item.request
             request.num_computed_tokens += item.num_tokens
             request.num_tokens += item.samples
             self.memory.store(request)
-            if decodes(request):
-                self._others.remove(request)
-                self.decoding.join(request)
+            self.running.sort_in(request)
         self._in_flight.append((schedule, plan.host_block_ids))
 
     def failed(self) -> None:
         """The step that `schedule` gave last was not run: what it was to copy is lost, and is
         computed again."""
         plan, self._plan = self._plan, StepPlan(0, 0.0)
-        self.decoding.renew_schedule()
+        self.running.decoding.renew_schedule()
         self.memory.host_pool.free(plan.host_block_ids)
         for request in plan.preempted:
             if request.state is RequestState.PREEMPTED:
@@ -155,7 +146,7 @@ class Scheduler:
             given = [pair for pair in given if pair[1] != FAILED_TOKEN]
         for request, token_id in given:
             request.output_ids.append(token_id)
-        for request in self.decoding.at_border():
+        for request in self.running.decoding.at_border():
             self.memory.store(request)
         return given
 
@@ -167,7 +158,7 @@ class Scheduler:
         elif request.state is RequestState.RUNNING:
             self.memory.store(request)
         if request.state is RequestState.RUNNING:
-            self._unseat(request)
+            self.running.unseat(request)
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
@@ -181,10 +172,10 @@ class Scheduler:
 
     def _finished(self, plan: StepPlan) -> Schedule:
         """The plan as a step."""
-        decoding = self.decoding.schedule if plan.lockstep else Schedule()
+        decoding = self.running.decoding.schedule if plan.lockstep else Schedule()
         if not (plan.items or plan.swap_out or plan.swap_in):
             return decoding.with_grown(plan.grown)
-        self.decoding.renew_schedule()
+        self.running.decoding.renew_schedule()
         return Schedule(
             decoding.requests + tuple(plan.items.values()),
             tuple(plan.swap_out),
@@ -198,27 +189,26 @@ class Scheduler:
         to catch up, in order."""
         policy, pool = self.policy, self.memory.pool
         growing = [
-            r for r in self.decoding.at_border()
+            r for r in self.running.decoding.at_border()
             if len(r.block_ids) * pool.block_size <= r.num_computed_tokens
         ]  # fmt: skip
         if policy.preempts:  # others may be more urgent: then only if everyone gets everything
-            behind = [(r, r.num_uncomputed_tokens) for r in self._others]
+            behind = [(r, r.num_uncomputed_tokens) for r in self.running.others]
             num_tokens = sum(num for _, num in behind)
             num_blocks = sum(
                 self.memory.blocks_wanted(r, r.num_computed_tokens + num) for r, num in behind
             )
         else:
             num_tokens = num_blocks = 0
-        fits = len(self.decoding) + num_tokens <= plan.budget
+        fits = len(self.running.decoding) + num_tokens <= plan.budget
         if fits and len(growing) + num_blocks <= pool.num_free:
             plan.lockstep, plan.grown = True, growing
-            plan.budget -= len(self.decoding)
+            plan.budget -= len(self.running.decoding)
             for request in growing:
                 self.memory.grow(request, request.num_computed_tokens + 1)
-            return self._in_order(self._others, plan)
-        self.decoding.clear()
-        self._others = list(self.running)
-        return self._in_order(self.running, plan)
+            return self._in_order(self.running.others, plan)
+        self.running.dissolve()
+        return self._in_order(self.running.others, plan)
 
     def _in_order(self, requests: list[Request], plan: StepPlan) -> list[Request]:
         if len(requests) < 2:
@@ -315,7 +305,7 @@ class Scheduler:
         self.waiting.remove(request)
         self.counters.num_resumed += request.num_preemptions > 0
         request.state = RequestState.RUNNING
-        self._seat(request)
+        self.running.seat(request)
         plan.admitted.append(request)
         self._put(request, num_tokens, plan)
         return True
@@ -379,7 +369,7 @@ class Scheduler:
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         """Take a running request's blocks, out of this step too; its state goes to the host, or is
         computed again."""
-        if request in self.decoding:
+        if request in self.running.decoding:
             plan.budget += plan.lockstep
             if request in plan.grown:
                 plan.grown.remove(request)
@@ -408,32 +398,18 @@ class Scheduler:
         plan.preempted.append(request)
 
     def _requeue(self, request: Request) -> None:
-        self._unseat(request)
+        self.running.unseat(request)
         request.state = RequestState.PREEMPTED
         self.waiting.push(request)
-
-    def _seat(self, request: Request) -> None:
-        self.running.append(request)
-        self._others.append(request)
-        self.num_needing_ids += request.needs_token_ids
-
-    def _unseat(self, request: Request) -> None:
-        self.running.remove(request)
-        if not self.decoding.leave(request):
-            self._others.remove(request)
-        self.num_needing_ids -= request.needs_token_ids
 
     # ----------------------------------------------------------------- checks
 
     def check_integrity(self) -> None:
         """Assert that every block, here and on the host, is where the requests say; between
         steps."""
-        running, waiting = self.running, list(self.waiting)
+        running, waiting = list(self.running), list(self.waiting)
         check_running(self.memory.pool, running, self._max_preemptions)
         check_waiting(self.memory.pool, waiting)
-        self.decoding.check_integrity()
-        assert len(self.decoding) + len(self._others) == len(running)
-        assert {*self.decoding, *self._others} == set(running), "a request runs nowhere"
-        assert self.num_needing_ids == sum(r.needs_token_ids for r in running)
+        self.running.check_integrity()
         host = [block_id for _, ids in self._in_flight for block_id in ids]
         self.memory.check_integrity([*running, *waiting, *self._ending], host)

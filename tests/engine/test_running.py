@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nanocupy.engine.decoding import DecodingSet, decodes
+from nanocupy.engine.running import DecodingSet, decodes
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits

@@ -1,7 +1,7 @@
-"""The running requests that decode, which move in lockstep. Pure Python.
+"""The running requests, of which those that decode move in lockstep. Pure Python.
 
-Each computes its last token in every step and gets another. So it is known beforehand in which step
-one begins a block and which is its last, and a step asks nothing of every request.
+Who decodes computes its last token in every step and gets another. So it is known beforehand in
+which step one begins a block and which is its last, and a step asks nothing of every request.
 """
 
 from __future__ import annotations
@@ -97,3 +97,57 @@ class DecodingSet:
         for request, (_, end) in self._places.items():
             assert decodes(request), "a request that does not decode is among those that do"
             assert end - self._clock == request.max_total_tokens - request.num_tokens
+
+
+class RunningSet:
+    """All that run, in the order in which they were admitted. Of those: `decoding`; and `others`,
+    who have more to catch up on, or no token to come, or whom a step with too little room for all
+    has left behind."""
+
+    def __init__(self, block_size: int) -> None:
+        self.decoding = DecodingSet(block_size)
+        self.others: list[Request] = []
+        self.num_needing_ids = 0  # who need the ids of all their tokens before a step
+        self._all: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._all)
+
+    def seat(self, request: Request) -> None:
+        self._all.append(request)
+        self.others.append(request)
+        self.num_needing_ids += request.needs_token_ids
+
+    def unseat(self, request: Request) -> None:
+        self._all.remove(request)
+        if not self.decoding.leave(request):
+            self.others.remove(request)
+        self.num_needing_ids -= request.needs_token_ids
+
+    def sort_in(self, request: Request) -> None:
+        """One of the others has made a step: it decodes from now on, if it has caught up."""
+        if decodes(request):
+            self.others.remove(request)
+            self.decoding.join(request)
+
+    def advance(self) -> None:
+        """All that decode have made a step."""
+        before = len(self.decoding)
+        self.decoding.advance()
+        if len(self.decoding) < before:
+            self.others = [request for request in self._all if request not in self.decoding]
+
+    def dissolve(self) -> None:
+        """Nobody goes in lockstep for now."""
+        self.decoding.clear()
+        self.others = list(self._all)
+
+    def check_integrity(self) -> None:
+        """Assert that everyone is in one place, and the counts are right."""
+        self.decoding.check_integrity()
+        assert len(self.decoding) + len(self.others) == len(self._all)
+        assert {*self.decoding, *self.others} == set(self._all), "a request runs nowhere"
+        assert self.num_needing_ids == sum(r.needs_token_ids for r in self._all)
