@@ -16,10 +16,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from nanocupy.engine.running import RunningSet, decodes
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.results import FAILED_TOKEN
+from nanocupy.engine.running import RunningSet, decodes
 from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
 from nanocupy.engine.scheduler_checks import check_running, check_waiting
 from nanocupy.engine.step_plan import SchedulerCounters, StepPlan

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from nanocupy.engine.running import DecodingSet, decodes
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.running import DecodingSet, decodes
 from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import tiny_config
 from tests.engine.fake_runner import FakeRunner, expected_tokens
