@@ -6,6 +6,7 @@ imports no CuPy, so its tests run it on a device made of NumPy.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
@@ -21,7 +22,8 @@ from nanocupy.ops.cuda_sizes import DeviceTraits
 
 
 class Device(Protocol):
-    """Everything is started on one stream, in order; nothing is waited for but in `synchronize`."""
+    """Everything is started on one stream, in order; nothing is waited for but in `synchronize` and
+    `wait`."""
 
     name: str
     traits: DeviceTraits
@@ -75,7 +77,8 @@ class Device(Protocol):
         ...
 
     def current(self) -> AbstractContextManager[Any]:
-        """Within it, what is launched outside of `run` and `eager` goes to this one's stream."""
+        """Within it kernels are launched on this one's stream; `run` and `eager` see to it
+        themselves."""
         ...
 
     def moment(self) -> Any:
@@ -123,6 +126,7 @@ class CudaDevice:
         from nanocupy.cuda.kernels import KernelLoader
         from nanocupy.cuda.streams import new_stream
 
+        gc.collect()  # memory of engines that are gone but refer to themselves
         with cuda_call(f"selecting GPU {index}"):
             cupy.cuda.Device(index).use()
             properties = cupy.cuda.runtime.getDeviceProperties(index)
@@ -137,7 +141,6 @@ class CudaDevice:
             wgmma=self.kernels.arch == "sm_90a" and not force_plain,
         )
         self.stream = new_stream()
-        self.stream.use()  # kernels, products and copies all go to CuPy's current stream
         self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)
         self._separate_buffers = separate_buffers
         self._pinned: list[Any] = []

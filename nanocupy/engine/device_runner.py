@@ -116,7 +116,8 @@ class DeviceRunner(Runner):
     ) -> None:
         """Copy the checkpoint's tensors into place, or make random ones there; progress is called
         with bytes done and in all. Raises CheckpointError, CudaError."""
-        upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
+        with self._device.current():
+            upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
 
     def kernel_variants(self) -> list[Variant]:
         """The kernel modules that steps of every kind need: to compile them at once, beforehand."""
@@ -151,6 +152,10 @@ class DeviceRunner(Runner):
         return self.launch(schedule)()
 
     def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
+        with self._device.current():
+            return self._launch(schedule)
+
+    def _launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         for lane in self._lanes:
             lane.inputs.turn()
         if schedule.swap_out or schedule.swap_in:
@@ -415,7 +420,8 @@ class DeviceRunner(Runner):
         lane.inputs.rewind(0)
         head = [call for call in self.forward if call.op == "lm_head"]
         sent = lane.inputs.send({"sample_rows": rows})
-        lane.run(head, sent, {**dims, "S": len(rows)})
+        with self._device.current():
+            lane.run(head, sent, {**dims, "S": len(rows)})
         return lane.logits(len(rows))
 
     def _put(self, name: str, values: np.ndarray) -> None:

@@ -23,7 +23,9 @@ class HostBlocks:
         self._device = device
         self._caches = list(caches) if num_blocks else []
         self._host: list[np.ndarray] = [
-            device.pinned(num_blocks * (cache.nbytes // cache.shape[0])).reshape(num_blocks, -1)
+            device.pinned(num_blocks * (cache.nbytes // cache.shape[0]))
+            .view(np.dtype(cache.dtype))
+            .reshape(num_blocks, -1)
             for cache in self._caches
         ]
 

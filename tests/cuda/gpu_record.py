@@ -8,6 +8,7 @@ NANOCUPY_GPU_RECORD names another one to write.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -50,6 +51,13 @@ def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, float], 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()) is not None:
         pytest.skip(reason)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Engines refer to themselves: without this, their memory would wait for Python's own time."""
+    if item.get_closest_marker("gpu") is not None:
+        gc.collect()
 
 
 class Recorder:

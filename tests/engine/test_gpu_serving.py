@@ -31,12 +31,19 @@ NEAR_TIE = 1e-4
 ROOMY, TIGHT = 400, 40
 
 
-def make_runner(dtype: str = "float32", *, num_blocks: int = ROOMY, chunk: int = 256, **device):
+def make_runner(
+    dtype: str = "float32",
+    *,
+    num_blocks: int = ROOMY,
+    chunk: int = 256,
+    two_streams=False,
+    **device,
+):
     from nanocupy.cuda.device import CudaDevice
 
     checkpoint = RandomCheckpoint(CONFIG, dtype, seed=6)
     limits = RunnerLimits(num_blocks, 16, 512, chunk, 12, num_host_blocks=200)
-    settings = DeviceSettings(dtype, dtype, dtype)
+    settings = DeviceSettings(dtype, dtype, dtype, two_streams=two_streams)
     runner = DeviceRunner(CONFIG, CudaDevice(**device), limits, settings)
     runner.upload_weights(checkpoint)
     return runner
@@ -95,7 +102,7 @@ def same_tokens(got, alone) -> None:
         assert len(a) == len(b)
         if a != b:
             at = next(i for i in range(len(b)) if a[i] != b[i])
-            best = np.sort(all_logits(oracle, ids + b[:at])[-1])
+            best = np.sort(all_logits(oracle, ids + b[:at], 12)[-1])
             assert best[-1] - best[-2] < NEAR_TIE, f"token {at} is {a[at]}, not {b[at]}"
 
 
@@ -121,9 +128,15 @@ def test_preempted(alone, policy, mode, run_ahead) -> None:
     assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
 
 
-@pytest.mark.parametrize("options", [{"use_graphs": False}, {"force_plain": True}], ids=str)
-def test_eager_and_older_cards(alone, options) -> None:
-    same_tokens(run(make_runner(**options))[0], alone)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_graphs": False}, {"force_plain": True}, {"two_streams": True},
+     {"two_streams": True, "chunk": 33}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+def test_eager_older_cards_and_two_streams(alone, options, run_ahead) -> None:
+    same_tokens(run(make_runner(**options), run_ahead=run_ahead)[0], alone)
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:

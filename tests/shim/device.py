@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +94,7 @@ class _Queue:
 
     started: list[Callable[[], None]] = field(default_factory=list)
     num_done: int = 0
+    current: ShimDevice | None = None  # whose stream kernels go to
 
 
 class ShimDevice:
@@ -131,12 +132,12 @@ class ShimDevice:
         self.start(lambda: matmul(x, w, out, beta))
 
     def to_device(self, target: Any, source: np.ndarray) -> None:
-        assert target.nbytes == source.nbytes
+        assert (target.nbytes, target.itemsize) == (source.nbytes, source.itemsize)
         self.counts["to_device"] += 1
         self.start(lambda: np.copyto(target, source.view(target.dtype).reshape(target.shape)))
 
     def to_host(self, target: np.ndarray, source: Any) -> None:
-        assert target.nbytes == source.nbytes
+        assert (target.nbytes, target.itemsize) == (source.nbytes, source.itemsize)
         self.start(lambda: np.copyto(target, source.view(target.dtype).reshape(target.shape)))
 
     def fill(self, array: Any, byte: int) -> None:
@@ -149,14 +150,16 @@ class ShimDevice:
                 self.eager("first", body)
                 return
             self._recording = []
-            body()
+            with self.current():
+                body()
             self._graphs[key], self._recording = self._recording, None
             self.counts["captured"] += 1
         self._queue.started += self._graphs[key]
         self.counts["replayed"] += 1
 
     def eager(self, why: str, body: Callable[[], None]) -> None:
-        body()
+        with self.current():
+            body()
         self.counts["eager"] += 1
 
     def second_stream(self) -> ShimDevice:
@@ -169,8 +172,14 @@ class ShimDevice:
     def follow(self, other: ShimDevice) -> None:
         self.counts["followed"] += 1
 
-    def current(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """A kernel launched outside would go to whatever stream is CuPy's current one."""
+        before, self._queue.current = self._queue.current, self
+        try:
+            yield
+        finally:
+            self._queue.current = before
 
     def synchronize(self, what: str) -> None:
         self.wait(self.moment(), what)
@@ -206,10 +215,11 @@ class _RecordingKernels(ShimKernels):
 
     def get(self, file: str, entry: str, **macros: int) -> Any:
         kernel = super().get(file, entry, **macros)
-        start = self._device.start
+        device, start = self._device, self._device.start
 
         class Recorded:
             def launch(self, *args: Any, **options: Any) -> None:
+                assert device._queue.current is device, f"{entry} on another stream"
                 start(lambda: kernel.launch(*args, **options))
 
         return Recorded()
