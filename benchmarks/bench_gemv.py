@@ -32,17 +32,16 @@ from nanocupy.ops.launch_gemv import DEFAULT_TUNING, GemvTuning
 
 VARIANTS = {
     "default": DEFAULT_TUNING,
-    "lanes": GemvTuning(tensor=False),
-    "lanes 4": GemvTuning(tensor=False, rows_per_warp=4),
+    "tensor ahead 32": GemvTuning(tensor=True, l2_ahead_kb=32),
+    "tensor ring 96": GemvTuning(tensor=True, ring_kb=96, resident_blocks=2, l2_ahead_kb=0),
+    "lanes": GemvTuning(tensor=False, l2_ahead_kb=0),
+    "lanes 4": GemvTuning(tensor=False, rows_per_warp=4, l2_ahead_kb=0),
+    "lanes ring 96": GemvTuning(tensor=False, ring_kb=96, resident_blocks=2, l2_ahead_kb=0),
+    "lanes 4 ring 96": GemvTuning(
+        tensor=False, rows_per_warp=4, ring_kb=96, resident_blocks=2, l2_ahead_kb=0
+    ),
     "ring 32": GemvTuning(ring_kb=32),
-    "ring 48": GemvTuning(ring_kb=48),
-    "ring 96": GemvTuning(ring_kb=96, resident_blocks=2),
-    "u2": GemvTuning(unroll=2),
-    "ahead 0": GemvTuning(l2_ahead_kb=0),
-    "ahead 128": GemvTuning(l2_ahead_kb=128),
     "w16": GemvTuning(warps=16, resident_blocks=2),
-    "w8 x2": GemvTuning(ring_kb=32, blocks_per_multiprocessor=2, resident_blocks=4),
-    "w4 x2": GemvTuning(warps=4, ring_kb=32, blocks_per_multiprocessor=2, resident_blocks=6),
 }
 
 # ------------------------------------------------------------------------------ tables
