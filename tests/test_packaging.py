@@ -17,7 +17,7 @@ import pytest
 import nanocupy
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
+SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".html")
 
 
 def tracked_files() -> list[str]:

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nanocupy.cli.bench import SHAPE_NAMES
-from nanocupy.errors import ConfigError, NanocupyError
+from nanocupy.cli.console import counted
+from nanocupy.errors import CapacityError, ConfigError, NanocupyError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nanocupy.profiling.roofline import Roof
     from nanocupy.profiling.timeline import Span
 
 
@@ -46,6 +50,11 @@ if TYPE_CHECKING:
     help="Write a trace that chrome://tracing or ui.perfetto.dev opens.",
 )
 @click.option(
+    "--html", "page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with timeline, roofline, memory and tables, for any browser.",
+)  # fmt: skip
+@click.option(
     "--nvtx",
     is_flag=True,
     help="Mark requests, steps, layers and ops as ranges for nsys or ncu, under which it runs.",
@@ -60,6 +69,7 @@ def profile(
     prompt_tokens: int,
     output_tokens: int,
     trace: Path | None,
+    page: Path | None,
     nvtx: bool,
     by_layer: bool,
     as_json: bool,
@@ -105,16 +115,44 @@ def profile(
         if by_layer:
             tables[name]["by_layer"] = totals(ops, _layer, by_time=False)
     if trace is not None:
-        try:
-            write_trace(trace, trace_events([*result.prefill, *result.decode], result.memory))
-        except OSError as exc:
-            raise NanocupyError(f"{trace}: cannot be written: {exc.strerror}") from None
+        events = trace_events([*result.prefill, *result.decode], result.memory)
+        _written(trace, lambda: write_trace(trace, events))
+    if page is not None:
+        from nanocupy.profiling.page import write_page
+
+        name = checkpoint.config.name or checkpoint.config.architecture
+        subtitle = (
+            f"on {runner.device}: {counted(batch, 'prompt')} of {counted(prompt_tokens, 'token')}, "
+            f"{counted(output_tokens, 'token')} of output"
+        )
+        roof = _roof(runner)
+        _written(page, lambda: write_page(page, result, f"Profile of {name}", subtitle, roof))
     if as_json:
         click.echo(json.dumps(_as_json(tables, parts, memory, runner.device)))
     else:
         _print(tables, parts, memory, runner.device)
         if trace is not None:
             click.echo(f"trace written to {trace}; open it in chrome://tracing or ui.perfetto.dev")
+        if page is not None:
+            click.echo(f"page written to {page}; open it in a browser")
+
+
+def _written(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as exc:
+        raise NanocupyError(f"{path}: cannot be written: {exc.strerror}") from None
+
+
+def _roof(runner: Any) -> Roof | None:
+    """What the device can do; None where it has no memory left to try."""
+    from nanocupy.profiling.roofline import measure_roof
+
+    dtype = runner.settings.dtype if hasattr(runner, "settings") else "float32"
+    try:
+        return measure_roof(getattr(runner, "clock", None), dtype)
+    except CapacityError:
+        return None
 
 
 def _checkpoint(model: str | None, shape: str, device: str) -> tuple[Any, int]:
@@ -167,7 +205,7 @@ def _as_json(tables: Any, parts: Any, memory: dict[str, int], device: str) -> di
 
 
 def _print(tables: Any, parts: Any, memory: dict[str, int], device: str) -> None:
-    from nanocupy.cli.console import binary_bytes, counted, make_table, plain_console
+    from nanocupy.cli.console import binary_bytes, make_table, plain_console
 
     console = plain_console()
     for name, kinds in tables.items():

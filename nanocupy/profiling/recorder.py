@@ -68,7 +68,7 @@ class StepRecorder:
         end = self.clock.mark()
         step_start = self.clock.seconds(self._step_start)
         dims = self._step.dims
-        name = f"step: {dims['T']} tokens, {dims['B']} sequences"
+        name = f"{_counted(dims['T'], 'token')}, {_counted(dims['B'], 'sequence')}"
         self.spans.append(
             Span(
                 name,
@@ -85,3 +85,7 @@ class StepRecorder:
             cost = call_cost(call, self._step, self.weight_shapes, self.itemsize)
             duration = self.clock.seconds(stop) - begin
             self.spans.append(Span(call.op, call.layer, begin, duration, cost))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
