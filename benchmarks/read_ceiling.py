@@ -15,11 +15,12 @@ import numpy as np
 NUM_BYTES = 2 << 30
 
 
-def graph_times_ms(body: Callable[[Any], None], runs: int = 9) -> list[float]:
-    """Milliseconds of each replay of what `body` launches on the stream it is given."""
+def graph_times_ms(body: Callable[[Any], None], runs: int = 9, stream: Any = None) -> list[float]:
+    """Milliseconds of each replay of what `body` launches on the stream it is given: `stream`, or
+    a new one."""
     import cupy
 
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = stream or cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         body(stream)

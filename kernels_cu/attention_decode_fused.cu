@@ -4,7 +4,7 @@
 // A cluster of blocks shares the context of a sequence and key/value head, 16 positions at a time in
 // turn. Before the kernel in front of it has ended, a block finds its positions and starts to copy
 // their keys and values; so what follows the QKV product is short. At the end every warp stores its
-// sums into the shared memory of the block that merges those columns: one barrier, no memory.
+// sums into the shared memory of the block that merges those columns, which waits for as many bytes as are to come: no barrier, no memory, no fence.
 //
 // HEAD_SIZE   d, a multiple of 16; STAGES steps of 16 positions that a warp has under way at first
 // READ_EARLY  1: kv_lens, query_starts, block_tables, slots and the caches up to the new positions
@@ -17,7 +17,7 @@
 #include "attention_decode_mma.cuh"
 #include "rope.cuh"
 
-#ifdef DECODE_ON_TENSOR_CORES
+#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
 
 // HEAD_SIZE values to row `row` of a tile, rounded to scalar_t.
 __device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const HeadPairs& x) {
@@ -32,55 +32,82 @@ __device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const He
 }
 
 // The columns of a result lie over the blocks of a cluster by 8 in turn: chunk n is merged by block
-// n % ranks, which has the parts of all warps ("sources") of the cluster in its shared memory.
+// n % ranks, which has in its inbox what the warps of the cluster ("sources") have summed. Sources
+// are counted as the steps of a context go to them, so that those with any come first. A block alone
+// stores to its own memory, as the instructions of clusters are illegal without one.
 struct ClusterMerge {
-    int ranks, rank, rows;  // a power of two; rows: query heads
+    int ranks, rank, rows;  // ranks: a power of two; rows: query heads
+    int sources;            // that have seen any position
     int slots;              // chunks that a block has room for
-    float* states;          // [sources, rows, 2]: maximum and sum
-    float* values;          // [sources, rows, slots, 8], unset where a source has seen nothing
+    uint64_t* inbox;        // behind its 8 bytes: states [ranks * warps, rows, 2], maximum and sum,
+                            // then values [ranks * warps, rows, slots, 8]
 
-    __device__ __forceinline__ int sources() const { return ranks * num_warps(); }
+    __device__ __forceinline__ int own_columns() const {
+        return (ROW_CHUNKS - rank + ranks - 1) / ranks * 8;
+    }
+    __device__ __forceinline__ int state_offset(int source, int row) const {
+        return 8 + (source * rows + row) * 8;
+    }
+    __device__ __forceinline__ int value_offset(int source, int row, int slot) const {
+        return state_offset(ranks * num_warps(), 0) + ((source * rows + row) * slots + slot) * 32;
+    }
+    __device__ __forceinline__ uint32_t expected_bytes() const {
+        return sources * rows * (8 + 4 * own_columns());
+    }
+
+    __device__ __forceinline__ void put(int to, int offset, float a, float b) const {
+        if (ranks > 1) {
+            send_pair(inbox_of_rank(inbox, to), offset, a, b);
+        } else {
+            const float pair[2] = {a, b};
+            store_floats<float, 2>(
+                reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + offset), pair);
+        }
+    }
 
     // This warp's sums to those who merge them. The whole warp must come.
-    __device__ __forceinline__ void send(const MmaRows<1>& own, bool has_values) const {
-        const int source = rank * num_warps() + warp_id(), shift = lowest_bit(ranks);
+    __device__ __forceinline__ void send(const MmaRows<1>& own, int source) const {
+        const int log2_ranks = lowest_bit(ranks), pair = lane_id() % 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = h * 8 + lane_id() / 4;
             if (row >= rows) continue;
-            const int at = source * rows + row;
             const SoftmaxState state = own.state[0][h];
-            for (int to = lane_id() % 4; to < ranks; to += 4) {
-                store_pair_to_rank(states + at * 2, to, state.max, state.sum);
+            for (int to = pair; to < ranks; to += 4) {
+                put(to, state_offset(source, row), state.max, state.sum);
             }
-            if (!has_values) continue;
+            const int first = value_offset(source, row, 0) + pair * 8;
 #pragma unroll
             for (int n = 0; n < ROW_CHUNKS; ++n) {
-                float* place = values + (at * slots + (n >> shift)) * 8 + lane_id() % 4 * 2;
-                store_pair_to_rank(
-                    place, n & (ranks - 1), own.summed[0][n][h * 2], own.summed[0][n][h * 2 + 1]);
+                put(n & (ranks - 1), first + (n >> log2_ranks) * 32, own.summed[0][n][h * 2],
+                    own.summed[0][n][h * 2 + 1]);
             }
         }
     }
 
     // What all have sent, into [rows, d]; four lanes share a value's sources. All threads come.
     __device__ __forceinline__ void receive(scalar_t* out) const {
-        const int columns = (ROW_CHUNKS - rank + ranks - 1) / ranks * 8;  // of this block
-        const int share = lane_id() % 4;
+        const char* start = reinterpret_cast<const char*>(inbox);
+        const float* states = reinterpret_cast<const float*>(start + state_offset(0, 0));
+        const float* values = reinterpret_cast<const float*>(start + value_offset(0, 0, 0));
+        const int columns = own_columns(), share = lane_id() % 4;
+#pragma unroll 1
         for (int base = 0; base < rows * columns; base += blockDim.x / 4) {
             const int i = base + threadIdx.x / 4;
             const bool inside = i < rows * columns;
-            const int row = inside ? i / columns : 0, column = inside ? i % columns : 0;
+            const int row = inside ? i / columns : 0, column = inside ? i - row * columns : 0;
             float max = -infinity(), sum = 0.0f, value = 0.0f;
-            for (int s = share; s < sources(); s += 4) {
+#pragma unroll 4
+            for (int s = share; s < sources; s += 4) {
                 max = fmaxf(max, states[(s * rows + row) * 2]);
             }
             max = warp_max<4>(max);
-            for (int s = share; s < sources(); s += 4) {
+#pragma unroll 4
+            for (int s = share; s < sources; s += 4) {
                 const int at = s * rows + row;
                 const float weight = softmax_weight(states[at * 2], max);
                 sum += weight * states[at * 2 + 1];
-                if (weight > 0.0f) value += weight * values[at * slots * 8 + column];
+                value += weight * values[at * slots * 8 + column];
             }
             sum = warp_sum<4>(sum);
             value = warp_sum<4>(value);
@@ -96,9 +123,9 @@ struct ClusterMerge {
 
 // attention_decode_fused: attention of one query a sequence, with what stands before it, on tensor
 //   cores, 16-bit types, the cache's the same as qkv's
-// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x (more than 1 from 9.0); block 32 to 256;
+// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x; block 32 to 256; from 9.0;
 //   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2)
-//   + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
+//   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
 //   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
@@ -112,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
     const int32_t* query_starts, const int32_t* kv_lens, const int32_t* block_tables, float scale,
     scalar_t* out, int num_kv_heads, int heads_per_group, int block_size, int table_width) {
-#ifdef DECODE_ON_TENSOR_CORES
+#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
     grid_dependency_launch();
     if (!READ_EARLY) grid_dependency_wait();
     const int ranks = cluster_size(), rank = cluster_rank();
@@ -122,21 +149,18 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         if (READ_EARLY) grid_dependency_wait();
         return;
     }
-    if (ranks > 1) cluster_arrive();
 
     scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
     scalar_t* rings = shared_queries + 16 * STRIDE;
     scalar_t* ring = rings + warp_id() * RING;
     scalar_t* fresh = rings + num_warps() * RING;  // [2, d]: the new position's key and value
-    ClusterMerge merge = {ranks, rank, heads_per_group, (ROW_CHUNKS + ranks - 1) / ranks};
-    merge.states = reinterpret_cast<float*>(fresh + 2 * HEAD_SIZE);
-    merge.values = merge.states + merge.sources() * merge.rows * 2;
 
     // Steps go to the blocks in turn, then to their warps: step s of this warp takes the 16 positions
     // from first_position + s * stride on. The newest position is not in the cache yet.
     const int32_t* table = block_tables + static_cast<int64_t>(sequence) * table_width;
     const int kv_len = kv_lens[sequence], newest = kv_len - 1;
-    const int first_position = (warp_id() * ranks + rank) * STEP_TOKENS;
+    const int source = warp_id() * ranks + rank;
+    const int first_position = source * STEP_TOKENS;
     const int stride = num_warps() * ranks * STEP_TOKENS;
     const int num_steps = max(0, (kv_len - first_position + stride - 1) / stride);
     const auto row_of_lane = [&](int step) {
@@ -153,11 +177,20 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         }
         cp_async_commit();
     };
-#pragma unroll
+#pragma unroll 1  // code that runs once is read from memory as it runs: less of it is faster
     for (int s = 0; s < STAGES; ++s) copy_step(s);
 
+    const int sources = min(num_warps() * ranks, (kv_len + STEP_TOKENS - 1) / STEP_TOKENS);
+    const ClusterMerge merge = {
+        ranks, rank, heads_per_group, max(0, sources), (ROW_CHUNKS + ranks - 1) / ranks,
+        reinterpret_cast<uint64_t*>(fresh + 2 * HEAD_SIZE)};
+    if (ranks > 1) {
+        if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
+        warp_sync();
+        cluster_arrive();
+    }
+
     MmaRows<1> rows;
-    rows.state[0][0] = rows.state[0][1] = softmax_start();
     const bool is_active = rank * STEP_TOKENS < kv_len;  // this block has positions
     if (is_active) {
         const bool has_newest = newest / STEP_TOKENS % ranks == rank;
@@ -217,11 +250,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         grid_dependency_wait();
     }
 
-    if (ranks > 1) cluster_wait();  // every block of the cluster has started
-    merge.send(rows, num_steps > 0);
+    if (ranks > 1) cluster_wait();  // every block of the cluster has started, and has its inbox
+    if (num_steps > 0) merge.send(rows, source);
     if (ranks > 1) {
-        cluster_arrive();
-        cluster_wait();
+        wait_for_inbox(merge.inbox);
     } else {
         block_sync();
     }

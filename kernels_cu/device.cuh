@@ -7,6 +7,7 @@
 // HAS_MMA, HAS_CP_ASYNC   1 from compute capability 8.0: tensor cores with bfloat16, asynchronous
 //                         copies. Below, or with -DFORCE_PLAIN=1, 0: kernels then choose a plain
 //                         path. The cp_async functions exist always (they copy at once).
+// HAS_CLUSTERS            1 from 9.0, in the same way: clusters of blocks and their inboxes.
 #pragma once
 
 #ifdef HOST_SHIM
@@ -38,6 +39,11 @@ typedef unsigned long long uint64_t;
 #else
 #define HAS_MMA 0
 #define HAS_CP_ASYNC 0
+#endif
+#if __CUDA_ARCH__ >= 900 && !FORCE_PLAIN
+#define HAS_CLUSTERS 1
+#else
+#define HAS_CLUSTERS 0
 #endif
 
 constexpr int WARP_SIZE = 32;
@@ -283,7 +289,8 @@ __device__ __forceinline__ void spin_pause() { __nanosleep(20); }
 // ------------------------------------------------------------------------------ clusters
 
 // The blocks of a cluster (launched along x) run at once and reach each other's shared memory.
-// Without a cluster's size at the launch, and below 9.0, a block is a cluster of its own.
+// Without a cluster's size at the launch, and below 9.0, a block is a cluster of its own, which must
+// not use what follows the two functions below: barrier and inbox are illegal then.
 __device__ __forceinline__ int cluster_size() {
 #if __CUDA_ARCH__ >= 900
     uint32_t size;
@@ -303,33 +310,69 @@ __device__ __forceinline__ int cluster_rank() {
 #endif
 }
 
-// The barrier of a cluster in two halves; every thread of every block comes to both, in turn. What
-// was written before the first is seen after the second, in the others' shared memory too.
+// The barrier of a cluster in two halves; every thread of every block comes to both, in turn. After
+// the second all blocks have started, and their make_inbox before the first is seen; no other memory
+// is ordered, as that would cost a fence of the whole device.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }
 
-// Two floats to the place that `own`, aligned to 8, has in the shared memory of block `rank` of the
-// cluster. That block must have started, and must not have ended.
-__device__ __forceinline__ void store_pair_to_rank(float* own, int rank, float a, float b) {
+// An inbox is shared memory, 8 bytes of bookkeeping and what follows, that the blocks of the cluster
+// store into: one thread says how many bytes will come, before the cluster's barrier, and after
+// wait_for_inbox a thread sees them. It serves once. From 9.0.
+__device__ __forceinline__ void make_inbox(uint64_t* inbox, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
-        "{\n.reg .u32 to;\nmapa.shared::cluster.u32 to, %0, %1;\n"
-        "st.shared::cluster.v2.f32 [to], {%2, %3};\n}" ::"r"(shared_address(own)),
-        "r"(rank), "f"(a), "f"(b)
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)),
+        "r"(bytes)
         : "memory");
-#else
-    own[0] = a;
-    own[1] = b;
+#endif
+}
+__device__ __forceinline__ void wait_for_inbox(uint64_t* inbox) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(shared_address(inbox))
+            : "memory");
+    }
+#endif
+}
+
+// The inbox that block `rank` of the cluster has where this one has its own.
+struct RemoteInbox {
+    uint32_t address;
+};
+__device__ __forceinline__ RemoteInbox inbox_of_rank(uint64_t* own, int rank) {
+    RemoteInbox inbox = {};
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(inbox.address)
+        : "r"(shared_address(own)), "r"(rank));
+#endif
+    return inbox;
+}
+
+// Two floats to byte `offset`, a multiple of 8, of an inbox.
+__device__ __forceinline__ void send_pair(RemoteInbox inbox, int offset, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::
+            "r"(inbox.address + offset),
+        "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(inbox.address)
+        : "memory");
 #endif
 }
 

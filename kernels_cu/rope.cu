@@ -16,7 +16,7 @@
 // in double, as an error of one unit in its last place is large at position 100 000.
 // REF: numpy_ops.rope_table
 // COST: 8 * T * half bytes written; two trigonometric functions for each pair
-extern "C" __global__ void rope_table(
+extern "C" __global__ void __launch_bounds__(1024) rope_table(
     const int32_t* positions, const int32_t* rope_lens, const float* inv_freq, double ntk_factor,
     int32_t ntk_context, float attention_factor, float* out, int32_t half) {
     grid_dependency_launch();
@@ -50,7 +50,7 @@ extern "C" __global__ void rope_table(
 // Arrays start at multiples of 16 bytes. Two tokens may share a slot only in the null block.
 // REF: numpy_ops.rope_write_kv
 // COST: T * (H + 2 * G) * HEAD_SIZE values read and written once
-extern "C" __global__ void rope_write_kv(
+extern "C" __global__ void __launch_bounds__(1024) rope_write_kv(
     const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
     scalar_t* q_out, int32_t H, int32_t G, int32_t P) {

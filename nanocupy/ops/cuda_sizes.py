@@ -94,21 +94,23 @@ def decode_launch(
     )  # fmt: skip
 
 
-def longest_fused(sizes: OpSizes, traits: DeviceTraits, num_seqs: int) -> int:
-    """The longest context for which `attend` of one query a sequence is one launch; 0: never."""
+def fused_bounds(sizes: OpSizes, traits: DeviceTraits, num_seqs: int) -> tuple[int, ...]:
+    """The contexts up to which the one launch of `attend` differs, for sequences of one query,
+    rising: none where it is two kernels, and two kernels beyond the last."""
     if not fused.can_fuse(
         sizes.num_heads, sizes.num_kv_heads, sizes.head_size, TYPE_CODES[sizes.dtype],
         TYPE_CODES[sizes.cache_dtype], traits.compute_capability, traits.force_plain,
     ):  # fmt: skip
-        return 0
-    return fused.longest_fused_context(num_seqs, sizes.num_kv_heads, traits.num_multiprocessors)
+        return ()
+    return fused.fused_contexts(num_seqs, sizes.num_kv_heads, traits.num_multiprocessors)
 
 
 def kv_len_bound(sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int) -> int:
     """The bound on contexts to capture a decode step with, where none is longer than max_kv_len
     now: steps of equal bounds have equal launches, so it belongs in a graph's key."""
-    longest = longest_fused(sizes, traits, num_seqs)
-    return longest if max_kv_len <= longest else max(sizes.max_context, longest + 1)
+    bounds = fused_bounds(sizes, traits, num_seqs)
+    beyond = max((sizes.max_context, *(n + 1 for n in bounds)))
+    return next((n for n in bounds if n >= max_kv_len), beyond)
 
 
 def fused_launch(
@@ -116,9 +118,9 @@ def fused_launch(
 ) -> fused.FusedLaunch | None:
     """The one launch of `attend` for sequences of one query; None where two kernels are better.
     max_kv_len: a bound on the contexts, 0 where there is none."""
-    if not 0 < max_kv_len <= longest_fused(sizes, traits, num_seqs):
+    if not 0 < max_kv_len <= max(fused_bounds(sizes, traits, num_seqs), default=0):
         return None
     return fused.launch_attention_fused(
-        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size,
+        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, max_kv_len=max_kv_len,
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
     )  # fmt: skip

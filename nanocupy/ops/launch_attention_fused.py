@@ -16,6 +16,7 @@ ENTRY = "attention_decode_fused"
 MAX_CLUSTER = 8  # blocks that every card with clusters can place together
 MAX_HEADS_PER_GROUP = 16  # rows of a tensor-core tile
 STEP_TOKENS = 16  # as in the kernel
+_SHORT_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class FusedTuning:
     """
 
     cluster: int | None = None
-    warps: int = 4
-    stages: int = 3
+    warps: int | None = None
+    stages: int | None = None
     read_early: bool = True
-    block_tokens: int = 512
+    block_tokens: int = 1024
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,19 @@ def cluster_blocks(
     return cluster
 
 
-def longest_fused_context(
+def fused_contexts(
     num_sequences: int,
     num_kv_heads: int,
     num_multiprocessors: int,
     tuning: FusedTuning | None = None,
-) -> int:
-    """The longest context for which this launch is better than one that cuts by length."""
+) -> tuple[int, ...]:
+    """The contexts up to which launches differ, rising; beyond the last, one that cuts by length is
+    better. All lengths between two of them have the same launch."""
     tuning = tuning or FusedTuning()
     cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
-    return cluster * tuning.block_tokens
+    longest = cluster * tuning.block_tokens
+    short = cluster * _SHORT_WARPS * STEP_TOKENS
+    return (short, longest) if cluster > 2 and short < longest else (longest,)
 
 
 def launch_attention_fused(
@@ -98,18 +102,29 @@ def launch_attention_fused(
     num_kv_heads: int,
     head_size: int,
     *,
+    max_kv_len: int,
     num_multiprocessors: int,
     max_shared_bytes: int,
     tuning: FusedTuning | None = None,
 ) -> FusedLaunch:
-    """The launch for `num_sequences` sequences of at most one query each, of any length.
+    """The launch for `num_sequences` sequences of at most one query each; right for any length,
+    made for those up to max_kv_len.
 
     max_shared_bytes: what a block can have. The grid has a zero where there are no sequences.
     """
     tuning = tuning or FusedTuning()
     cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
     heads_per_group = num_heads // num_kv_heads
-    for warps, stages in ((tuning.warps, tuning.stages), (4, 3), (4, 2), (2, 2), (1, 2)):
+    bounds = fused_contexts(num_sequences, num_kv_heads, num_multiprocessors, tuning)
+    if len(bounds) > 1 and max_kv_len <= bounds[0]:
+        # Every warp has one step at most; what a block does not take, the products beside it have.
+        warps, stages = _SHORT_WARPS, 1
+    elif num_sequences * num_kv_heads * cluster <= num_multiprocessors:
+        warps, stages = 8, 2
+    else:
+        warps, stages = 4, 3  # two blocks on a multiprocessor
+    wanted = (tuning.warps or warps, tuning.stages or stages)
+    for warps, stages in (wanted, (4, 3), (4, 2), (2, 2), (1, 2)):
         shared_bytes = fused_shared_bytes(head_size, heads_per_group, warps, stages, cluster)
         if shared_bytes <= max_shared_bytes:
             break
@@ -130,4 +145,4 @@ def fused_shared_bytes(
     row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
     tiles = (warps * 2 * stages + 1) * STEP_TOKENS * row_bytes
     merged = cluster * warps * heads_per_group * (2 + 8 * -(-chunks // cluster)) * 4
-    return tiles + 2 * 2 * head_size + merged
+    return tiles + 2 * 2 * head_size + 8 + merged

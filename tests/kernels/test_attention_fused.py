@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanocupy.ops import launch_shapes
-from nanocupy.ops.cuda_sizes import OpSizes, fused_launch, kv_len_bound, longest_fused
+from nanocupy.ops.cuda_sizes import OpSizes, fused_bounds, fused_launch, kv_len_bound
 from nanocupy.ops.launch_attention_fused import (
     ENTRY,
     FILE,
@@ -47,7 +48,8 @@ def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[np.ndarray, np.n
         a["key_cache"].shape[:3],
     )
     launch = launch_attention_fused(
-        len(a["kv_lens"]), num_heads, num_kv_heads, head_size, num_multiprocessors=6,
+        len(a["kv_lens"]), num_heads, num_kv_heads, head_size,
+        max_kv_len=int(a["kv_lens"].max(initial=0)), num_multiprocessors=6,
         max_shared_bytes=227 << 10, tuning=tuning,
     )  # fmt: skip
     numbers = (num_kv_heads, num_heads // num_kv_heads, block_size, a["block_tables"].shape[1])
@@ -123,7 +125,7 @@ def test_head_sizes(backend: Any, head_size: int, cluster: int) -> None:
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (1, 2), (8, 2), (2, 4)])
+@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (1, 2), (8, 2), (4, 1)])
 def test_long_contexts(backend: Any, cluster: int, warps: int, stages: int) -> None:
     """Many turns of every ring, and lengths around where the last step changes warps and blocks."""
     lens = [1000, 1024, 1025, 16 * cluster * warps, 16 * cluster * warps + 1, 640]
@@ -178,25 +180,28 @@ def sizes(**changes: Any) -> OpSizes:
 
 
 def test_only_what_the_kernel_can_do_is_fused() -> None:
-    assert longest_fused(sizes(), MODERN, 1) > 0
-    assert longest_fused(sizes(), OLD, 1) == 0
+    assert fused_bounds(sizes(), MODERN, 1)
+    assert not fused_bounds(sizes(), OLD, 1)
     for changes in (
         {"head_size": 72}, {"num_heads": 68}, {"dtype": "float32"}, {"cache_dtype": "float16"}
     ):  # fmt: skip
-        assert longest_fused(sizes(**changes), MODERN, 1) == 0, changes
+        assert not fused_bounds(sizes(**changes), MODERN, 1), changes
         assert fused_launch(sizes(**changes), MODERN, 1, 1) is None
 
 
 def test_the_bound_is_the_key_of_a_graph() -> None:
     """Contexts of one bound have one launch; an unknown length has the one that suits all."""
     for num_seqs in (1, 2, 8, 64):
-        longest = longest_fused(sizes(), MODERN, num_seqs)
-        short = kv_len_bound(sizes(), MODERN, num_seqs, 1)
-        long = kv_len_bound(sizes(), MODERN, num_seqs, longest + 1)
-        assert short == kv_len_bound(sizes(), MODERN, num_seqs, longest)
+        bounds = fused_bounds(sizes(), MODERN, num_seqs)
+        assert list(bounds) == sorted(set(bounds))
+        for before, bound in pairwise((0, *bounds)):
+            for kv_len in (before + 1, bound):
+                assert kv_len_bound(sizes(), MODERN, num_seqs, kv_len) == bound
+                launch = fused_launch(sizes(), MODERN, num_seqs, kv_len)
+                assert launch == fused_launch(sizes(), MODERN, num_seqs, bound) is not None
+        long = kv_len_bound(sizes(), MODERN, num_seqs, bounds[-1] + 1)
         assert long >= 4096
-        assert fused_launch(sizes(), MODERN, num_seqs, short) is not None
-        for unfused_bound in (0, long, longest + 1):
+        for unfused_bound in (0, long, bounds[-1] + 1):
             assert fused_launch(sizes(), MODERN, num_seqs, unfused_bound) is None
 
 
@@ -205,7 +210,7 @@ def test_the_bound_is_the_key_of_a_graph() -> None:
 def test_launches_fit(shared_kb: int, head_size: int) -> None:
     for heads, num_seqs in ((8, 1), (32, 5), (64, 40), (128, 4000)):
         launch = launch_attention_fused(
-            num_seqs, heads, 8, head_size, num_multiprocessors=132,
+            num_seqs, heads, 8, head_size, max_kv_len=4096, num_multiprocessors=132,
             max_shared_bytes=shared_kb << 10,
         )  # fmt: skip
         warps, stages = launch.block // 32, launch.macros["STAGES"]
@@ -223,15 +228,16 @@ PLANTED = {
         "        block_sync();\n\n        rows.start", "        rows.start"),
     "the newest key is forgotten": ("*reinterpret_cast<uint4*>(keys + to) = from[0];", ""),
     "the newest key is in the value's place": ("from[ROW_CHUNKS]", "from[0]"),
-    "stores before all blocks have started": (
-        "if (ranks > 1) cluster_wait();  // every block",
-        "if (ranks > 1) { cluster_wait(); } else  // every block"),
-    "parts merged before they are there": (
-        "        cluster_arrive();\n        cluster_wait();\n    } else", "    } else"),
-    "columns to the wrong block": ("place, n & (ranks - 1)", "place, (n + 1) & (ranks - 1)"),
+    "sent before all blocks have started": ("if (ranks > 1) cluster_wait();", ""),
+    "merged before it is there": ("wait_for_inbox(merge.inbox);", ""),
+    "fewer bytes expected": ("(8 + 4 * own_columns())", "(4 * own_columns())"),
+    "columns to the wrong block": ("put(n & (ranks - 1)", "put((n + 1) & (ranks - 1)"),
+    "sources in another order": (
+        "source = warp_id() * ranks + rank", "source = rank * num_warps() + warp_id()"),
+    "sources that saw nothing": (
+        "max(0, sources), (ROW", "num_warps() * ranks, (ROW"),
     "parts merged without their maxima": (
         "weight = softmax_weight(states[at * 2], max)", "weight = 1.0f"),
-    "values that nobody sent": ("if (weight > 0.0f) value", "value"),
     "heads of another group": ("? group * merge.rows + task", "? task"),
     "norm of q for k": ("normalize_pairs(x, k_weight, eps)", "normalize_pairs(x, q_weight, eps)"),
 }  # fmt: skip

@@ -36,6 +36,7 @@
 #endif
 #define HAS_MMA (!FORCE_PLAIN)
 #define HAS_CP_ASYNC (!FORCE_PLAIN)
+#define HAS_CLUSTERS (!FORCE_PLAIN)
 
 constexpr int WARP_SIZE = 32;
 constexpr uint32_t FULL_WARP = 0xffffffffu;
@@ -317,12 +318,34 @@ inline void spin_pause() { shim::pause(); }
 
 inline int cluster_size() { return int(shim::cluster_blocks); }
 inline int cluster_rank() { return int(shim::block->index.x % shim::cluster_blocks); }
-inline void cluster_arrive(CALLER) { shim::arrive_at_cluster(line); }
+inline void cluster_arrive(CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    shim::arrive_at_cluster(line);
+}
 inline void cluster_wait(CALLER) { shim::wait_for_cluster(line); }
-inline void store_pair_to_rank(float* own, int rank, float a, float b, CALLER) {
-    float* to = static_cast<float*>(shim::place_at_rank(own, 8, rank, line));
+
+struct RemoteInbox {
+    uint64_t* own;
+    int rank;
+};
+inline void make_inbox(uint64_t* inbox, uint32_t bytes, CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    if (!shim::in_shared(inbox, 8)) shim::fail("line %d: an inbox not in shared memory", line);
+    *inbox = bytes;
+}
+inline void wait_for_inbox(uint64_t* inbox) {
+    while (*const_cast<volatile uint64_t*>(inbox) != 0) shim::pause();
+}
+inline RemoteInbox inbox_of_rank(uint64_t* own, int rank) { return {own, rank}; }
+inline void send_pair(RemoteInbox inbox, int offset, float a, float b, CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    char* own = reinterpret_cast<char*>(inbox.own) + offset;
+    auto* to = static_cast<float*>(shim::place_at_rank(own, 8, inbox.rank, line));
+    auto* left = static_cast<uint64_t*>(shim::place_at_rank(inbox.own, 8, inbox.rank, line));
+    if (*left < 8 || *left > 1 << 20) shim::fail("line %d: more than the inbox expects", line);
     to[0] = a;
     to[1] = b;
+    *left -= 8;
 }
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
