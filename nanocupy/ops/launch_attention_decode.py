@@ -38,7 +38,7 @@ class DecodeTuning:
     stages: int | None = None
     waves: int = 4
     least_part_tokens: int = 256
-    least_mma_rows: int = 4
+    least_mma_rows: int = 1
     num_items: int | None = None
     merge_kernel: bool | None = None
 
