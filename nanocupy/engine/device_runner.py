@@ -47,6 +47,7 @@ from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
 from nanocupy.engine.step_inputs import StepShape, step_shape
+from nanocupy.memory.host_pool import SwapCosts
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
@@ -141,6 +142,9 @@ class DeviceRunner(Runner):
         collector = VariantCollector()
         lane.dry_run(collector, work)
         return collector.variants
+
+    def swap_costs(self) -> SwapCosts | None:
+        return self._host_blocks.costs()
 
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         self._stamps = StepStamps(self._device, num_steps) if num_steps else None
@@ -366,14 +370,16 @@ class DeviceRunner(Runner):
         params = None if greedy else inputs
         draws = penalties is None and not schedule.wants_logprobs
 
+        stamps = self._stamps if lane is self._main else None
+
         def body() -> None:
-            if self._stamps is not None:
-                self._stamps.start()
+            if stamps is not None:
+                stamps.start()
             lane.run(self.forward, inputs, _dims(shape), self.observer)
             if draws and shape.num_rows:
                 lane.sample(shape.num_rows, params)
-            if self._stamps is not None:
-                self._stamps.end(OTHER)
+            if stamps is not None:
+                stamps.end(OTHER)
 
         def start() -> None:
             if self.observer is not None:
@@ -383,7 +389,7 @@ class DeviceRunner(Runner):
                 self._observed(_dims(shape), starts, lens, body)
             else:
                 how = ("greedy" if greedy else "sampled") if draws else "logits"
-                lane.device.run(("step", shape, how, self._stamps), body)
+                lane.device.run(("step", shape, how, stamps), body)
             if not draws:
                 if schedule.wants_logprobs:
                     self._logprobs.keep(schedule, lane.logits(len(requests)), _dims(shape))

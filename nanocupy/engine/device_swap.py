@@ -6,6 +6,7 @@ step, on the device's stream, and nothing waits for them here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from nanocupy.cuda.device import Device
 from nanocupy.engine.schedule import Schedule
+from nanocupy.memory.host_pool import SwapCosts
 
 
 class HostBlocks:
@@ -28,6 +30,23 @@ class HostBlocks:
             .reshape(num_blocks, -1)
             for cache in self._caches
         ]
+
+    def costs(self) -> SwapCosts | None:
+        """Measured: a few blocks out to the host and back in again; None without host blocks."""
+        num_blocks = min(8, len(self._host[0]), len(self._caches[0])) if self._host else 0
+        if not num_blocks:
+            return None
+        pairs = tuple((i, i) for i in range(num_blocks))
+        there_and_back = Schedule(swap_out=pairs, swap_in=pairs)
+        took_s = []
+        for _ in range(2):  # the first one warms up
+            self._device.synchronize("measuring copies")
+            start = time.perf_counter()
+            self.copy(there_and_back)
+            self._device.synchronize("measuring copies")
+            took_s.append(time.perf_counter() - start)
+        block_bytes = sum(cache.nbytes // cache.shape[0] for cache in self._caches)
+        return SwapCosts(block_bytes, 2 * num_blocks * block_bytes / took_s[-1])
 
     def copy(self, schedule: Schedule) -> None:
         """Start the copies of a step: out first, then in."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from nanocupy.config import ModelConfig
@@ -48,6 +49,7 @@ def scheduler_settings(
 # makes one for every sequence.
 _step_output = partial(tuple.__new__, StepOutput)
 _NOTHING = (None, None)  # no log-probabilities
+_LEARNT_TOKENS = 256  # of a step that tells what prompts cost
 
 
 class LLMEngine:
@@ -86,7 +88,12 @@ class LLMEngine:
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
         self._requests: dict[str, list[Request]] = {}  # by id: its samples that have not ended
-        self._in_flight: tuple[Schedule, Callable[[], list[int] | StepResult]] | None = None
+        # A step that was launched: what reads it, and when that was.
+        self._in_flight: tuple[Schedule, Callable[[], list[int] | StepResult], float] | None = None
+        self._costs = runner.swap_costs()
+        self._read_at = 0.0  # when the step before was read
+        if self._costs is not None:
+            self.scheduler.learn(self._costs)
         self._outputs: list[StepOutput] = []  # not returned yet
 
     @property
@@ -99,6 +106,8 @@ class LLMEngine:
         built for; nothing is changed then."""
         self._check(settings)
         self.scheduler.configure(settings)
+        if self._costs is not None:
+            self.scheduler.learn(self._costs)
 
     def add_request(
         self,
@@ -171,7 +180,7 @@ class LLMEngine:
             self._collect()  # penalties count tokens, say, so all must be known
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()
-        read = None
+        read, launched_at = None, time.perf_counter()
         if schedule:
             self.watch.part("launch")
             try:
@@ -181,7 +190,7 @@ class LLMEngine:
                 raise
             self.scheduler.launched(schedule)
         self._collect()
-        self._in_flight = (schedule, read) if read else None
+        self._in_flight = (schedule, read, launched_at) if read else None
         if not self.run_ahead:
             self._collect()
 
@@ -189,9 +198,11 @@ class LLMEngine:
         """Read the ids of the step in flight, if there is one, and finish what has ended."""
         if self._in_flight is None:
             return
-        (schedule, read), self._in_flight = self._in_flight, None
+        (schedule, read, launched_at), self._in_flight = self._in_flight, None
         self.watch.part("wait")
         result = read()
+        if self._costs is not None:
+            self._learn(schedule, launched_at)
         self.watch.part("process")
         token_ids = result.token_ids if isinstance(result, StepResult) else result
         given = self.scheduler.update(schedule, token_ids)
@@ -211,6 +222,18 @@ class LLMEngine:
             outputs.append(_step_output(output))
         if FAILED_TOKEN in token_ids:
             self._fail(schedule, token_ids)
+
+    def _learn(self, schedule: Schedule, launched_at: float) -> None:
+        """How quickly prompts are computed, from steps that are prompts for the most part: it
+        decides whether who is preempted is copied or computed again."""
+        assert self._costs is not None
+        now = time.perf_counter()
+        took_s = now - max(launched_at, self._read_at)
+        self._read_at = now
+        if schedule.num_tokens >= max(_LEARNT_TOKENS, 4 * len(schedule.requests)):
+            old, rate = self._costs.prefill_tokens_per_s, schedule.num_tokens / took_s
+            self._costs = replace(self._costs, prefill_tokens_per_s=old + (rate - old) / 4)
+            self.scheduler.learn(self._costs)
 
     def _take_logprobs(
         self, schedule: Schedule, result: list[int] | StepResult

@@ -11,6 +11,7 @@ from nanocupy.config import ModelConfig
 from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.schedule import Schedule
+from nanocupy.memory.host_pool import SwapCosts
 
 if TYPE_CHECKING:
     from nanocupy.cuda.step_stamps import StepStamps
@@ -60,6 +61,11 @@ class Runner(ABC):
         the next: then no token of the next is pending."""
         result = self.run(schedule)
         return lambda: result
+
+    def swap_costs(self) -> SwapCosts | None:
+        """What swapping costs here, measured; None where nothing is known. The rate of prompts is
+        a guess, which the engine replaces by what it sees."""
+        return None
 
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         """From the next step on, note when each starts and ends on the device, and keep the last

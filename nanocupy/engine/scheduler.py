@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
@@ -24,7 +25,7 @@ from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettin
 from nanocupy.engine.scheduler_checks import check_running, check_waiting
 from nanocupy.engine.step_plan import SchedulerCounters, StepPlan
 from nanocupy.engine.waiting import WaitingQueue
-from nanocupy.memory.host_pool import prefers_swap
+from nanocupy.memory.host_pool import SwapCosts, prefers_swap
 from nanocupy.memory.kv_memory import KVMemory
 
 __all__ = ["Schedule", "ScheduledRequest", "Scheduler", "SchedulerSettings"]
@@ -76,6 +77,10 @@ class Scheduler:
         self.waiting.refresh(self._clock())
         for request in waiting:
             self.waiting.push(request)
+
+    def learn(self, costs: SwapCosts) -> None:
+        """Decide by these costs from now on, whatever the settings say."""
+        self.settings = replace(self.settings, costs=costs)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its max_total_tokens must fit in the whole pool, or it could never

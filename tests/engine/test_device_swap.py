@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanocupy.engine import engine as engine_module
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.device_runner import DeviceRunner
@@ -92,3 +93,28 @@ def test_preempted_on_the_device(mode, run_ahead):
     assert outputs[0] == outputs[1]
     counters = engine.scheduler.counters
     assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+def test_what_swapping_costs_is_measured_and_what_prompts_cost_is_learnt(monkeypatch):
+    checkpoint = TinyCheckpoint(CONFIG, seed=3)
+    limits = RunnerLimits(40, 4, 96, 32, 4, num_host_blocks=20)
+    runner = DeviceRunner(
+        CONFIG, ShimDevice(), limits, DeviceSettings("float32", "float32", "float32")
+    )
+    runner.upload_weights(checkpoint)
+    monkeypatch.setattr(engine_module, "_LEARNT_TOKENS", 16)
+    engine = LLMEngine(CONFIG, runner, SchedulerSettings(4, 32, preemption="auto"))
+    costs = engine.scheduler.settings.costs
+    assert costs.block_bytes == CONFIG.kv_bytes_per_token(4) * 4
+    assert 0 < costs.copy_bytes_per_s < 1e12
+    guess = costs.prefill_tokens_per_s
+    engine.add_request("a", list(range(1, 31)), GREEDY)
+    while engine.has_unfinished:
+        engine.step()
+    learnt = engine.scheduler.settings.costs
+    assert 0 < learnt.prefill_tokens_per_s < guess  # the emulation is slow
+    engine.configure(SchedulerSettings(2, 16))
+    assert engine.scheduler.settings.costs == learnt
+    no_host = DeviceRunner(CONFIG, ShimDevice(), RunnerLimits(40, 4, 96, 32, 4))
+    assert no_host.swap_costs() is None
