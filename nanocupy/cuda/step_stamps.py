@@ -41,7 +41,8 @@ class StepStamps:
 
     `start` and `end` launch on the device's stream, so they may be captured: call them as the first
     and the last thing of a step's body. A graph that holds them is of this object alone; make the
-    object a part of the graph's key.
+    object a part of the graph's key. Steps that run beside each other on two streams would write to
+    one place: stamp those of one stream.
     """
 
     def __init__(self, device: Device, num_steps: int = 4096) -> None:

@@ -142,11 +142,11 @@ def test_idle_by_the_device_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def run(self, schedule):
             if self.stamps is None:
                 return super().run(schedule)
-            self.stamps.start()
+            self.clock_device.eager("timed", self.stamps.start)
             self.clock_device.synchronize("the start")
             ids = super().run(schedule)
             time.sleep(0.002)
-            self.stamps.end()
+            self.clock_device.eager("timed", self.stamps.end)
             self.clock_device.synchronize("the end")
             time.sleep(0.003)
             return ids
@@ -170,7 +170,8 @@ def test_idle_by_the_device_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
-def test_idle_of_the_runner_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_idle_of_the_runner_on_a_device(monkeypatch: pytest.MonkeyPatch, two_streams: bool) -> None:
     from nanocupy.engine.device_plan import DeviceSettings
     from nanocupy.engine.device_runner import DeviceRunner
     from tests.shim.device import ShimDevice
@@ -181,7 +182,7 @@ def test_idle_of_the_runner_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None
     config = tiny_config(head_size=64, num_heads=2, num_kv_heads=1, max_context=32)
     checkpoint = TinyCheckpoint(config)
     limits = RunnerLimits(20, 4, 32, 16, 2)
-    settings = DeviceSettings("float32", "float32", "float32")
+    settings = DeviceSettings("float32", "float32", "float32", two_streams=two_streams)
     runner = DeviceRunner(config, ShimDevice(), limits, settings)
     runner.upload_weights(checkpoint)
     engine = LLMEngine(config, runner, prefix_cache=False, run_ahead=True)
