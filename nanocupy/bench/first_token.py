@@ -65,7 +65,7 @@ def first_token(model: str, config: dict[str, Any], watch: Stopwatch) -> int:
         from nanocupy.engine import backend
         from nanocupy.model import load
 
-        if config.get("device") == "cuda":
+        if backend.chosen_device(config.get("device", "auto")) == "cuda":
             import nanocupy.cuda.device  # noqa: F401  (each would be imported within a later part)
             from nanocupy.cuda.kernels import KernelLoader
             from nanocupy.cuda.libraries import nvrtc_version

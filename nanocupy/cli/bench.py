@@ -150,9 +150,10 @@ def throughput(
     """
     from nanocupy.bench import throughput as bench_throughput
     from nanocupy.cli.bench_report import report_throughput
+    from nanocupy.engine.backend import chosen_device
     from nanocupy.progress import count_progress
 
-    on_gpu = engine_config(options).device == "cuda"
+    on_gpu = chosen_device(engine_config(options).device) == "cuda"
     usual = bench_throughput.Workload()
     defaults = (usual.num_requests, usual.min_len, usual.max_len) if on_gpu else _CPU_WORKLOAD
     given = (requests, min_len, max_len)
@@ -251,6 +252,8 @@ def _engine(
 
 def _dtype(config: EngineConfig) -> str:
     """What weights are stored in."""
+    from nanocupy.engine.backend import chosen_device
+
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if config.device == "cuda" else "float32"
+    return "bfloat16" if chosen_device(config.device) == "cuda" else "float32"

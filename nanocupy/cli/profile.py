@@ -157,7 +157,9 @@ def _roof(runner: Any) -> Roof | None:
 
 def _checkpoint(model: str | None, shape: str, device: str) -> tuple[Any, int]:
     """What to run, and the bytes of one of its values as the device stores it."""
-    itemsize = 2 if device == "cuda" else 4
+    from nanocupy.engine.backend import chosen_device
+
+    itemsize = 2 if chosen_device(device) == "cuda" else 4
     if model is None:
         from nanocupy.bench.shapes import random_checkpoint
 

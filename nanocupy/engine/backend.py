@@ -17,6 +17,15 @@ from nanocupy.progress import byte_progress, say
 BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 arithmetic
 
 
+def chosen_device(name: str) -> str:
+    """ "cuda" or "cpu": where an engine with `device` = name computes."""
+    if name != "auto":
+        return name
+    from nanocupy.cuda.probe import find_cuda
+
+    return "cuda" if find_cuda().usable else "cpu"
+
+
 def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False) -> Runner:
     """A runner for `checkpoint` as `config` says. progress: a bar and notes on stderr.
 

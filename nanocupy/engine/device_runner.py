@@ -51,7 +51,7 @@ from nanocupy.memory.host_pool import SwapCosts
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_sizes import kv_len_bound
+from nanocupy.ops.cuda_sizes import fused_bounds, kv_len_bound
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
 
 
@@ -133,8 +133,8 @@ class DeviceRunner(Runner):
             for params in (None, inputs):
                 lane.sample(1, params)
             for num in sorted({min(n, limits.max_num_seqs) for n in (1, 2, 4, 8, 16, 1 << 30)}):
-                for longest in (1, limits.max_context):
-                    bound = kv_len_bound(self._sizes, self._device.traits, num, longest)
+                bounds = fused_bounds(self._sizes, self._device.traits, num)
+                for bound in (*bounds, limits.max_context + 1):
                     inputs = self._decode_inputs(num)
                     lane.run(calls, inputs, step_dims(num, num, num, 1, bound))
             lane.ops.resolve_tokens(inputs["token_ids"], lane.view("sampled"))

@@ -67,7 +67,11 @@ VARIANTS = (
     ),
     Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
-    Variants("decode_state.cu", ("advance_decode_state", "apply_updates"), ({"SCALAR": BFLOAT16},)),
+    Variants(
+        "decode_state.cu",
+        ("advance_decode_state", "apply_updates", "resolve_tokens"),
+        ({"SCALAR": BFLOAT16},),
+    ),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
     Variants(
         "gemv.cu",
