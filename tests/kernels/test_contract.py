@@ -72,6 +72,14 @@ def test_every_entry_is_launched_and_tested(entry: str) -> None:
     assert path.name in tests or launcher in tests, f"no test launches {path.name}"
 
 
+def test_every_entry_bounds_its_threads() -> None:
+    """Or the compiler may use more registers than a block of the size that is launched can have;
+    the host shim would not see it."""
+    bounded = re.compile(r"__global__ void\s*__launch_bounds__\([^{;]*?\)\s*(\w+)\s*\(")
+    found = [n for path in KERNELS.glob("*.cu") for n in bounded.findall(path.read_text())]
+    assert sorted(found) == sorted(ENTRIES)
+
+
 def test_kernels_use_no_intrinsic_of_their_own() -> None:
     """PTX and intrinsics stand in device.cuh, where the host shim has their twins, and for what
     runs on 9.0 alone in hopper.cuh."""
