@@ -132,7 +132,8 @@ class DeviceRunner(Runner):
                 lane.run(calls, inputs, _dims(shape))
             for params in (None, inputs):
                 lane.sample(1, params)
-            for num in sorted({min(n, limits.max_num_seqs) for n in (1, 2, 4, 8, 16, 1 << 30)}):
+            most = min(limits.max_num_seqs, limits.max_step_tokens)
+            for num in sorted({min(n, most) for n in (1, 2, 4, 8, 16, most)}):
                 bounds = fused_bounds(self._sizes, self._device.traits, num)
                 for bound in (*bounds, limits.max_context + 1):
                     inputs = self._decode_inputs(num)
