@@ -4,13 +4,14 @@
 // A cluster of blocks shares the context of a sequence and key/value head, 16 positions at a time in
 // turn. Before the kernel in front of it has ended, a block finds its positions and starts to copy
 // their keys and values; so what follows the QKV product is short. At the end every warp stores its
-// sums into the shared memory of the block that merges those columns, which waits for as many bytes as are to come: no barrier, no memory, no fence.
+// sums into the shared memory of the block that merges those columns, which waits for as many bytes
+// as are to come: no barrier, no memory, no fence.
 //
 // HEAD_SIZE   d, a multiple of 16; STAGES steps of 16 positions that a warp has under way at first
 // READ_EARLY  1: kv_lens, query_starts, block_tables, slots and the caches up to the new positions
 //             are read before the kernels in front have ended. Right where no kernel of the same
 //             graph, or none that overlaps, writes them: a graph that holds one step. 0: nothing is
-// SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_decode.py chooses the launch.
+// SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_fused.py chooses the launch.
 #ifndef READ_EARLY
 #define READ_EARLY 1
 #endif

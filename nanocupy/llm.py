@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 from weakref import WeakValueDictionary
@@ -20,6 +21,7 @@ from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import scheduler_settings
 from nanocupy.engine.request import RequestPriority
+from nanocupy.engine.results import StepOutput
 from nanocupy.errors import ConfigError, RequestError, TokenizerError
 from nanocupy.progress import count_progress
 from nanocupy.sampling_params import SamplingParams
@@ -71,6 +73,7 @@ class LLM:
         self._num_requests = 0
         # Weak, so that an answer nobody holds any more ends.
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()
+        self._outputs: deque[StepOutput] = deque()  # of the engine, not handed out yet
         self._chat_template: ChatTemplate | None = None
 
     def configure(self, **changes: Any) -> None:
@@ -241,7 +244,12 @@ class LLM:
 
     def _step(self) -> None:
         """One step of the engine; every answer it brought forward takes in its token."""
-        for output in self._engine.step():
+        # Where one answer's turn ends in an exception, the others' tokens wait for the next step.
+        outputs = self._outputs
+        if not outputs:
+            outputs.extend(self._engine.step())
+        while outputs:
+            output = outputs.popleft()
             answer = self._answers.get(output.request_id)
             if answer is None:  # dropped unread, and not collected in time
                 self._engine.abort(output.request_id)

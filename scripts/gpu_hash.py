@@ -13,7 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels_cu", "nanocupy/cuda", "nanocupy/ops", "nanocupy/model")
-PATTERNS = ("nanocupy/engine/runner*",)  # runner.py, or a package of that name
+PATTERNS = (  # of the engine, what drives the device
+    "nanocupy/engine/device_*", "nanocupy/engine/runner*", "nanocupy/engine/decode_state*",
+    "nanocupy/engine/step_*",
+)  # fmt: skip
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".hpp")
 
 

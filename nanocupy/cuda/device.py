@@ -38,7 +38,8 @@ class Device(Protocol):
         ...
 
     def pinned(self, num_bytes: int) -> np.ndarray:
-        """Host memory uint8 [num_bytes] that copies may go to and from without waiting."""
+        """Host memory uint8 [num_bytes] that copies may go to and from without waiting; freed with
+        the last array of it, so whoever starts a copy keeps one until it is done."""
         ...
 
     def matmul(self, x: Any, w: Any, out: Any, beta: float = 0.0) -> None: ...
@@ -143,7 +144,6 @@ class CudaDevice:
         self.stream = new_stream()
         self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)
         self._separate_buffers = separate_buffers
-        self._pinned: list[Any] = []
         self._first_mark: Any = None
         self._moments: deque[Any] = deque(maxlen=16)
 
@@ -162,9 +162,7 @@ class CudaDevice:
     def pinned(self, num_bytes: int) -> np.ndarray:
         from nanocupy.cuda.streams import PinnedBuffer
 
-        buffer = PinnedBuffer(num_bytes)
-        self._pinned.append(buffer)
-        return buffer.array((num_bytes,), np.uint8)
+        return PinnedBuffer(num_bytes).array((num_bytes,), np.uint8)
 
     @cached_property
     def _cublas(self) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanocupy.cuda.checks import LaunchLog, cuda_error
+from nanocupy.cuda.checks import ContextLostError, LaunchLog, cuda_error
 from nanocupy.cuda.streams import synchronize
 from nanocupy.errors import CudaError
 
@@ -95,8 +95,9 @@ def capture(
 class GraphCache:
     """The captured graphs of one stream by key, with counters.
 
-    The first run of a key is eager, which loads what there is to load; the second captures. Beyond
-    `max_graphs` the one that was not used for longest goes.
+    The first run of a key is eager, which loads what there is to load; the second captures, and
+    what cannot be captured stays eager, which the counters tell. Beyond `max_graphs` the one that
+    was not used for longest goes.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class GraphCache:
         self._log = log
         self._graphs: dict[Hashable, CapturedGraph] = {}
         self._seen: set[Hashable] = set()
+        self._not_captured: set[Hashable] = set()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
@@ -129,8 +131,17 @@ class GraphCache:
         elif key not in self._seen:
             self._seen.add(key)
             self.eager("first of its shape", body)
+        elif key in self._not_captured:
+            self.eager("cannot be captured", body)
         else:
-            self.capture(key, body, keep)
+            try:
+                self.capture(key, body, keep)
+            except ContextLostError:
+                raise
+            except CudaError:  # it ran before, and can run so again
+                self._not_captured.add(key)
+                self.eager("cannot be captured", body)
+                return
             self.replay(key)
 
     def capture(self, key: Hashable, body: Callable[[], None], keep: tuple[Any, ...] = ()) -> None:
@@ -163,3 +174,4 @@ class GraphCache:
         """Forget every graph. Nothing of them may be running."""
         self._graphs.clear()
         self._seen.clear()
+        self._not_captured.clear()

@@ -68,7 +68,8 @@ class DeviceLogprobs:
     def _room(self, num_rows: int) -> np.ndarray:
         """Pinned memory for so many rows; what was there before is no longer needed."""
         if self._memory is None or len(self._memory) < num_rows:
-            num_bytes = max(1, num_rows) * self._vocab_size * 4
+            num_rows_held = 1 << (max(1, num_rows) - 1).bit_length()  # it is not to grow often
+            num_bytes = num_rows_held * self._vocab_size * 4
             self._memory = (
                 self._device.pinned(num_bytes).view(np.float32).reshape(-1, self._vocab_size)
             )

@@ -88,14 +88,19 @@ class DeviceRunner(Runner):
         if settings.two_streams:
             own = lane_buffers(config, sizes, device.traits)
             self._side = Lane(device.second_stream(), view, sizes, limits, self.weights, own=own)
-        self.state = DecodeState(limits.max_num_seqs, table_width(limits), limits.block_size)
+        self.state = self._new_state()
         self._state_words = view("decode_state")
         device.fill(self._state_words, 0)
+        self._is_state_known = True  # whether the device has what `state` says
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`
         self._stamps: StepStamps | None = None
-        self._put("inv_freq", rope.inv_freq)
-        self._put("place_numbers", np.arange(limits.max_num_seqs + 1, dtype=np.int32))
+        self._rings: dict[int, StepStamps] = {}  # by their steps
+        constants = {
+            "inv_freq": rope.inv_freq,
+            "place_numbers": np.arange(limits.max_num_seqs + 1, dtype=np.int32),
+        }
+        sent = [self._put(name, values) for name, values in constants.items()]
         caches = [view(n) for n in self.plan.specs if n.startswith(("key_cache.", "value_cache."))]
         # A cache that was never written must not hold NaN where padding reads it.
         for cache in caches:
@@ -103,6 +108,11 @@ class DeviceRunner(Runner):
         self._host_blocks = HostBlocks(device, caches, limits.num_host_blocks)
         self._logprobs = DeviceLogprobs(device, config.vocab_size, self._head_of, limits)
         device.synchronize("preparing the device")
+        del sent  # it had to stay until now
+
+    def _new_state(self) -> DecodeState:
+        limits = self.limits
+        return DecodeState(limits.max_num_seqs, table_width(limits), limits.block_size)
 
     @property
     def clock(self) -> Device:
@@ -148,7 +158,14 @@ class DeviceRunner(Runner):
         return self._host_blocks.costs()
 
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
-        self._stamps = StepStamps(self._device, num_steps) if num_steps else None
+        if not num_steps:
+            self._stamps = None
+            return None
+        # Graphs refer to the ring they write to, so a ring is made once.
+        if num_steps not in self._rings:
+            self._rings[num_steps] = StepStamps(self._device, num_steps)
+        self._stamps = self._rings[num_steps]
+        self._stamps.clear()
         return self._stamps
 
     # ----------------------------------------------------------------- steps
@@ -157,12 +174,21 @@ class DeviceRunner(Runner):
         return self.launch(schedule)()
 
     def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
-        with self._device.current():
-            return self._launch(schedule)
+        try:
+            with self._device.current():
+                return self._launch(schedule)
+        except BaseException:
+            # Who knows what of it was done: the decode batch is made anew, here and there.
+            self._batch, self._is_state_known = None, False
+            raise
 
     def _launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         for lane in self._lanes:
             lane.inputs.turn()
+        if not self._is_state_known:
+            self.state = self._new_state()
+            self._device.fill(self._state_words, 0)
+            self._is_state_known = True
         if schedule.swap_out or schedule.swap_in:
             self._host_blocks.copy(schedule)
             self._batch = None
@@ -431,11 +457,12 @@ class DeviceRunner(Runner):
             lane.run(head, sent, {**dims, "S": len(rows)})
         return lane.logits(len(rows))
 
-    def _put(self, name: str, values: np.ndarray) -> None:
-        """Copy a constant to its buffer."""
+    def _put(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Start to copy a constant to its buffer, from the pinned array that is returned."""
         host = self._device.pinned(values.nbytes).view(values.dtype).reshape(values.shape)
         host[...] = values
         self._device.to_device(self._main.view(name), host)
+        return host
 
 
 def _dims(shape: StepShape) -> dict[str, int]:

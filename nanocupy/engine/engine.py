@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,8 +89,11 @@ class LLMEngine:
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
         self._requests: dict[str, list[Request]] = {}  # by id: its samples that have not ended
-        # A step that was launched: what reads it, and when that was.
-        self._in_flight: tuple[Schedule, Callable[[], list[int] | StepResult], float] | None = None
+        # Steps that were launched and not read, oldest first: what reads each, and when it was.
+        self._in_flight: deque[tuple[Schedule, Callable[[], list[int] | StepResult], float]]
+        self._in_flight = deque()
+        self._must_read = False  # before anything else is launched
+        self._left_at = self._outside_s = 0.0  # when `step` was left, and for how long
         self._costs = runner.swap_costs()
         self._read_at = 0.0  # when the step before was read
         if self._costs is not None:
@@ -136,8 +140,7 @@ class LLMEngine:
         wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
         if wants_logprobs and not self.runner.has_logprobs:
             raise RequestError(
-                f"logprobs and prompt_logprobs are not made on {self.runner.device} yet; leave "
-                "them out, or run on the CPU (device cpu)"
+                f"logprobs and prompt_logprobs are not made on {self.runner.device}; leave them out"
             )
         max_total = self.max_context
         if params.max_tokens is not None:
@@ -168,41 +171,51 @@ class LLMEngine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; the new token of every request whose token was read."""
+        self._outside_s = time.perf_counter() - self._left_at
         try:
             self._step()
         finally:
             self.watch.end_step()
+            self._left_at = time.perf_counter()
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def _step(self) -> None:
-        if self.scheduler.running.num_needing_ids:
-            self._collect()  # penalties count tokens, say, so all must be known
+        # Penalties count tokens, say, so all must be known; and log-probabilities are made of what
+        # the next step would overwrite.
+        must_read = self._must_read or self.scheduler.running.num_needing_ids
+        if must_read or any(schedule.wants_logprobs for schedule, *_ in self._in_flight):
+            self._collect(0)
+        self._must_read = False
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()
-        read, launched_at = None, time.perf_counter()
+        launched_at = time.perf_counter()
         if schedule:
             self.watch.part("launch")
             try:
                 read = self.runner.launch(schedule)
             except BaseException:
                 self.scheduler.failed()
+                self._must_read = True
                 raise
             self.scheduler.launched(schedule)
-        self._collect()
-        self._in_flight = (schedule, read, launched_at) if read else None
-        if not self.run_ahead:
-            self._collect()
+            self._in_flight.append((schedule, read, launched_at))
+        self._collect(1 if self.run_ahead and schedule else 0)
 
-    def _collect(self) -> None:
-        """Read the ids of the step in flight, if there is one, and finish what has ended."""
-        if self._in_flight is None:
-            return
-        (schedule, read, launched_at), self._in_flight = self._in_flight, None
-        self.watch.part("wait")
-        result = read()
-        if self._costs is not None:
-            self._learn(schedule, launched_at)
+    def _collect(self, num_left: int) -> None:
+        """Read the ids of the oldest steps in flight, but for so many, and finish what has ended.
+        What is interrupted can be read again."""
+        while len(self._in_flight) > num_left:
+            schedule, read, launched_at = self._in_flight[0]
+            self.watch.part("wait")
+            result = read()
+            self._in_flight.popleft()
+            if self._costs is not None:
+                self._learn(schedule, launched_at)
+            self._take(schedule, result)
+
+    def _take(self, schedule: Schedule, result: list[int] | StepResult) -> None:
+        """What a step gave, to those it is of."""
         self.watch.part("process")
         token_ids = result.token_ids if isinstance(result, StepResult) else result
         given = self.scheduler.update(schedule, token_ids)
@@ -230,6 +243,8 @@ class LLMEngine:
         now = time.perf_counter()
         took_s = now - max(launched_at, self._read_at)
         self._read_at = now
+        if self._outside_s > took_s / 16:
+            return  # whoever calls `step` took his time, and the step may have been done long ago
         if schedule.num_tokens >= max(_LEARNT_TOKENS, 4 * len(schedule.requests)):
             old, rate = self._costs.prefill_tokens_per_s, schedule.num_tokens / took_s
             self._costs = replace(self._costs, prefill_tokens_per_s=old + (rate - old) / 4)

@@ -95,7 +95,9 @@ class NumpyRunner(Runner):
         return self._run_next
 
     def _run_next(self) -> list[int] | StepResult:
-        return self._queue.popleft()()
+        result = self._queue[0]()
+        self._queue.popleft()  # only now: who was interrupted reads again
+        return result
 
     def _prepare(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         """The step as a function, which looks at the requests no more."""

@@ -39,7 +39,8 @@ class GemvTuning:
     more have half, as their inputs need the room. unroll: vectors of a thread that come together,
     if the ring holds three times as many, else two. tensor: whether 16-bit products run on the
     tensor cores. l2_ahead_kb: a block, asked for in L2 beyond the ring, before the kernel before
-    has ended (on an H100 it took 1 to 3 µs a layer more than it gave). resident_blocks: blocks of any kernels that a multiprocessor's registers must hold.
+    has ended (on an H100 it took 1 to 3 µs a layer more than it gave). resident_blocks: blocks of
+    any kernels that a multiprocessor's registers must hold.
     """
 
     warps: int = 8

@@ -10,6 +10,7 @@ import pytest
 from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.config import RopeScaling
 from nanocupy.engine.batch import ForwardBatch, build_batch
+from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_plan import DeviceSettings, plan_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
@@ -322,3 +323,68 @@ def test_the_kernels_that_steps_need_are_known_beforehand():
     generate(on_device, arrivals(12, GREEDY.with_(temperature=0.7)))
     assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
     assert len(asked & known) >= 8
+
+
+def test_an_abort_between_steps_leaves_others_log_probabilities_alone():
+    """The step in flight asked for some, and nobody who runs does any more."""
+    found = []
+    for runner in runners("qwen2", ShimDevice()):
+        engine = LLMEngine(runner.config, runner, run_ahead=runner.can_run_ahead)
+        engine.add_request("gone", [3, 1, 4], GREEDY.with_(logprobs=1))
+        engine.step()
+        engine.step()
+        engine.abort("gone")
+        for name in ("b", "c"):
+            asking = GREEDY.with_(logprobs=2, prompt_logprobs=1)
+            engine.add_request(name, [2, 7, 1, 8, ord(name) % 40], asking)
+        outputs: dict[str, list] = {}
+        while engine.has_unfinished:
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+        assert [len(outputs[name][0].prompt_logprobs) for name in ("b", "c")] == [4, 4]
+        found.append({n: [o.token_id for o in each] for n, each in outputs.items()})
+    assert found[0]["b"] == found[1]["b"]
+    assert found[0]["c"] == found[1]["c"]
+
+
+@pytest.mark.parametrize("at", range(2, 6))
+@pytest.mark.parametrize("where", ["wait", "advance", "updates", "fetch"])
+def test_an_interrupt_costs_no_token(where, at, monkeypatch):
+    """Ctrl-C while a step is read or launched: who goes on gets the same tokens as ever."""
+    device = ShimDevice()
+    on_device, on_numpy = runners("llama", device)
+    requests = arrivals(4, GREEDY.with_(max_tokens=9), seed=3)
+    wanted = generate(on_numpy, requests)
+    calls = 0
+
+    def interrupted(function):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call
+
+    engine = LLMEngine(on_device.config, on_device, run_ahead=True)
+    owner, name = {
+        "wait": (device, "wait"), "advance": (DecodeState, "advance"),
+        "updates": (on_device, "_update_state"), "fetch": (on_device._main, "fetch"),
+    }[where]  # fmt: skip
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    outputs: dict[str, list[int]] = {}
+    for request_id, (_, ids, params) in requests.items():
+        engine.add_request(request_id, ids, params)
+    for _ in range(200):
+        try:
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output.token_id)
+        except KeyboardInterrupt:
+            continue
+        engine.scheduler.check_integrity()
+        if not engine.has_unfinished:
+            break
+    assert calls >= at
+    assert outputs == wanted
+    assert engine.pool.num_free == engine.pool.num_blocks - 1

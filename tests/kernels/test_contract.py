@@ -22,6 +22,8 @@ ENTRIES = {
     for path in sorted(KERNELS.glob("*.cu"))
     for comment, name in ENTRY.findall(path.read_text())
 }
+# Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
+READ_BEFORE = ("gemv.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu")
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
     "advance_decode_state": "engine.batch.build_batch",
@@ -100,5 +102,10 @@ def test_every_entry_waits_for_the_kernel_before(entry: str) -> None:
     assert start is not None
     assert "__restrict__" not in start.group(1)
     body = code[start.end() :].split("\n}\n", 1)[0]
-    headers = "".join(h.read_text() for h in KERNELS.glob(f"{path.stem}*.cuh"))
-    assert "grid_dependency_wait();" in body or "grid_dependency_wait();" in headers
+    if path.name in READ_BEFORE:
+        headers = "".join(h.read_text() for h in KERNELS.glob(f"{path.stem}*.cuh"))
+        assert "grid_dependency_wait();" in body or "grid_dependency_wait();" in headers
+        return
+    statements = [line.strip() for line in body.splitlines() if line.strip()]
+    statements = [line for line in statements if not line.startswith(("#", "constexpr", "static_"))]
+    assert "grid_dependency_wait();" in statements[:2], "something comes before the wait"
