@@ -93,7 +93,7 @@ class LLMEngine:
         self._in_flight: deque[tuple[Schedule, Callable[[], list[int] | StepResult], float]]
         self._in_flight = deque()
         self._must_read = False  # before anything else is launched
-        self._left_at = self._outside_s = 0.0  # when `step` was left, and for how long
+        self._entered_at = self._left_at = 0.0  # when `step` was, last
         self._costs = runner.swap_costs()
         self._read_at = 0.0  # when the step before was read
         if self._costs is not None:
@@ -171,7 +171,7 @@ class LLMEngine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; the new token of every request whose token was read."""
-        self._outside_s = time.perf_counter() - self._left_at
+        self._entered_at = time.perf_counter()
         try:
             self._step()
         finally:
@@ -243,7 +243,7 @@ class LLMEngine:
         now = time.perf_counter()
         took_s = now - max(launched_at, self._read_at)
         self._read_at = now
-        if self._outside_s > took_s / 16:
+        if launched_at < self._entered_at and self._entered_at - self._left_at > took_s / 16:
             return  # whoever calls `step` took his time, and the step may have been done long ago
         if schedule.num_tokens >= max(_LEARNT_TOKENS, 4 * len(schedule.requests)):
             old, rate = self._costs.prefill_tokens_per_s, schedule.num_tokens / took_s
