@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests side by side already take every core; BLAS's threads would only wait for each other.
+    for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+
 _GPU_PLUGIN = "tests.cuda.gpu_record"
 _NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -112,7 +112,7 @@ class GpuBackend:
         kernel = self._loader.get(file, entry, **macros)
         GpuBackend.last_entry = entry
         results = []
-        for _ in range(2):
+        for _ in range(1 if entry == "stamp_step" else 2):  # a clock is never the same
             wholes = [
                 self._cupy.asarray(guarded(arg)) if isinstance(arg, np.ndarray) else None
                 for arg in args

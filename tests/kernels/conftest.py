@@ -32,6 +32,8 @@ def storage(request: pytest.FixtureRequest) -> np.dtype:
 def _errors_go_to_the_record(request: pytest.FixtureRequest, record_error: Any) -> Any:
     """What a test on a GPU measured, to the record of the run."""
     WORST_ERRORS.clear()
+    # What a test launches without the backend goes by the test's own name.
+    GpuBackend.last_entry = request.node.path.stem.removeprefix("test_").removesuffix("_gpu")
     yield
     if request.node.get_closest_marker("gpu") is not None:
         for (entry, dtype), error in WORST_ERRORS.items():
