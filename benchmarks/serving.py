@@ -5,9 +5,9 @@
 
 prefix: the time to the first token of a prompt whose first 4096 tokens another one had, beside the
 same without the prefix cache. priorities: Poisson arrivals at 1.2 times what the engine can serve
-(measured first: how quickly a full queue gets shorter), a tenth of them of level 0 and the rest of level 5; the time to
-the first token of the urgent ones under the policy "priority" beside first come, first served, and
-what that costs all of them together. Everybody is served to the end.
+(measured first: how quickly a full queue gets shorter), a tenth of them of level 0 and the rest of
+level 5; the time to the first token of the urgent ones under the policy "priority" beside first
+come, first served, and what that costs all of them together. Everybody is served to the end.
 """
 
 from __future__ import annotations
