@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from nanocupy.bench.measure import DECODE_OUTPUT, decode_steps
+from nanocupy.bench.measure import DECODE_OUTPUT, WARMUPS, decode_steps
 from nanocupy.cuda.step_stamps import IdleTime, idle_share
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.profiling.step_parts import PARTS, StepParts
@@ -47,8 +47,9 @@ def decode_idle(engine: LLMEngine, shape: str, dtype: str, batch: int) -> HostTi
     # Room for the steps of the prompts too, so that no decode step falls out of the ring.
     stamps = engine.runner.stamp_steps(2 * DECODE_OUTPUT + 2 * batch)
     try:
-        for _ in decode_steps(engine, batch, 0):
-            pass  # not counted: the steps' graphs are captured anew, with stamps
+        for _ in range(WARMUPS):  # the steps' graphs are captured anew, with stamps
+            for _ in decode_steps(engine, batch, 0):
+                pass
         if stamps is not None:
             stamps.clear()
         engine.watch = parts
