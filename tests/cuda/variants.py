@@ -69,7 +69,7 @@ VARIANTS = (
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants(
         "decode_state.cu",
-        ("advance_decode_state", "apply_updates", "resolve_tokens"),
+        ("advance_decode_state", "resolve_tokens", "apply_updates"),
         ({"SCALAR": BFLOAT16},),
     ),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
