@@ -58,7 +58,7 @@ class AsyncLLMEngine:
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        answer = await asyncio.wrap_future(self.submit(prompt, params, priority, tell))
+        answer = await self._submitted(prompt, params, priority, tell)
         try:
             while (event := await queue.get()) is not None:
                 if isinstance(event, BaseException):
@@ -89,12 +89,32 @@ class AsyncLLMEngine:
             if not isinstance(event, TextChunk):
                 loop.call_soon_threadsafe(settle, event)
 
-        answer = await asyncio.wrap_future(self.submit(prompt, params, priority, tell))
+        answer = await self._submitted(prompt, params, priority, tell)
         try:
             await ended
         finally:
             self.abort(answer)
         return answer.completion()
+
+    async def _submitted(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None,
+        priority: RequestPriority | None,
+        listener: Listener,
+    ) -> Answer:
+        """`submit`, for a task that may be cancelled while it waits for that."""
+
+        def drop(future: Future[Answer]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                self.abort(future.result())
+
+        future = self.submit(prompt, params, priority, listener)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(drop)  # the engine's thread may be adding it right now
+            raise
 
     def submit(
         self,

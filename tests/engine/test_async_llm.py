@@ -234,3 +234,33 @@ def test_settings_change_between_steps(model):
             return (await engine.generate("a", PARAMS)).text
 
     assert asyncio.run(main()) == make_llm(model).generate("a", PARAMS).text
+
+
+def test_a_task_cancelled_while_its_request_is_added_leaves_nothing(model):
+    async def main():
+        llm = make_llm(model)
+        adding, go_on = threading.Event(), threading.Event()
+        add = llm.stream
+
+        def slow(*args):
+            adding.set()
+            assert go_on.wait(30)
+            return add(*args)
+
+        llm.stream = slow
+        async with AsyncLLMEngine(llm) as engine:
+            task = asyncio.create_task(engine.generate("prompt", PARAMS.with_(max_tokens=200)))
+            await asyncio.to_thread(adding.wait, 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            await asyncio.wrap_future(engine.call(lambda: None))
+            await asyncio.wrap_future(engine.call(lambda: None))
+            return await asyncio.wrap_future(
+                engine.call(lambda: (len(engine._listeners), llm._engine.has_unfinished))
+            )
+
+    num_listeners, has_unfinished = asyncio.run(main())
+    assert num_listeners == 0
+    assert not has_unfinished
