@@ -101,9 +101,11 @@ def test_tokens_are_those_of_numpy(name, traits, run_ahead):
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
-@pytest.mark.parametrize("params", [GREEDY, GREEDY.with_(temperature=0.9, seed=2)], ids=str)
-def test_two_streams_give_the_same_tokens(params, run_ahead):
-    device = ShimDevice()
+@pytest.mark.parametrize("others_first", [False, True])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_two_streams_give_the_same_tokens(temperature, others_first, run_ahead):
+    params = GREEDY.with_(temperature=temperature, seed=2)
+    device = ShimDevice(others_first=others_first)
     settings = replace(FLOAT32, two_streams=True)
     on_device, on_numpy = runners("qwen3-ntk", device, num_blocks=30, chunk=20, settings=settings)
     requests = {i: (at // 2, *rest) for i, (at, *rest) in arrivals(9, params, seed=1).items()}

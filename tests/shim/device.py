@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -90,10 +90,28 @@ class ShimArena:
 
 @dataclass
 class _Queue:
-    """What was started and is not done, in order."""
+    """A stream: what was started and is not done, in order."""
 
-    started: list[Callable[[], None]] = field(default_factory=list)
+    started: deque[Callable[[], None]] = field(default_factory=deque)
     num_done: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.num_done + len(self.started)
+
+    def run_to(self, moment: int) -> None:
+        while self.num_done < moment:
+            self.num_done += 1
+            self.started.popleft()()
+
+
+@dataclass
+class _Host:
+    """What the streams of a device share. others_first: they run as far as they may before the one
+    that is waited for."""
+
+    others_first: bool
+    streams: list[_Queue] = field(default_factory=list)
     current: ShimDevice | None = None  # whose stream kernels go to
 
 
@@ -101,18 +119,27 @@ class ShimDevice:
     """A `cuda.device.Device` on NumPy. A graph is the list of what was started while it was
     captured: replaying does the same with the same memory, whatever has become of the host's
     variables, as a real one does. And nothing is done before the host waits for it: what a copy
-    reads then is what the staging memory holds by then."""
+    reads then is what the staging memory holds by then. Two streams know of each other only what
+    `follow` tells: the one that is waited for runs first, and the other as far as it must; or, with
+    `others_first`, the other way round."""
 
     name = "host shim"
 
-    def __init__(self, traits: DeviceTraits = MODERN, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        traits: DeviceTraits = MODERN,
+        memory_bytes: int = 1 << 30,
+        *,
+        others_first: bool = False,
+    ) -> None:
         self.traits = traits
         self._memory_bytes = memory_bytes
         self.kernels = _RecordingKernels(self)
         self._graphs: dict[Any, list[Callable[[], None]]] = {}
         self._seen: set[Any] = set()
         self._recording: list[Callable[[], None]] | None = None
-        self._queue = _Queue()
+        self._queue, self._host = _Queue(), _Host(others_first)
+        self._host.streams.append(self._queue)
         self.counts: Counter[str] = Counter()
 
     def start(self, what: Callable[[], None]) -> None:
@@ -163,35 +190,39 @@ class ShimDevice:
         self.counts["eager"] += 1
 
     def second_stream(self) -> ShimDevice:
-        """One queue for both: what is started first is done first."""
         other = copy(self)
-        other._graphs, other._seen = {}, set()
+        other._graphs, other._seen, other._queue = {}, set(), _Queue()
+        other._host.streams.append(other._queue)
         other.kernels = _RecordingKernels(other)
         return other
 
     def follow(self, other: ShimDevice) -> None:
         self.counts["followed"] += 1
+        moment = other._queue.end
+        self.start(lambda: other._queue.run_to(moment))
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """A kernel launched outside would go to whatever stream is CuPy's current one."""
-        before, self._queue.current = self._queue.current, self
+        before, self._host.current = self._host.current, self
         try:
             yield
         finally:
-            self._queue.current = before
+            self._host.current = before
 
     def synchronize(self, what: str) -> None:
         self.wait(self.moment(), what)
 
     def moment(self) -> int:
-        return self._queue.num_done + len(self._queue.started)
+        return self._queue.end
 
     def wait(self, moment: int, what: str) -> None:
         assert self._recording is None, "a graph cannot wait"
-        while self._queue.num_done < moment:
-            self._queue.started.pop(0)()
-            self._queue.num_done += 1
+        if self._host.others_first:
+            for other in self._host.streams:
+                if other is not self._queue:
+                    other.run_to(other.end)
+        self._queue.run_to(moment)
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -219,7 +250,7 @@ class _RecordingKernels(ShimKernels):
 
         class Recorded:
             def launch(self, *args: Any, **options: Any) -> None:
-                assert device._queue.current is device, f"{entry} on another stream"
+                assert device._host.current is device, f"{entry} on another stream"
                 start(lambda: kernel.launch(*args, **options))
 
         return Recorded()
