@@ -1,15 +1,19 @@
 """A stream of a device with what computing on it takes: workspaces, activations, a way to sample.
 
 Two lanes may compute at once; they share weights, cache and the array of sampled ids, of which each
-has its rows. A lane runs op calls; what a step is made of is not its part.
+has its rows. A lane runs op calls, and a step's body as a graph; what a step is made of is not its
+part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from nanocupy.cuda.device import Device
+from nanocupy.cuda.step_stamps import StepStamps
 from nanocupy.engine.binding import StepObserver, bind_calls, run_calls
 from nanocupy.engine.device_inputs import DeviceInputs
 from nanocupy.engine.device_plan import SECOND_LANE
@@ -52,10 +56,46 @@ class Lane:
         )
         self.ops = self._make_ops(device.kernels, device.matmul)
         self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_num_seqs)
+        self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
+        self.stamps: StepStamps | None = None  # where steps note when they start and end
 
     def view(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """The start of a buffer, in `shape`."""
         return self._arena_view(SECOND_LANE + name if name in self._own else name, shape)
+
+    def step(
+        self,
+        key: tuple[Hashable, ...],
+        body: Callable[[], None],
+        kind: int,
+        dims: Mapping[str, int],
+        query_starts: np.ndarray,
+        kv_lens: np.ndarray,
+    ) -> None:
+        """Do a step's `body`, as the graph of `key`. kind: DECODE or OTHER, for the stamps.
+
+        The observer, if there is one, is told dims, query_starts and kv_lens, with padding up to
+        `dims`.
+        """
+        stamps = self.stamps
+
+        def stamped() -> None:
+            if stamps is not None:
+                stamps.start()
+            body()
+            if stamps is not None:
+                stamps.end(kind)
+
+        if self.observer is None:
+            self.device.run((*key, stamps), stamped)
+            return
+        # The calls of a graph cannot be seen one by one.
+        missing = dims["B"] - len(kv_lens)
+        starts = np.pad(query_starts, (0, missing), mode="edge").tolist()
+        self.observer.begin_step(dims, starts, np.pad(kv_lens, (0, missing)).tolist())
+        self.device.eager("observed", stamped)
+        self.device.synchronize("a step")
+        self.observer.end_step()
 
     def run(
         self,

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from nanocupy.engine.batch import ForwardBatch, SamplerBatch
+from nanocupy.engine.binding import step_dims
 
 _ALIGNMENT = 16  # bytes
 # What a padded token, sequence or row has: it belongs to no sequence, and writes to the null block.
@@ -42,6 +43,11 @@ class StepShape:
     @property
     def num_bytes(self) -> int:
         return _layout(self)[1]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The letters of the step, as `step_dims`."""
+        return step_dims(self.num_tokens, self.num_seqs, self.num_rows, self.max_queries)
 
 
 @lru_cache(maxsize=512)

@@ -372,7 +372,7 @@ def test_an_interrupt_costs_no_token(where, at, monkeypatch):
     engine = LLMEngine(on_device.config, on_device, run_ahead=True)
     owner, name = {
         "wait": (device, "wait"), "advance": (DecodeState, "advance"),
-        "updates": (on_device, "_update_state"), "fetch": (on_device._main, "fetch"),
+        "updates": (on_device._decoding, "update"), "fetch": (on_device._main, "fetch"),
     }[where]  # fmt: skip
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     outputs: dict[str, list[int]] = {}

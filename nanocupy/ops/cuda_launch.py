@@ -1,0 +1,81 @@
+"""How the ops on a GPU launch: kernels by file and macros, with the workspaces they share.
+
+What a kernel is launched for is not its part: see `cuda_products`, `cuda_attention`,
+`cuda_sampling` and `cuda_ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from nanocupy.ops.cuda_sizes import TYPE_CODES, DeviceTraits, OpSizes
+from nanocupy.ops.interface import Array
+from nanocupy.ops.launch_gemv import GemvTuning, default_tuning
+from nanocupy.ops.launch_shapes import LaunchShape
+from nanocupy.ops.tensor_maps import TensorMaps
+
+
+class Kernels(Protocol):
+    """Gives kernels by file, entry and macros, as `cuda.kernels.KernelLoader` does."""
+
+    def get(self, file: str, entry: str, **macros: int | str) -> Any: ...
+
+
+class CudaLauncher:
+    """Launches on the stream that is current; nothing is allocated.
+
+    kernels      launches on the stream that is current
+    matmul       (x, w, out, beta): out = x @ w.T + beta * out, float32 sums, on the same stream
+    workspaces   as `workspace_plan` says
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        matmul: Callable[..., None],
+        workspaces: Mapping[str, Array],
+        sizes: OpSizes,
+        traits: DeviceTraits,
+        gemv_tuning: GemvTuning | None = None,
+    ) -> None:
+        self._kernels = kernels
+        self._matmul = matmul
+        self._workspaces = workspaces
+        self._sizes = sizes
+        self._traits = traits
+        plain = traits.force_plain
+        self._gemv_tuning = gemv_tuning or default_tuning(
+            traits.compute_capability, traits.max_shared_bytes, tensor=not plain
+        )
+        # Every kernel waits by itself for the one before, so each may start before that has ended.
+        self._overlap = not plain and traits.compute_capability >= (9, 0)
+        self._maps: TensorMaps | None = None  # made where a kernel takes any
+        self._types = {
+            "SCALAR": TYPE_CODES[sizes.dtype],
+            **({"FORCE_PLAIN": 1} if plain else {}),
+        }
+        self._row_types = self._types | type_macro("RESIDUAL", sizes.residual_dtype, sizes.dtype)
+        self._cache_types = {
+            **self._types,
+            **type_macro("CACHE", sizes.cache_dtype, sizes.dtype),
+            "HEAD_SIZE": sizes.head_size,
+        }
+
+    def _launch(self, file: str, entry: str, shape: LaunchShape, *args: Any, **macros: int) -> None:
+        if 0 not in shape.grid:
+            kernel = self._kernels.get(file, entry, **macros)
+            kernel.launch(
+                shape.grid, (shape.block,), args, shape.shared_bytes,
+                cluster=shape.cluster, overlap_previous=self._overlap,
+            )  # fmt: skip
+
+    def _workspace(self, name: str, *shape: int) -> Array:
+        """The start of a workspace in this shape."""
+        return self._workspaces[name][: math.prod(shape)].reshape(shape)
+
+
+def type_macro(macro: str, dtype: str, scalar: str) -> dict[str, int]:
+    """The macro of a type that differs from SCALAR; where it does not, one module serves both."""
+    return {} if dtype == scalar else {macro: TYPE_CODES[dtype]}

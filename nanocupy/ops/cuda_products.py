@@ -1,0 +1,120 @@
+"""Products on a GPU, with the norm, bias, activation and residual that belong to them.
+
+Few rows take kernels with everything folded in; more rows take cuBLAS between a norm before and
+what follows, with the same rounding points.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nanocupy.ops import launch_shapes as shapes
+from nanocupy.ops.cuda_launch import CudaLauncher, type_macro
+from nanocupy.ops.cuda_sizes import ITEMSIZES
+from nanocupy.ops.interface import Array
+from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
+from nanocupy.ops.launch_shapes import LaunchShape
+
+_i32, _f32 = np.int32, np.float32
+
+
+class ProductOps(CudaLauncher):
+    """The ops of `Ops` that multiply by a weight."""
+
+    def norm_linear(self, x, norm_weight, eps, weight, bias, out) -> None:
+        num_rows = len(x)
+        if 0 < num_rows <= MAX_ROWS:
+            self._gemv(
+                "norm_linear_rows", num_rows, *weight.shape, x, norm_weight, _f32(eps), weight,
+                bias, out,
+            )  # fmt: skip
+        elif num_rows:
+            normed = self._workspace("normed", *x.shape)
+            self._norm_rows(x, None, norm_weight, eps, normed)
+            self._product_with_bias(normed, weight, bias, out)
+
+    def linear_add(self, x, weight, bias, residual) -> None:
+        num_rows = len(x)
+        if 0 < num_rows <= MAX_ROWS:
+            self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
+        elif num_rows and bias is None:
+            self._matmul(x, weight, residual, 1.0)
+        elif num_rows:
+            product = self._workspace("product", *residual.shape)
+            self._matmul(x, weight, product, 0.0)
+            self._launch(
+                "activation.cu", "add_residual_rows", shapes.add_rows(*residual.shape),
+                product, bias, residual, _i32(residual.shape[1]),
+                **self._row_types, **type_macro("PRODUCT", "float32", self._sizes.dtype),
+            )  # fmt: skip
+
+    def norm_swiglu(self, x, norm_weight, eps, weight, bias, out) -> None:
+        num_rows, width = out.shape
+        if 0 < num_rows <= MAX_ROWS:
+            self._gemv(
+                "norm_swiglu_rows", num_rows, width, x.shape[1], x, norm_weight, _f32(eps),
+                weight, bias, out, pairs=True,
+            )  # fmt: skip
+        elif num_rows:
+            normed = self._workspace("normed", *x.shape)
+            self._norm_rows(x, None, norm_weight, eps, normed)
+            gate_up = self._workspace("gate_up", num_rows, 2 * width)
+            self._product_with_bias(normed, weight, bias, gate_up)
+            self._launch(
+                "activation.cu", "swiglu_rows", shapes.swiglu_rows(num_rows, width),
+                gate_up, None, out, _i32(width), **self._types,
+            )  # fmt: skip
+
+    def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
+        num_rows = len(rows)
+        if 0 < num_rows <= MAX_ROWS:
+            self._gemv(
+                "lm_head_rows", num_rows, *weight.shape, x, rows, norm_weight, _f32(eps), weight,
+                out, input_dtype=self._sizes.residual_dtype,
+            )  # fmt: skip
+        elif num_rows:
+            normed = self._workspace("head_rows", num_rows, x.shape[1])
+            self._norm_rows(x, rows, norm_weight, eps, normed)
+            self._matmul(normed, weight, out, 0.0)
+
+    # ----------------------------------------------------------------- their parts
+
+    def _gemv(
+        self, entry: str, rows: int, num_outputs: int, num_inputs: int, *args: Any,
+        input_dtype: str = "", pairs: bool = False,
+    ) -> None:  # fmt: skip
+        """A product of `rows` tokens, few, with all that is folded into it."""
+        tuning = self._gemv_tuning
+        weight_bytes = ITEMSIZES[self._sizes.dtype]
+        plan: GemvLaunch = plan_gemv(
+            num_outputs, num_inputs, rows, self._traits.num_multiprocessors,
+            weight_bytes=weight_bytes,
+            input_bytes=ITEMSIZES[input_dtype] if input_dtype else weight_bytes,
+            norm=entry != "linear_add_rows", pairs=pairs, tuning=tuning,
+            max_shared_bytes=self._traits.max_shared_bytes,
+        )  # fmt: skip
+        macros = self._row_types | tuning.macros(rows)
+        self._launch(
+            "gemv.cu", entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),
+            *args, _i32(num_outputs), _i32(num_inputs), _i32(plan.k_tile), _i32(plan.k_splits),
+            **macros,
+        )  # fmt: skip
+
+    def _norm_rows(self, x: Array, rows: Array | None, weight: Array, eps: float, out: Array):
+        shape = shapes.rms_norm_rows(len(out), x.shape[1])
+        self._launch(
+            "norm.cu", "rms_norm_rows", shape, x, rows, weight, _f32(eps), out, _i32(x.shape[1]),
+            **self._row_types,
+        )  # fmt: skip
+
+    def _product_with_bias(self, x: Array, weight: Array, bias: Array | None, out: Array) -> None:
+        """out = x @ weight.T + bias, rounded once: the product is added to the bias."""
+        if bias is not None:
+            shape = shapes.add_rows(*out.shape)
+            self._launch(
+                "activation.cu", "fill_bias_rows", shape, bias, out, _i32(out.shape[1]),
+                **self._types,
+            )  # fmt: skip
+        self._matmul(x, weight, out, 0.0 if bias is None else 1.0)
