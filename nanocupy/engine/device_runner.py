@@ -30,7 +30,7 @@ from nanocupy.engine.device_plan import (
     op_sizes,
     table_width,
 )
-from nanocupy.engine.device_swap import HostBlocks
+from nanocupy.engine.device_swap import HostBlocks, blocks_written
 from nanocupy.engine.device_weights import upload_weights
 from nanocupy.engine.request import Request
 from nanocupy.engine.results import StepResult
@@ -183,10 +183,14 @@ class DeviceRunner(Runner):
         for lane in self._lanes:
             lane.inputs.turn()
         if not self._is_state_known:
+            if self._side is not None:  # where prompts may have been started
+                self._device.follow(self._side.device)
             self._decoding.renew()
             self._is_state_known = True
+        self._host_blocks.settle()
         if schedule.swap_out or schedule.swap_in:
-            self._host_blocks.copy(schedule)
+            written = blocks_written(schedule, self.limits.block_size)
+            self._host_blocks.copy(schedule, written)
             self._batch = None
         if not schedule.requests:
             return list
@@ -267,4 +271,5 @@ class DeviceRunner(Runner):
     def logits(self, batch: ForwardBatch) -> np.ndarray:
         """Logits float32 [S, V] of the batch's sampled rows, on the host: for tests and tools."""
         self._batch, self._rows = None, ()
+        self._host_blocks.settle()
         return self._mixed.logits(batch)

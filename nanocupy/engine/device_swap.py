@@ -1,13 +1,15 @@
 """Copies of cache blocks between the device and pinned host memory: what a schedule's swaps are.
 
-Blocks that lie in a row on both sides go in one copy. All copies are started in the order of the
-step, on the device's stream, and nothing waits for them here.
+Blocks that lie in a row on both sides go in one copy. Copies have a stream of their own, in the
+order in which they are started, and the host waits for none. They begin when what was started
+before has ended, as that may still read or write the blocks. A step waits for the blocks that it
+needs: those that come in, and of those that go out the ones it writes. The others go out beside it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,17 @@ from nanocupy.memory.host_pool import SwapCosts
 
 
 class HostBlocks:
-    """`num_blocks` blocks in pinned memory for each of `caches` [N, …], arrays of the device whose
-    blocks are contiguous."""
+    """`num_blocks` blocks in pinned memory for each of `caches` [N, …], arrays whose blocks are
+    contiguous, which `device`'s stream reads and writes.
+
+    Only the copies touch the host's blocks. So one can be given to another request while it is
+    still copied.
+    """
 
     def __init__(self, device: Device, caches: Sequence[Any], num_blocks: int) -> None:
         self._device = device
+        self._copies = device.second_stream() if num_blocks else device
+        self._is_settled = True  # whether the device's stream has waited for all copies
         self._caches = list(caches) if num_blocks else []
         self._host: list[np.ndarray] = [
             device.pinned(num_blocks * (cache.nbytes // cache.shape[0]))
@@ -37,27 +45,56 @@ class HostBlocks:
         if not num_blocks:
             return None
         pairs = tuple((i, i) for i in range(num_blocks))
-        there_and_back = Schedule(swap_out=pairs, swap_in=pairs)
         took_s = []
         for _ in range(2):  # the first one warms up
             self._device.synchronize("measuring copies")
             start = time.perf_counter()
-            self.copy(there_and_back)
-            self._device.synchronize("measuring copies")
+            self._start_out(pairs)
+            self._start_in(pairs)
+            self._copies.synchronize("measuring copies")
             took_s.append(time.perf_counter() - start)
         block_bytes = sum(cache.nbytes // cache.shape[0] for cache in self._caches)
         return SwapCosts(block_bytes, 2 * num_blocks * block_bytes / took_s[-1])
 
-    def copy(self, schedule: Schedule) -> None:
-        """Start the copies of a step: out first, then in."""
-        for start, host_start, count in runs(schedule.swap_out):
+    def copy(self, schedule: Schedule, written: Collection[int] = ()) -> None:
+        """Start the copies of a step: out first, then in. written: blocks that the step writes.
+
+        To be called before the step is started, and `settle` before the next one.
+        """
+        needed = {*written, *(block_id for block_id, _ in schedule.swap_in)}
+        self._is_settled = False  # first, as what follows may be interrupted
+        self._copies.follow(self._device)
+        self._start_out([pair for pair in schedule.swap_out if pair[0] in needed])
+        self._start_in(schedule.swap_in)
+        self._device.follow(self._copies)
+        self._start_out([pair for pair in schedule.swap_out if pair[0] not in needed])
+
+    def settle(self) -> None:
+        """What is started on the device's stream from now on waits for all copies."""
+        if not self._is_settled:
+            self._device.follow(self._copies)
+            self._is_settled = True
+
+    def _start_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for start, host_start, count in runs(pairs):
             for cache, host in zip(self._caches, self._host, strict=True):
                 target = host[host_start : host_start + count].reshape(-1)
-                self._device.to_host(target, cache[start : start + count])
-        for start, host_start, count in runs(schedule.swap_in):
+                self._copies.to_host(target, cache[start : start + count])
+
+    def _start_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for start, host_start, count in runs(pairs):
             for cache, host in zip(self._caches, self._host, strict=True):
                 source = host[host_start : host_start + count].reshape(-1)
-                self._device.to_device(cache[start : start + count], source)
+                self._copies.to_device(cache[start : start + count], source)
+
+
+def blocks_written(schedule: Schedule, block_size: int) -> set[int]:
+    """The blocks that the step writes: of each request those from its first new token on."""
+    return {
+        block_id
+        for item in schedule
+        for block_id in item.request.block_ids[item.request.num_computed_tokens // block_size :]
+    }
 
 
 def runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

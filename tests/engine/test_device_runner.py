@@ -17,7 +17,7 @@ from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.engine.schedule import ScheduledRequest
+from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.step_inputs import fill, step_shape
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.load import load_numpy_weights
@@ -111,6 +111,32 @@ def test_two_streams_give_the_same_tokens(temperature, others_first, run_ahead):
     requests = {i: (at // 2, *rest) for i, (at, *rest) in arrivals(9, params, seed=1).items()}
     assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
     assert device.counts["followed"] >= 6
+
+
+@pytest.mark.parametrize("others_first", [False, True])
+def test_prompts_beside_decodes_find_tokens_of_the_step_before(others_first):
+    """One that ends in a token which nobody has read lies where the decodes will put theirs: they
+    wait until it has been taken from there."""
+    settings = replace(FLOAT32, two_streams=True)
+    on_device, _ = runners("llama", ShimDevice(others_first=others_first), settings=settings)
+    checkpoint = TinyCheckpoint(CONFIGS["llama"], seed=3)
+    on_numpy = NumpyRunner(
+        checkpoint.config, load_numpy_weights(checkpoint), on_device.limits, deferred=True
+    )
+    found = []
+    for runner in (on_device, on_numpy):
+        longer = Request("longer", [9, 30, 2, 8], GREEDY, 0, 60, block_ids=[5, 2])
+        decodes = Request("decodes", [17, 40, 3], GREEDY, 0, 60, block_ids=[7])
+        both = (ScheduledRequest(longer, 4, True), ScheduledRequest(decodes, 3, True))
+        reads = [runner.launch(Schedule(both))]
+        for request in (longer, decodes):
+            request.num_computed_tokens = 3  # the last of the longer one is to be computed again
+            request.num_tokens += 1
+        both = (ScheduledRequest(decodes, 1, True), ScheduledRequest(longer, 2, True))
+        reads.append(runner.launch(Schedule(both)))
+        found.append([read() for read in reads])
+    assert found[0] == found[1]
+    assert len({*found[0][0], *found[0][1]}) == 4
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
@@ -351,10 +377,12 @@ def test_an_abort_between_steps_leaves_others_log_probabilities_alone():
 
 @pytest.mark.parametrize("at", range(2, 6))
 @pytest.mark.parametrize("where", ["wait", "advance", "updates", "fetch"])
-def test_an_interrupt_costs_no_token(where, at, monkeypatch):
+@pytest.mark.parametrize("two_streams", [False, True], ids=["one stream", "two streams"])
+def test_an_interrupt_costs_no_token(two_streams, where, at, monkeypatch):
     """Ctrl-C while a step is read or launched: who goes on gets the same tokens as ever."""
     device = ShimDevice()
-    on_device, on_numpy = runners("llama", device)
+    settings = replace(FLOAT32, two_streams=two_streams)
+    on_device, on_numpy = runners("llama", device, settings=settings)
     requests = arrivals(4, GREEDY.with_(max_tokens=9), seed=3)
     wanted = generate(on_numpy, requests)
     calls = 0

@@ -44,6 +44,7 @@ def test_neighbours_go_in_one_copy():
     host.copy(Schedule(swap_out=((1, 2), (2, 3))))
     host.copy(Schedule(swap_out=((3, 0),), swap_in=((3, 2), (4, 3))))
     host.copy(Schedule(swap_in=((0, 0),)))
+    host.settle()
     device.synchronize("the copies")
     for cache, old in zip(caches, before, strict=True):
         np.testing.assert_array_equal(cache[[3, 4, 0]], old[[1, 2, 3]])
@@ -62,16 +63,40 @@ def test_a_request_that_comes_back_has_its_new_table():
     assert state.view(state.words, "block_tables", 1)[0, :3].tolist() == [6, 2, 5]
 
 
-@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
-@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
-@pytest.mark.parametrize("mode", ["swap", "recompute"])
-def test_preempted_on_the_device(mode, run_ahead):
+@pytest.mark.parametrize("others_first", [False, True])
+def test_a_step_waits_for_what_it_needs_and_the_next_for_all(others_first):
+    """Blocks 1 and 2 go out while a step writes block 1; the step after writes block 2, into which
+    block 1 comes back later."""
+    cache = np.arange(4, dtype=np.float32)[:, None].repeat(2, axis=1)
+    device = ShimDevice(others_first=others_first)
+    host = HostBlocks(device, [cache], 2)
+    device.fill(cache[1:3], 1)  # by a step that is still under way when it is preempted
+    before = np.full(8, 1, np.uint8).view(np.float32)
+    host.settle()
+    host.copy(Schedule(swap_out=((1, 0), (2, 1))), written={1})
+    out = host._copies.moment()
+    device.fill(cache[1], 2)
+    if not others_first:
+        device.wait(device.moment(), "the step")
+        assert host._copies._queue.num_done == out - 1, "it waited for a block that it leaves alone"
+    host.settle()
+    device.fill(cache[2], 3)
+    host.settle()
+    host.copy(Schedule(swap_in=((2, 0), (3, 1))))
+    device.synchronize("the copies")
+    np.testing.assert_array_equal(cache[2:], np.stack([before, before]))
+    assert cache[1].view(np.uint8).tolist() == [2] * 8
+
+
+def preempted(mode, run_ahead, others_first=False, two_streams=False, params=GREEDY):
+    """The tokens of requests that preempt each other, those without, and the engine's counters."""
     checkpoint = TinyCheckpoint(CONFIG, seed=3)
     limits = RunnerLimits(13, 4, 96, 32, 4, num_host_blocks=20)
     roomy = RunnerLimits(60, 4, 96, 32, 4)
     device_runner = DeviceRunner(
-        CONFIG, ShimDevice(), limits, DeviceSettings("float32", "float32", "float32")
-    )
+        CONFIG, ShimDevice(others_first=others_first), limits,
+        DeviceSettings("float32", "float32", "float32", two_streams=two_streams),
+    )  # fmt: skip
     device_runner.upload_weights(checkpoint)
     settings = SchedulerSettings(4, 32, preemption=mode)
     engine = LLMEngine(CONFIG, device_runner, settings, run_ahead=run_ahead)
@@ -84,15 +109,63 @@ def test_preempted_on_the_device(mode, run_ahead):
     for each in (engine, wanted):
         tokens: dict[str, list[int]] = {}
         for number, ids in enumerate(prompts):
-            each.add_request(str(number), ids, GREEDY)
+            each.add_request(str(number), ids, params)
         while each.has_unfinished:
             for output in each.step():
                 tokens.setdefault(output.request_id, []).append(output.token_id)
             each.scheduler.check_integrity()
         outputs.append(tokens)
-    assert outputs[0] == outputs[1]
-    counters = engine.scheduler.counters
+    return *outputs, engine.scheduler.counters
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("others_first", [False, True])
+@pytest.mark.parametrize("two_streams", [False, True], ids=["one stream", "two streams"])
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preempted_on_the_device(mode, run_ahead, two_streams, others_first):
+    got, wanted, counters = preempted(mode, run_ahead, others_first, two_streams)
+    assert got == wanted
     assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("left_out", ["copies follow", "followed by the step", "settled"])
+def test_copies_that_are_not_ordered_show(left_out, monkeypatch):
+    """Each of the three waits is there for a reason: without it, in one order of the streams or the
+    other, the tokens are not what they were."""
+    copies: list[ShimDevice] = []
+    second_stream, follow = ShimDevice.second_stream, ShimDevice.follow
+    within = False
+
+    def noted(device):
+        copies.append(second_stream(device))
+        return copies[-1]
+
+    def copy(*args):
+        nonlocal within
+        within = True
+        host_copy(*args)
+        within = False
+
+    def sometimes_follow(device, other):
+        kind = "settled"
+        if within:
+            kind = "copies follow" if device is copies[-1] else "followed by the step"
+        if kind != left_out:
+            follow(device, other)
+
+    host_copy = HostBlocks.copy
+    monkeypatch.setattr(ShimDevice, "second_stream", noted)
+    monkeypatch.setattr(ShimDevice, "follow", sometimes_follow)
+    monkeypatch.setattr(HostBlocks, "copy", copy)
+    different = []
+    hot = GREEDY.with_(temperature=1.5, seed=7, max_tokens=20)  # tells small differences
+    for others_first in (False, True):
+        got, wanted, counters = preempted("swap", True, others_first, params=hot)
+        assert counters.num_swapped_out
+        different.append(got != wanted)
+    assert any(different)
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
