@@ -2,7 +2,7 @@
 //
 // Owns how the matrix is shared out over blocks and warps, the order in which weights come, and the
 // merge of sums. What the inputs are (gemv_input.cuh), how a warp multiplies (gemv_products.cuh),
-// and what becomes of a sum (an Epilogue of gemv.cu) is not its part.
+// and what becomes of a sum (epilogues.cuh) is not its part.
 //
 // WARPS          of a block (8)
 // ROWS_PER_WARP  rows of weights that a warp reads side by side: 1, 2, 4 (2)
@@ -28,6 +28,7 @@
 // too), not on the grid, the batch or other rows.
 #pragma once
 
+#include "epilogues.cuh"
 #include "gemv_products.cuh"
 
 #ifndef PREFETCH

@@ -133,14 +133,15 @@ class DeviceRunner(Runner):
         calls = [call for call in self.forward if not call.layer]  # the layers are alike
 
         def work() -> None:
-            for num_tokens in sorted({1, min(64, limits.max_step_tokens), limits.max_step_tokens}):
+            tokens = limits.max_step_tokens
+            for num_tokens in sorted({min(n, tokens) for n in (1, 16, 32, 64, 128, tokens)}):
                 shape = StepShape(num_tokens, 1, table_width(limits), 1, num_tokens)
                 inputs = lane.inputs.arrays_of(shape)
                 lane.run(calls, inputs, shape.dims)
             for params in (None, inputs):
                 lane.sample(1, params)
             most = min(limits.max_num_seqs, limits.max_step_tokens)
-            for num in sorted({min(n, most) for n in (1, 2, 4, 8, 16, most)}):
+            for num in sorted({min(n, most) for n in (1, 2, 4, 8, 16, 32, 64, 128, most)}):
                 bounds = fused_bounds(self._sizes, self._device.traits, num)
                 for bound in (*bounds, limits.max_context + 1):
                     inputs = self._decoding.inputs(num)

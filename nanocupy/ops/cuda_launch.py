@@ -14,6 +14,7 @@ from nanocupy.ops.cuda_sizes import TYPE_CODES, DeviceTraits, OpSizes
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import GemvTuning, default_tuning
 from nanocupy.ops.launch_shapes import LaunchShape
+from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
 from nanocupy.ops.tensor_maps import TensorMaps
 
 
@@ -39,6 +40,7 @@ class CudaLauncher:
         sizes: OpSizes,
         traits: DeviceTraits,
         gemv_tuning: GemvTuning | None = None,
+        skinny_tuning: SkinnyTuning = DEFAULT_TUNING,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -49,6 +51,7 @@ class CudaLauncher:
         self._gemv_tuning = gemv_tuning or default_tuning(
             traits.compute_capability, traits.max_shared_bytes, tensor=not plain
         )
+        self._skinny_tuning = skinny_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._maps: TensorMaps | None = None  # made where a kernel takes any

@@ -1,7 +1,8 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
-Few rows take kernels with everything folded in; more rows take cuBLAS between a norm before and
-what follows, with the same rounding points.
+Up to 8 rows take kernels with everything folded in; some more take tensor-core kernels with all but
+the norm; still more take cuBLAS between a norm before and what follows. The rounding points are the
+same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
+from nanocupy.ops.launch_skinny import FILE as SKINNY
+from nanocupy.ops.launch_skinny import plan_skinny, uses_skinny
 
 _i32, _f32 = np.int32, np.float32
 
@@ -33,12 +36,17 @@ class ProductOps(CudaLauncher):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            self._product_with_bias(normed, weight, bias, out)
+            if self._is_skinny(normed):
+                self._skinny("skinny_linear", normed, weight, bias, out)
+            else:
+                self._product_with_bias(normed, weight, bias, out)
 
     def linear_add(self, x, weight, bias, residual) -> None:
         num_rows = len(x)
         if 0 < num_rows <= MAX_ROWS:
             self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
+        elif self._is_skinny(x):
+            self._skinny("skinny_linear_add", x, weight, bias, residual)
         elif num_rows and bias is None:
             self._matmul(x, weight, residual, 1.0)
         elif num_rows:
@@ -60,6 +68,9 @@ class ProductOps(CudaLauncher):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
+            if self._is_skinny(normed):
+                self._skinny("skinny_swiglu", normed, weight, bias, out)
+                return
             gate_up = self._workspace("gate_up", num_rows, 2 * width)
             self._product_with_bias(normed, weight, bias, gate_up)
             self._launch(
@@ -77,7 +88,10 @@ class ProductOps(CudaLauncher):
         elif num_rows:
             normed = self._workspace("head_rows", num_rows, x.shape[1])
             self._norm_rows(x, rows, norm_weight, eps, normed)
-            self._matmul(normed, weight, out, 0.0)
+            if self._is_skinny(normed):
+                self._skinny("skinny_logits", normed, weight, out)
+            else:
+                self._matmul(normed, weight, out, 0.0)
 
     # ----------------------------------------------------------------- their parts
 
@@ -100,6 +114,27 @@ class ProductOps(CudaLauncher):
             "gemv.cu", entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),
             *args, _i32(num_outputs), _i32(num_inputs), _i32(plan.k_tile), _i32(plan.k_splits),
             **macros,
+        )  # fmt: skip
+
+    def _is_skinny(self, x: Array) -> bool:
+        return uses_skinny(
+            *x.shape, ITEMSIZES[self._sizes.dtype], self._traits.compute_capability,
+            force_plain=self._traits.force_plain, tuning=self._skinny_tuning,
+        )  # fmt: skip
+
+    def _skinny(self, entry: str, x: Array, *args: Any) -> None:
+        """A product of x with what follows it folded in; args end with the array of results."""
+        (num_rows, num_inputs), num_outputs = x.shape, args[-1].shape[1]
+        plan = plan_skinny(
+            num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
+            pairs=entry == "skinny_swiglu", clusters=self._traits.compute_capability >= (9, 0),
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._skinny_tuning,
+        )  # fmt: skip
+        # The residual's type matters to one of them; the others share a module where they can.
+        types = self._row_types if entry == "skinny_linear_add" else self._types
+        self._launch(
+            SKINNY, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
+            x, *args, _i32(num_rows), _i32(num_outputs), _i32(num_inputs), **types, **plan.macros,
         )  # fmt: skip
 
     def _norm_rows(self, x: Array, rows: Array | None, weight: Array, eps: float, out: Array):

@@ -69,7 +69,7 @@ VARIANTS = (
     Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants(
         "decode_state.cu",
-        ("advance_decode_state", "resolve_tokens", "apply_updates"),
+        ("resolve_tokens", "apply_updates"),
         ({"SCALAR": BFLOAT16},),
     ),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
@@ -90,8 +90,19 @@ VARIANTS = (
     Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
     Variants(
         "sampling.cu",
-        ("penalize_rows", "argmax_rows", "argmax_merge_rows", "sample_rows"),
+        ("penalize_rows", "argmax_rows", "sample_rows"),
         ({"SCALAR": FLOAT32},),
+    ),
+    Variants(
+        "skinny.cu",
+        ("skinny_linear", "skinny_linear_add", "skinny_swiglu", "skinny_logits"),
+        (
+            {"SCALAR": BFLOAT16, "TOKENS": 32},
+            {"SCALAR": BFLOAT16, "TOKENS": 128, "OUT_TILE": 128, "WARPS_N": 8, "WARPS_K": 1},
+            {"SCALAR": FLOAT16, "TOKENS": 16, "RESIDUAL": FLOAT32, "INPUTS_STAY": 1},
+            {"SCALAR": FLOAT16, "TOKENS": 64, "OUT_TILE": 48, "WARPS_N": 3, "K_STEP": 64},
+            {"SCALAR": FLOAT32, "TOKENS": 16},
+        ),
     ),
     Variants("stamp.cu", ("stamp_step",), ({"SCALAR": BFLOAT16},)),
 )

@@ -17,7 +17,7 @@ from tests.shim.build import KERNELS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-HEADERS = ("gemv_input.cuh", "gemv_products.cuh", "gemv.cuh")
+HEADERS = ("epilogues.cuh", "gemv_input.cuh", "gemv_products.cuh", "gemv.cuh")
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,14 @@ def matmul(x: np.ndarray, w: np.ndarray, out: np.ndarray, beta: float = 0.0) -> 
     out[...] = product + beta * out.astype(np.float32) if beta else product
 
 
-def shim_ops(sizes: OpSizes, traits: DeviceTraits) -> CudaOps:
-    """CudaOps on the shim, every workspace in poison."""
+def shim_ops(sizes: OpSizes, traits: DeviceTraits, **tunings: Any) -> CudaOps:
+    """CudaOps on the shim, every workspace in poison; `tunings` go to it."""
     workspaces = {}
     for name, (shape, dtype) in workspace_plan(sizes, traits).items():
         poison = np.full(int(np.prod(shape)) * 8, 0xFF, np.uint8)
         array = poison.view(DTYPES.get(dtype, np.dtype(dtype)))[: int(np.prod(shape))]
         workspaces[name] = np.zeros_like(array) if name == "counters" else array.copy()
-    return CudaOps(ShimKernels(), matmul, workspaces, sizes, traits)
+    return CudaOps(ShimKernels(), matmul, workspaces, sizes, traits, **tunings)
 
 
 class ShimArena:

@@ -1,0 +1,178 @@
+"""How the products of 9 to 128 tokens are launched: tiles, clusters, grid, shared memory, macros.
+
+Pure Python, from shapes and what the card has; knows no arrays and no device. The numbers mirror
+kernels_cu/skinny.cuh, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FILE = "skinny.cu"
+MIN_ROWS, MAX_ROWS = 9, 128  # tokens; fewer go to gemv.cu, more to cuBLAS
+TOKENS = (16, 32, 64, 128)  # a build's room; batches are rounded up
+OUT_TILES = (32, 48, 64, 96, 112, 128)  # rows of weights of a tile
+SPLITS = (1, 2, 4, 8)  # blocks of a cluster: up to 8 are placed together on every card
+INBOX_HEAD = 128  # bytes; in skinny.cuh
+_MAX_WARPS = 8
+
+# The most shared memory of a block where its inputs allow: two fit on a multiprocessor of an H100.
+SHARED_BYTES = 112 << 10
+# Of an H100, roughly, as only their ratios matter. A block's share of memory bandwidth makes one
+# byte of weights the unit; inputs come from L2, faster.
+_INPUT_COST = 0.5
+_NOMINAL_TOKENS = 32  # the plan does not depend on the batch, nor do a token's sums
+_MERGE_COST = 12 << 10  # a cluster's, beside a block alone
+
+
+@dataclass(frozen=True)
+class SkinnyTuning:
+    """What a bench may vary; None leaves the choice to the plan.
+
+    max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile,
+    splits: rows of weights of a tile, blocks that share its inputs. warps_k: warps that share the
+    inputs of a step. k_step: inputs of a step. ring_kb: of weights in a block's ring, at most.
+    inputs_stay: the inputs lie in shared memory whole. resident_blocks: that a multiprocessor's
+    registers must hold.
+    """
+
+    max_rows: int = 64
+    out_tile: int | None = None
+    splits: int | None = None
+    warps_k: int | None = None
+    k_step: int | None = None
+    ring_kb: int = 64
+    inputs_stay: bool | None = None
+    resident_blocks: int | None = None
+
+
+DEFAULT_TUNING = SkinnyTuning()
+
+
+@dataclass(frozen=True)
+class SkinnyLaunch:
+    """Everything of a launch but its arrays. `macros` come on top of SCALAR and RESIDUAL."""
+
+    macros: dict[str, int]
+    grid: tuple[int, ...]
+    block: int
+    shared_bytes: int
+    cluster: int
+
+
+def uses_skinny(
+    rows: int,
+    num_inputs: int,
+    weight_bytes: int,
+    compute_capability: tuple[int, int],
+    *,
+    force_plain: bool = False,
+    tuning: SkinnyTuning = DEFAULT_TUNING,
+) -> bool:
+    """Whether a product is for these kernels: 16-bit weights whose rows are whole 16 bytes."""
+    return (
+        MIN_ROWS <= rows <= min(MAX_ROWS, tuning.max_rows)
+        and weight_bytes == 2
+        and num_inputs % 8 == 0
+        and num_inputs > 0
+        and compute_capability >= (8, 0)
+        and not force_plain
+    )
+
+
+def plan_skinny(
+    num_outputs: int,
+    num_inputs: int,
+    rows: int,
+    num_multiprocessors: int,
+    *,
+    pairs: bool = False,
+    clusters: bool = True,
+    max_shared_bytes: int = 227 << 10,
+    tuning: SkinnyTuning = DEFAULT_TUNING,
+) -> SkinnyLaunch:
+    """The launch of a product of `rows` tokens with weights [num_outputs, num_inputs].
+
+    pairs: skinny_swiglu, whose weights have twice num_outputs rows; clusters: the card has them;
+    max_shared_bytes: what a block can have. num_outputs 0 gives a grid of 0: nothing is to be
+    launched. Raises ValueError for what the kernels do not take.
+    """
+    if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_inputs % 8 or num_outputs < 0:
+        raise ValueError(
+            f"{rows} tokens, weights [{num_outputs}, {num_inputs}]: skinny kernels take 1 to "
+            f"{MAX_ROWS} tokens and a multiple of 8 inputs"
+        )
+    tokens = next(n for n in TOKENS if n >= rows)
+    weight_rows = num_outputs * (2 if pairs else 1)
+    tile, splits = _tile(weight_rows, num_inputs, num_multiprocessors, clusters, tuning)
+    k_step = tuning.k_step or _k_step(tile)
+    num_steps = -(-num_inputs // k_step)
+    splits = max(s for s in SPLITS if s <= min(splits, num_steps))
+    num_tiles = -(-weight_rows // tile)
+    warps_n = tile // 16
+    warps_k = tuning.warps_k or 1
+    if tuning.warps_k is None:
+        while warps_n * warps_k * 2 <= _MAX_WARPS and warps_k * 2 <= k_step // 16:
+            warps_k *= 2
+
+    blocks = num_tiles * splits if splits > 1 else min(num_tiles, num_multiprocessors)
+    steps = -(-num_steps // splits)  # of a block with most, in a tile
+    all_steps = steps if splits > 1 else steps * -(-num_tiles // max(1, blocks))
+    inbox = INBOX_HEAD + 8 * tile * warps_k * splits * -(-tokens // 2 // splits)
+    weights, inputs = 2 * k_step * tile, 2 * k_step * tokens  # bytes of a step
+    stay = bool(tuning.inputs_stay)
+    stayed = steps * inputs if stay else 0
+    stage = weights + (0 if stay else inputs)
+
+    def shared_bytes(stages: int) -> int:
+        return inbox + stayed + min(stages, all_steps) * stage
+
+    # As many stages as the ring is to have, fewer where two blocks would not fit, two at least.
+    wanted = max(2, (tuning.ring_kb << 10) // weights)
+    room = min(max_shared_bytes, max(SHARED_BYTES, inbox + stayed + 3 * stage))
+    stages = next((n for n in range(wanted, 1, -1) if shared_bytes(n) <= room), None)
+    if stages is None:
+        raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")
+    resident = tuning.resident_blocks or (2 if tokens <= 64 else 1)
+    macros = {
+        "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_K": warps_k,
+        "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay), "MIN_BLOCKS": resident,
+    }  # fmt: skip
+    return SkinnyLaunch(macros, (blocks,), 32 * warps_n * warps_k, shared_bytes(stages), splits)
+
+
+def _k_step(tile: int) -> int:
+    """Longer rows where that leaves the ring four steps: fewer barriers."""
+    return 128 if tile <= 64 else 64
+
+
+def _tile(
+    weight_rows: int,
+    num_inputs: int,
+    num_multiprocessors: int,
+    clusters: bool,
+    tuning: SkinnyTuning,
+) -> tuple[int, int]:
+    """(rows of weights of a tile, splits): those for which the block with most to read has least.
+
+    A cluster has one tile. The number of tokens plays no part.
+    """
+
+    def cost(tile: int, splits: int) -> float:
+        num_tiles = -(-weight_rows // tile)
+        turns = -(-num_tiles * splits // num_multiprocessors)
+        k_step = tuning.k_step or _k_step(tile)
+        num_inputs_each = -(-num_inputs // k_step // splits) * k_step
+        read = 2 * num_inputs_each * (tile + _INPUT_COST * _NOMINAL_TOKENS)
+        return turns * read + (_MERGE_COST if splits > 1 else 0)
+
+    tiles = (tuning.out_tile,) if tuning.out_tile else OUT_TILES
+    parts = (tuning.splits,) if tuning.splits else SPLITS if clusters else (1,)
+    choices = [
+        (tile, splits)
+        for tile in tiles
+        for splits in parts
+        # Clusters do not take turns, and not all multiprocessors can have one of 8.
+        if splits == 1 or tuning.splits or -(-weight_rows // tile) * splits <= num_multiprocessors
+    ]
+    return min(choices, key=lambda choice: (cost(*choice), choice))

@@ -1,0 +1,78 @@
+"""Which kernels a product of 9 tokens and more takes, and that every way gives the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanocupy.ops.cuda_sizes import OpSizes
+from nanocupy.ops.launch_skinny import SkinnyTuning
+from nanocupy.ops.numpy_ops import NumpyOps
+from tests.kernels.backends import TOLERANCES, assert_close
+from tests.kernels.skinny_runs import ENTRIES, make_call
+from tests.ops.cases import DTYPES
+from tests.shim import build
+from tests.shim.device import MODERN, OLD, shim_ops
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+NEVER = {"skinny_tuning": SkinnyTuning(max_rows=0)}
+
+
+def launched(
+    op: str,
+    rows: int,
+    inputs: int,
+    traits: Any = MODERN,
+    dtype: str = "bfloat16",
+    residual: str = "",
+    **tunings: Any,
+) -> list[str]:
+    """The kernels that the op launched, its result compared with the reference."""  # fmt: skip
+    storage = DTYPES[dtype]
+    wide = DTYPES[residual or dtype]
+    call = make_call(op, storage, rows, 45, inputs, bias=True, residual=wide)
+    sizes = OpSizes(
+        max_tokens=rows + 3, max_num_seqs=rows, max_rows=rows, max_context=64, hidden_size=inputs,
+        intermediate_size=45, vocab_size=45, num_heads=4, num_kv_heads=2, head_size=64,
+        dtype=dtype, residual_dtype=residual or dtype, cache_dtype=dtype,
+    )  # fmt: skip
+    (name,) = call.written
+    before = call.arguments[name]
+    wanted = before.copy() if op.startswith("norm") else before.astype(np.float64)
+    ops = shim_ops(sizes, traits, **tunings)
+    out = before.copy()
+    getattr(ops, op)(**(call.arguments | {name: out}))
+    getattr(NumpyOps(np.float64), op)(**(call.arguments | {name: wanted}))
+    assert_close(out, wanted, op, tolerance=2 * TOLERANCES[dtype])
+    return ops._kernels.launched
+
+
+@pytest.mark.parametrize("op", ENTRIES)
+@pytest.mark.parametrize("rows", [9, 33, 64])
+def test_more_than_eight_rows_take_tensor_cores(op: str, rows: int) -> None:
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    assert launched(op, rows, 264) == [*norm, ENTRIES[op]]
+
+
+@pytest.mark.parametrize("op", ["norm_linear", "linear_add", "norm_swiglu"])
+def test_a_wide_residual_stream(op: str) -> None:
+    assert launched(op, 12, 264, residual="float32")[-1] == ENTRIES[op]
+
+
+@pytest.mark.parametrize("op", ENTRIES)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "how"),
+    [
+        (65, 264, {}),
+        (9, 260, {}),
+        (9, 264, {"traits": OLD}),
+        (9, 264, {"dtype": "float32"}),
+        (9, 264, NEVER),
+    ],
+    ids=["rows", "inputs", "card", "type", "tuning"],
+)
+def test_what_goes_to_cublas(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
+    assert ENTRIES[op] not in launched(op, rows, inputs, **how)
