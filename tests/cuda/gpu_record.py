@@ -2,7 +2,9 @@
 
 After `pytest -m gpu` over the whole suite, tests/gpu_record.json tells what ran where, on which
 sources, and the worst error of each op. A run of a part leaves that file alone, unless
-NANOCUPY_GPU_RECORD names another one to write.
+NANOCUPY_GPU_RECORD names another one to write. Tests that need the GPU alone skip where others run
+beside them; with NANOCUPY_GPU_RECORD_ADD=1 a second run, of them by themselves, is added to the
+record that NANOCUPY_GPU_RECORD names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from typing import Any
 
 import pytest
 
+# What the driver says is free is of the whole device, so other tests beside these would show in it.
+alone_on_the_device = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="tests run side by side; it needs the GPU alone"
+)
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "gpu_record.json"
 _ERROR = "worst_error"
@@ -96,6 +102,8 @@ class Recorder:
             **{name: self.outcomes[name] for name in ("passed", "failed", "skipped")},
             _ERROR: {op: dict(sorted(of.items())) for op, of in sorted(self.worst.items())},
         }
+        if os.environ.get("NANOCUPY_GPU_RECORD_ADD") and path.exists():
+            record = joined(json.loads(path.read_text("utf-8")), record)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self.written = path
 
@@ -107,6 +115,19 @@ class Recorder:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "gpu" and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(config), "gpu-recorder")
+
+
+def joined(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """One record of two runs: the second ran some of what the first had to skip."""
+    if before["sources_sha256"] != record["sources_sha256"]:
+        raise pytest.UsageError("NANOCUPY_GPU_RECORD_ADD: the record there is of other sources")
+    both = {name: before[name] + record[name] for name in ("passed", "failed")}
+    worst = {op: dict(of) for op, of in before[_ERROR].items()}
+    for op, of in record[_ERROR].items():
+        for dtype, error in of.items():
+            worst.setdefault(op, {})[dtype] = max(error, worst.get(op, {}).get(dtype, 0.0))
+    skipped = before["skipped"] - record["passed"] - record["failed"]
+    return {**record, **both, "skipped": skipped, _ERROR: worst}
 
 
 def record_path(config: pytest.Config) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from typing import Any
 
 import ml_dtypes
@@ -11,12 +10,9 @@ import numpy as np
 import pytest
 
 from nanocupy.errors import CapacityError, CudaError
+from tests.cuda.gpu_record import alone_on_the_device
 
 pytestmark = pytest.mark.gpu
-# What the driver says is free is of the whole device, so other tests beside these would show in it.
-alone_on_the_device = pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="tests run side by side; it needs the GPU alone"
-)
 
 ADD = r"""
 extern "C" __global__ void add(float* x, float by, int n) {
@@ -94,6 +90,7 @@ def test_an_arena_larger_than_the_device() -> None:
     assert free - runtime.memGetInfo()[0] < 64 << 20
 
 
+@alone_on_the_device
 def test_allocations_are_counted() -> None:
     import cupy
     from cupy.cuda import runtime

@@ -23,6 +23,7 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import ScheduledRequest
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.sampling_params import SamplingParams
+from tests.cuda.gpu_record import alone_on_the_device
 from tests.kernels.backends import TOLERANCES
 
 pytestmark = pytest.mark.gpu
@@ -56,8 +57,11 @@ def run(runner, prompts, params=GREEDY):
     return [outputs[str(number)] for number in range(len(prompts))]
 
 
-def device_runner(device, checkpoint, settings, *, max_context=1024, chunk=512, num_seqs=32):
-    blocks = 1 + num_seqs * -(-max_context // 16)
+def device_runner(
+    device, checkpoint, settings, *, max_context=1024, chunk=512, num_seqs=32, in_cache=20
+):
+    """in_cache: sequences of that context that the cache has room for."""
+    blocks = 1 + min(num_seqs, in_cache) * -(-max_context // 16)
     limits = RunnerLimits(blocks, 16, max_context, chunk, num_seqs)
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     runner.upload_weights(checkpoint)
@@ -110,7 +114,9 @@ def test_chunks_give_the_same_logits(make_device, record_error, shape, dtype) ->
     config = SHAPES[shape].with_(num_layers=4)
     checkpoint = RandomCheckpoint(config, dtype, seed=1)
     settings = DeviceSettings(dtype, dtype, dtype)
-    runner = device_runner(make_device(), checkpoint, settings, num_seqs=600, max_context=640)
+    runner = device_runner(
+        make_device(), checkpoint, settings, num_seqs=600, max_context=640, in_cache=1
+    )
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 200)
     whole = all_logits(runner, ids)
     # A row of logits is as near as the type lets it be, and no single one of the 30 million is
@@ -137,7 +143,7 @@ def test_bfloat16_is_as_near_the_truth_as_transformers(make_device, shape, recor
         """The same weights, made on the host, so that both sides have them."""
 
     source = OnHost(checkpoint.config, "bfloat16", seed=2)
-    runner = device_runner(make_device(), _plain(source), settings, num_seqs=512)
+    runner = device_runner(make_device(), _plain(source), settings, num_seqs=512, in_cache=1)
     ours = all_logits(runner, ids).astype(np.float64)
     inputs = torch.tensor(ids[None], device="cuda")
     with torch.inference_mode():
@@ -177,13 +183,17 @@ def test_older_cards_paths_agree(make_device) -> None:
     ids = np.random.default_rng(0).integers(0, 1000, 100)
     logits = [
         all_logits(
-            device_runner(make_device(force_plain=plain), checkpoint, FLOAT32, num_seqs=128), ids
+            device_runner(
+                make_device(force_plain=plain), checkpoint, FLOAT32, num_seqs=128, in_cache=1
+            ),
+            ids,
         )
         for plain in (True, False)
     ]
     assert worst(*logits) < 2e-5
 
 
+@alone_on_the_device
 def test_a_step_allocates_nothing(make_device) -> None:
     from nanocupy.cuda.arena import device_allocations
 
