@@ -50,7 +50,9 @@ VARIANTS = {
     "step 128": replace(DEFAULT, k_step=128),
     "stay": replace(DEFAULT, inputs_stay=True),
     "ring 32": replace(DEFAULT, ring_kb=32),
-    "ring 96": replace(DEFAULT, ring_kb=96),
+    "sh 160": replace(DEFAULT, ring_kb=128, shared_kb=160),
+    "sh 226": replace(DEFAULT, ring_kb=192, shared_kb=226),
+    "warps k1": replace(DEFAULT, warps_k=1),
     "3 blocks": replace(DEFAULT, resident_blocks=3),
 }
 H100 = 132, 227 << 10  # multiprocessors, shared memory: what --compile plans for

@@ -380,12 +380,12 @@ __device__ __forceinline__ void run_skinny(const SkinnyMatrix& matrix, const Epi
         if (++ahead_stage == STAGES) ahead_stage = 0;
     };
 #pragma unroll 1  // code that runs once is read from memory as it runs: less of it is faster
-    for (int i = 0; i < STAGES - 1; ++i) {
+    for (int i = 0; i < STAGES; ++i) {
         if (ahead_tile < share.num_tiles) {
             share.copy_weights(ring + ahead_stage * STAGE_BYTES, ahead_tile, ahead_step);
+            go_ahead();
         }
         cp_async_commit();
-        go_ahead();
     }
     if (share.ranks > 1) {
         if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
@@ -396,9 +396,9 @@ __device__ __forceinline__ void run_skinny(const SkinnyMatrix& matrix, const Epi
 
     // As many groups again, in the order of their use; where inputs stay, the last has all the rest.
 #pragma unroll 1
-    for (int i = 0, step = 0; i < STAGES - 1; ++i) {
+    for (int i = 0, step = 0; i < STAGES; ++i) {
         if (INPUTS_STAY) {
-            const int end = i < STAGES - 2 ? min(step + 1, share.num_steps) : share.num_steps;
+            const int end = i < STAGES - 1 ? min(step + 1, share.num_steps) : share.num_steps;
 #pragma unroll 1
             for (; step < end; ++step) share.copy_inputs(stayed + step * INPUT_BYTES, step);
         } else if (i < share.total_steps()) {
@@ -411,21 +411,29 @@ __device__ __forceinline__ void run_skinny(const SkinnyMatrix& matrix, const Epi
     WarpSums own;
     SkinnyFinish<PAIRS, Epilogue> finish(share, merge, epilogue);
     int stage = 0;
+    bool ring_is_full = true;
 #pragma unroll 1
     for (int tile = share.first_tile; tile < share.num_tiles; tile += share.tile_step) {
         finish.fetch(tile);
         own.clear();
 #pragma unroll 1
         for (int step = 0; step < share.num_steps; ++step) {
-            cp_async_wait<STAGES - 2>();
-            block_sync();  // the step is there, and nobody reads the one before any more
-            if (ahead_tile < share.num_tiles) {
-                unsigned char* to = ring + ahead_stage * STAGE_BYTES;
-                share.copy_weights(to, ahead_tile, ahead_step);
-                if (!INPUTS_STAY) share.copy_inputs(to + WEIGHT_BYTES, ahead_step);
+            if (ring_is_full) {
+                cp_async_wait<STAGES - 1>();
+            } else {
+                cp_async_wait<STAGES - 2>();
             }
-            cp_async_commit();
-            go_ahead();
+            block_sync();  // the step is there, and nobody reads the one before any more
+            if (!ring_is_full) {
+                if (ahead_tile < share.num_tiles) {
+                    unsigned char* to = ring + ahead_stage * STAGE_BYTES;
+                    share.copy_weights(to, ahead_tile, ahead_step);
+                    if (!INPUTS_STAY) share.copy_inputs(to + WEIGHT_BYTES, ahead_step);
+                    go_ahead();
+                }
+                cp_async_commit();
+            }
+            ring_is_full = false;
             const unsigned char* from = ring + stage * STAGE_BYTES;
             own.multiply(from, INPUTS_STAY ? stayed + step * INPUT_BYTES : from + WEIGHT_BYTES);
             if (++stage == STAGES) stage = 0;

@@ -16,8 +16,6 @@ SPLITS = (1, 2, 4, 8)  # blocks of a cluster: up to 8 are placed together on eve
 INBOX_HEAD = 128  # bytes; in skinny.cuh
 _MAX_WARPS = 8
 
-# The most shared memory of a block where its inputs allow: two fit on a multiprocessor of an H100.
-SHARED_BYTES = 112 << 10
 # Of an H100, roughly, as only their ratios matter. A block's share of memory bandwidth makes one
 # byte of weights the unit; inputs come from L2, faster.
 _INPUT_COST = 0.5
@@ -32,8 +30,9 @@ class SkinnyTuning:
     max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile,
     splits: rows of weights of a tile, blocks that share its inputs. warps_k: warps that share the
     inputs of a step. k_step: inputs of a step. ring_kb: of weights in a block's ring, at most.
-    inputs_stay: the inputs lie in shared memory whole. resident_blocks: that a multiprocessor's
-    registers must hold.
+    shared_kb: of a block, unless three steps need more: two such fit on a multiprocessor of an
+    H100, so that the next kernel's weights come while one runs. inputs_stay: the inputs lie in
+    shared memory whole. resident_blocks: that a multiprocessor's registers must hold.
     """
 
     max_rows: int = 64
@@ -42,6 +41,7 @@ class SkinnyTuning:
     warps_k: int | None = None
     k_step: int | None = None
     ring_kb: int = 64
+    shared_kb: int = 112
     inputs_stay: bool | None = None
     resident_blocks: int | None = None
 
@@ -129,7 +129,7 @@ def plan_skinny(
 
     # As many stages as the ring is to have, fewer where two blocks would not fit, two at least.
     wanted = max(2, (tuning.ring_kb << 10) // weights)
-    room = min(max_shared_bytes, max(SHARED_BYTES, inbox + stayed + 3 * stage))
+    room = min(max_shared_bytes, max(tuning.shared_kb << 10, inbox + stayed + 3 * stage))
     stages = next((n for n in range(wanted, 1, -1) if shared_bytes(n) <= room), None)
     if stages is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")

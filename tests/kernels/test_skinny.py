@@ -19,7 +19,6 @@ from nanocupy.ops.launch_skinny import (
     MAX_ROWS,
     MIN_ROWS,
     OUT_TILES,
-    SHARED_BYTES,
     SkinnyTuning,
     plan_skinny,
     uses_skinny,
@@ -151,7 +150,7 @@ def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: 
         assert launch.grid[0] % launch.cluster == 0
         assert launch.shared_bytes <= 227 << 10
         if rows <= 32:
-            assert launch.shared_bytes <= SHARED_BYTES
+            assert launch.shared_bytes <= DEFAULT_TUNING.shared_kb << 10
         # No multiprocessor reads more than an eighth above its share.
         tile = launch.macros["OUT_TILE"]
         tiles = -(-outputs * (2 if pairs else 1) // tile)

@@ -44,6 +44,16 @@ MUTANTS = [
         "cp_async_wait<STAGES - 1>();",
     ),
     Mutant(
+        "one group too few waited for at first",
+        "cp_async_wait<STAGES - 1>();",
+        "cp_async_wait<STAGES>();",
+    ),
+    Mutant(
+        "a step copied over the first",
+        "if (!ring_is_full) {",
+        "{",
+    ),
+    Mutant(
         "no barrier before a step",
         "block_sync();  // the step is there",
         "// the step is there",
@@ -194,7 +204,7 @@ MUTANTS = [
     ),
     Mutant(
         "the rest of the inputs left out",
-        "i < STAGES - 2 ? min(step + 1, share.num_steps) : share.num_steps;",
+        "i < STAGES - 1 ? min(step + 1, share.num_steps) : share.num_steps;",
         "min(step + 1, share.num_steps);",
         tuning=STAY,
     ),
