@@ -21,15 +21,38 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm_rows(
     const residual_t* x, const int32_t* rows,
     const scalar_t* weight, float eps, normed_t* out, int32_t D) {
     grid_dependency_launch();
+    constexpr int N = 8;  // values at a time: 16 or 32 bytes
+    const bool wide = D % N == 0 && is_aligned_16(x) && is_aligned_16(weight) && is_aligned_16(out);
+    const int first = threadIdx.x * N;
+    if (wide && D <= blockDim.x * N) {
+        // Few rows: their time is that of the reads one after the other. A thread's weights come
+        // before the kernel in front has ended, and its values stay.
+        const bool inside = first < D;
+        float values[N], scales[N];
+        if (inside) load_floats<scalar_t, N>(weight + first, scales);
+        grid_dependency_wait();
+        const int64_t row = rows != nullptr ? rows[blockIdx.x] : blockIdx.x;
+        float squares = 0.0f;
+        if (inside) {
+            load_floats<residual_t, N>(x + row * D + first, values);
+#pragma unroll
+            for (int j = 0; j < N; ++j) squares += values[j] * values[j];
+        }
+        const float inverse = 1.0f / sqrtf(block_sum(squares) / D + eps);
+        if (inside) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) values[j] *= inverse * scales[j];
+            store_floats<normed_t, N>(out + static_cast<int64_t>(blockIdx.x) * D + first, values);
+        }
+        return;
+    }
     grid_dependency_wait();
     const int64_t row = rows != nullptr ? rows[blockIdx.x] : blockIdx.x;
     const residual_t* from = x + row * D;
     normed_t* to = out + static_cast<int64_t>(blockIdx.x) * D;
-    constexpr int N = 8;  // values at a time: 16 or 32 bytes
-    const bool wide = D % N == 0 && is_aligned_16(x) && is_aligned_16(weight) && is_aligned_16(out);
     float squares = 0.0f;
     if (wide) {
-        for (int i = threadIdx.x * N; i < D; i += blockDim.x * N) {
+        for (int i = first; i < D; i += blockDim.x * N) {
             float values[N];
             load_floats<residual_t, N>(from + i, values);
 #pragma unroll
@@ -43,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm_rows(
     }
     const float inverse = 1.0f / sqrtf(block_sum(squares) / D + eps);
     if (wide) {
-        for (int i = threadIdx.x * N; i < D; i += blockDim.x * N) {
+        for (int i = first; i < D; i += blockDim.x * N) {
             float values[N], scales[N];
             load_floats<residual_t, N>(from + i, values);
             load_floats<scalar_t, N>(weight + i, scales);

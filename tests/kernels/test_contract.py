@@ -24,7 +24,7 @@ ENTRIES = {
 }
 # Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
 READ_BEFORE = (
-    "gemv.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
+    "gemv.cu", "norm.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
 )  # fmt: skip
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
