@@ -286,95 +286,7 @@ __device__ __forceinline__ T load_volatile(const T* p) {
 // Called in every turn of a loop that waits for another block.
 __device__ __forceinline__ void spin_pause() { __nanosleep(20); }
 
-// ------------------------------------------------------------------------------ clusters
-
-// The blocks of a cluster (launched along x) run at once and reach each other's shared memory.
-// Without a cluster's size at the launch, and below 9.0, a block is a cluster of its own, which must
-// not use what follows the two functions below: barrier and inbox are illegal then.
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-    uint32_t size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return static_cast<int>(size);
-#else
-    return 1;
-#endif
-}
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return static_cast<int>(rank);
-#else
-    return 0;
-#endif
-}
-
-// The barrier of a cluster in two halves; every thread of every block comes to both, in turn. After
-// the second all blocks have started, and their make_inbox before the first is seen; no other memory
-// is ordered, as that would cost a fence of the whole device.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// An inbox is shared memory, 8 bytes of bookkeeping and what follows, that the blocks of the cluster
-// store into: one thread says how many bytes will come, before the cluster's barrier, and after
-// wait_for_inbox a thread sees them. It serves once. From 9.0.
-__device__ __forceinline__ void make_inbox(uint64_t* inbox, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)),
-        "r"(bytes)
-        : "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_inbox(uint64_t* inbox) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t done = 0;
-    while (!done) {
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(shared_address(inbox))
-            : "memory");
-    }
-#endif
-}
-
-// The inbox that block `rank` of the cluster has where this one has its own.
-struct RemoteInbox {
-    uint32_t address;
-};
-__device__ __forceinline__ RemoteInbox inbox_of_rank(uint64_t* own, int rank) {
-    RemoteInbox inbox = {};
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(inbox.address)
-        : "r"(shared_address(own)), "r"(rank));
-#endif
-    return inbox;
-}
-
-// Two floats to byte `offset`, a multiple of 8, of an inbox.
-__device__ __forceinline__ void send_pair(RemoteInbox inbox, int offset, float a, float b) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::
-            "r"(inbox.address + offset),
-        "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(inbox.address)
-        : "memory");
-#endif
-}
+// ------------------------------------------------------------------------------ launches
 
 // Programmatic dependent launch: wait for the kernels before (their writes are then seen), and let
 // the next one start. Without it both do nothing, and the stream's order holds.
@@ -395,5 +307,7 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
     return t;
 }
+
+#include "cluster.cuh"
 
 #endif  // HOST_SHIM

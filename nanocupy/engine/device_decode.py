@@ -19,7 +19,12 @@ from nanocupy.engine.device_plan import MAX_UPDATES, decode_bucket, table_width
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.model.forward import OpCall
+from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import OpSizes, kv_len_bound
+
+MOVED_FIELDS = (
+    "block_tables", "token_ids", "positions", "kv_lens", "slots", "rope_lens", "counters",
+)  # fmt: skip
 
 
 class DecodeBatch:
@@ -105,9 +110,6 @@ class DecodeBatch:
         """What a graph holds: forward, sample, move on."""
         lane, inputs = self._lane, self.inputs(num_places)
         lane.run(self._forward, inputs, dims, lane.observer)
-        lane.ops.advance_decode_state(
-            lane.sample(num_places, None if greedy else inputs),
-            *(inputs[name] for name in ("block_tables", "token_ids", "positions", "kv_lens")),
-            *(inputs[name] for name in ("slots", "rope_lens", "counters")),
-            self._limits.block_size,
-        )
+        moved = {name: inputs[name] for name in MOVED_FIELDS}
+        places = DecodePlaces(**moved, block_size=self._limits.block_size)
+        lane.sample(num_places, None if greedy else inputs, places)

@@ -20,9 +20,10 @@ from nanocupy.engine.device_plan import SECOND_LANE
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.model.forward import OpCall
 from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import OpSizes, workspace_plan
 
-SAMPLER_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "counters")
+SAMPLER_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds")
 
 
 class Lane:
@@ -116,16 +117,23 @@ class Lane:
         """Those that the last forward left, float32 [num_rows, V]."""
         return self.view("logits", (num_rows, self._vocab_size))
 
-    def sample(self, num_rows: int, params: Mapping[str, Any] | None) -> Any:
-        """Ids of the first rows of the logits, int32 [num_rows], in this lane's part of `sampled`.
-        params: the sampler's arrays, by name; None takes the argmax."""
-        sampled = self.sampled(num_rows)
+    def sample(
+        self,
+        num_rows: int,
+        params: Mapping[str, Any] | None,
+        places: DecodePlaces | None = None,
+    ) -> None:
+        """Ids of the first rows of the logits, int32 [num_rows], to this lane's part of `sampled`.
+        params: the sampler's arrays, by name; None takes the argmax. places: what moves on."""
+        logits, sampled = self.logits(num_rows), self.sampled(num_rows)
         if params is None:
-            self.ops.argmax(self.logits(num_rows), sampled)
+            self.ops.argmax(logits, sampled, places)
+            return
+        fields = {name: params[name] for name in SAMPLER_FIELDS}
+        if places is None:
+            self.ops.sample(logits, **fields, counters=params["counters"], out=sampled)
         else:
-            fields = {name: params[name] for name in SAMPLER_FIELDS}
-            self.ops.sample(self.logits(num_rows), **fields, out=sampled)
-        return sampled
+            self.ops.sample_places(logits, **fields, out=sampled, places=places)
 
     def sampled(self, num_rows: int) -> Any:
         return self.view("sampled")[self.first_row : self.first_row + num_rows]

@@ -33,32 +33,11 @@ class CudaOps(ProductOps, AttentionOps, SamplingOps, Ops):
 
     # ----------------------------------------------------------------- beyond the interface
 
-    def advance_decode_state(
-        self,
-        sampled: Array,
-        block_tables: Array,
-        token_ids: Array,
-        positions: Array,
-        kv_lens: Array,
-        slots: Array,
-        rope_lens: Array | None,
-        counters: Array,
-        block_size: int,
-    ) -> None:
-        """Every sequence of a decode batch takes its sampled token and moves on by one position;
-        kernels_cu/decode_state.cu says how."""
-        num_seqs, table_width = block_tables.shape
-        self._launch(
-            "decode_state.cu", "advance_decode_state", shapes.advance_decode_state(num_seqs),
-            sampled, block_tables, token_ids, positions, kv_lens, slots, rope_lens, counters,
-            _i32(num_seqs), _i32(table_width), _i32(block_size), SCALAR=0,
-        )  # fmt: skip
-
     def resolve_tokens(self, token_ids: Array, sampled: Array) -> None:
         """Put in what the step before sampled: a negative id int32 [T], -1 - r, becomes
         sampled[r]."""
         self._launch(
-            "decode_state.cu", "resolve_tokens", shapes.advance_decode_state(len(token_ids)),
+            "decode_state.cu", "resolve_tokens", shapes.one_thread_each(len(token_ids)),
             token_ids, sampled, _i32(len(token_ids)), SCALAR=0,
         )  # fmt: skip
 
@@ -66,7 +45,7 @@ class CudaOps(ProductOps, AttentionOps, SamplingOps, Ops):
         """Set words of the decode state: updates int32 [n, 2], index and value; state int32."""
         count = len(updates)
         self._launch(
-            "decode_state.cu", "apply_updates", shapes.advance_decode_state(count),
+            "decode_state.cu", "apply_updates", shapes.one_thread_each(count),
             updates, state, _i32(count), SCALAR=0,
         )  # fmt: skip
 

@@ -67,7 +67,8 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
         if batch == sizes.max_num_seqs:
             break
         batch *= 2
-    keys = max(keys, sizes.max_rows)
+    rows = max(sizes.max_rows, sizes.max_num_seqs)
+    keys, counters = max(keys, rows), max(counters, rows)
     return plan | {
         "argmax_keys": ((keys,), "uint64"),
         "partial_values": ((values,), "float32"),

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 WARP = 32
 MAX_BLOCK = 1024
 MAX_GRID_Y = 65535
+MAX_RANKS = 8  # blocks of a cluster on any card that has clusters
+# Of kernels_cu/sampling.cu: the tokens that a block ends with, and a bound of its other variables.
+SAMPLE_SHARED_BYTES, SAMPLE_STATIC_BYTES = 8 * 2048, 19 << 10
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,47 @@ def argmax_rows(num_rows: int, vocab_size: int, parts: int) -> LaunchShape:
     return LaunchShape((num_rows, parts), row_block(_ceil_div(vocab_size, parts), 8, 512))
 
 
-def argmax_merge_rows(num_rows: int) -> LaunchShape:
-    """Only where `argmax_rows` ran with more than one part."""
-    return LaunchShape((num_rows,), WARP)
-
-
 def penalize_rows(num_rows: int, num_entries: int) -> LaunchShape:
     """num_entries: of all rows together."""
     return LaunchShape((num_rows if num_entries else 0,), 128)
 
 
-def sample_rows(num_rows: int, vocab_size: int) -> LaunchShape:
-    return LaunchShape((num_rows,), row_block(vocab_size, 4))
+def sample_rows(
+    num_rows: int,
+    vocab_size: int,
+    num_multiprocessors: int,
+    max_shared_bytes: int,
+    has_clusters: bool,
+    ranks: int | None = None,
+) -> LaunchShape:
+    """Blocks that fill the device share a row, more where one could not keep its part of it; each
+    has 2048 logits at least. ranks: how many share a row, if not that: 1, 2, 4 or 8."""
+
+    def shared_bytes(ranks: int) -> int:
+        return SAMPLE_SHARED_BYTES + 16 * _ceil_div(vocab_size, 4 * ranks)
+
+    if ranks is None:
+        ranks = 1
+        # Of many blocks two run at once, so that one reads while the other computes.
+        room = max_shared_bytes // 2 - SAMPLE_STATIC_BYTES
+        while (
+            has_clusters
+            and ranks < MAX_RANKS
+            and vocab_size >= 2 * ranks * 2048
+            and (2 * ranks * num_rows <= num_multiprocessors or shared_bytes(ranks) > room)
+        ):
+            ranks *= 2
+    shared = shared_bytes(ranks)
+    if shared > max_shared_bytes - SAMPLE_STATIC_BYTES:
+        shared = SAMPLE_SHARED_BYTES
+    most = MAX_BLOCK if num_rows * ranks <= num_multiprocessors else MAX_BLOCK // 2
+    block = row_block(_ceil_div(vocab_size, ranks), 4, most)
+    return LaunchShape((num_rows * ranks,), block, shared, ranks)
+
+
+def keeps_logits(sample: LaunchShape) -> bool:
+    """Whether blocks of this launch of `sample_rows` have room for their part of a row."""
+    return sample.shared_bytes > SAMPLE_SHARED_BYTES
 
 
 def copy_blocks(num_pairs: int, num_planes: int, block_bytes: int) -> LaunchShape:
@@ -96,5 +128,6 @@ def copy_blocks(num_pairs: int, num_planes: int, block_bytes: int) -> LaunchShap
     return LaunchShape((num_pairs, parts, num_planes), 256)
 
 
-def advance_decode_state(num_slots: int) -> LaunchShape:
-    return LaunchShape((_ceil_div(num_slots, 128),), 128)
+def one_thread_each(count: int) -> LaunchShape:
+    """resolve_tokens, apply_updates."""
+    return LaunchShape((_ceil_div(count, 128),), 128)

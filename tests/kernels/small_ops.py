@@ -7,6 +7,7 @@ whole is held to the interface's rounding points.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def codes(storage: np.dtype, **others: np.dtype) -> dict[str, int]:
 
 def sized(shape: LaunchShape, block: int | None) -> LaunchShape:
     """The same grid with another block."""
-    return shape if block is None else LaunchShape(shape.grid, block, shape.shared_bytes)
+    return shape if block is None else replace(shape, block=block)
 
 
 # ------------------------------------------------------------------------------ ops by kernels
@@ -142,13 +143,41 @@ def run_penalize(
 
 
 def run_sample(
-    backend, storage, block, *, logits, temperature, top_k, top_p, min_p, seeds, counters, out
-) -> None:
-    shape = launch_shapes.sample_rows(*logits.shape)
+    backend, storage, block, *, logits, temperature, top_k, top_p, min_p, seeds, counters, out,
+    ranks=1, shared=227 << 10, places=None,
+) -> None:  # fmt: skip
+    """ranks: blocks of a row; shared: what a block may have; places: see `place_arguments`."""
+    shape = launch_shapes.sample_rows(*logits.shape, 132, shared, True, ranks)
     args = (
-        logits, temperature, top_k, top_p, min_p, seeds, counters, out, I32(logits.shape[1])
+        logits, temperature, top_k, top_p, min_p, seeds, out, I32(logits.shape[1]),
+        I32(launch_shapes.keeps_logits(shape)), *(places or place_arguments(counters=counters)),
     )  # fmt: skip
-    backend.run("sampling.cu", "sample_rows", sized(shape, block), args, (7,), SCALAR=0)
+    written = (6, *range(10, 16)) if places else (6,)  # all of a place but its table
+    backend.run("sampling.cu", "sample_rows", sized(shape, block), args, written, SCALAR=0)
+
+
+def run_argmax(backend, logits: np.ndarray, parts: int, places=None) -> np.ndarray:
+    """Tokens int32 [S]; places: see `place_arguments`."""
+    rows, vocab = logits.shape
+    out = np.full(rows, -7, np.int32)
+    keys = np.zeros((rows, parts), np.uint64) if parts > 1 else None
+    arrivals = np.zeros(rows, np.uint32) if parts > 1 else None
+    args = (logits, keys, arrivals, out, I32(vocab), *(places or place_arguments()))
+    written = (1, 2, 3, *range(6, 12)) if places else (1, 2, 3)
+    shape = launch_shapes.argmax_rows(rows, vocab, parts)
+    backend.run("sampling.cu", "argmax_rows", shape, args, written, SCALAR=0)
+    assert parts == 1 or not arrivals.any()  # ready for the next launch
+    return out
+
+
+def place_arguments(
+    block_tables=None, token_ids=None, positions=None, kv_lens=None, slots=None, rope_lens=None,
+    counters=None, block_size=0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of kernels_cu/decode_state.cuh; without kv_lens nothing moves on."""
+    width = 0 if block_tables is None else block_tables.shape[1]
+    arrays = block_tables, token_ids, positions, kv_lens, slots, rope_lens, counters
+    return (*arrays, I32(width), I32(block_size))
 
 
 RUNNERS: dict[str, Callable[..., None]] = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels import test_sampling_kernels, test_small_kernels
+from tests.kernels import test_decode_state, test_sampling_kernels, test_small_kernels
 from tests.kernels.backends import ShimBackend
 from tests.kernels.small_ops import check_case
 from tests.ops.cases import CASES, DTYPES
@@ -86,7 +86,26 @@ def of_argmax(backend: Any) -> None:
 
 def of_large_samples(backend: Any) -> None:
     for options in ({}, {"top_k": 40, "top_p": 0.95}):
-        test_sampling_kernels.test_sampling_a_large_vocabulary(backend, options)
+        test_sampling_kernels.test_sampling_a_large_vocabulary(backend, 1, options)
+
+
+def of_philox(backend: Any) -> None:
+    for ranks in (1, 4):
+        test_sampling_kernels.test_philox_is_the_hosts(backend, ranks)
+
+
+def of_teams(backend: Any) -> None:
+    for vocab in (29, 5001):
+        test_sampling_kernels.test_blocks_of_a_row_change_no_token(backend, vocab)
+
+
+def of_many_candidates(backend: Any) -> None:
+    test_sampling_kernels.test_blocks_of_a_row_change_no_token(backend, 20000)
+
+
+def of_places(backend: Any) -> None:
+    for how in (("argmax", 3), ("sample", 4)):
+        test_decode_state.test_places_move_on(backend, how)
 
 
 @dataclass(frozen=True)
@@ -141,27 +160,70 @@ BUGS = (
     Bug("residual-forgotten", "activation.cu", "to_float(residual[row + i]) + sum", "sum",
         of_cases("linear_add")),
     Bug("highest-of-a-tie", "sampling.cu", "(0xffffffffu - static_cast<uint32_t>(index))",
-        "static_cast<uint32_t>(index)", of_argmax),
-    Bug("top-k-keeps-one-more", "sampling.cu", "running < target", "running <= target", SAMPLE),
-    Bug("bins-not-cleared-in-time", "sampling.cu", "bins[i] = 0;\n        block_sync();",
-        "bins[i] = 0;", of_large_samples),
-    Bug("bins-read-too-early", "sampling.cu", "amount);\n        }\n        block_sync();",
-        "amount);\n        }", of_large_samples),
-    Bug("bin-found-too-late", "sampling.cu", "block_sync();\n        shift -= digit_bits;",
-        "shift -= digit_bits;", of_large_samples),
-    Bug("draw-forgets-warps-before", "sampling.cu", "left -= before;", "",
-        test_sampling_kernels.test_philox_is_the_hosts),
-    Bug("counter-words-swapped", "sampling.cu", "counters[2 * s], counters[2 * s + 1]",
-        "counters[2 * s + 1], counters[2 * s]", SAMPLE),
+        "static_cast<uint32_t>(index)", of_argmax, "sampling.cuh"),
+    Bug("last-of-a-thread-s-tie", "sampling.cu", "order <= best", "order < best", of_argmax,
+        "sampling.cuh"),
+    Bug("merged-one-too-early", "sampling.cu", "arrival, 0) != last", "arrival, 0) != last - 1",
+        of_argmax),
+    Bug("arrivals-left-behind", "sampling.cu", "atomic_count_to(arrivals + s, last)",
+        "atomic_add(arrivals + s, 1u)", of_argmax),
+    Bug("top-k-keeps-one-more", "sampling.cu", "target(run.total) - 1;", "target(run.total);",
+        SAMPLE),
+    Bug("bins-not-cleared-in-time", "sampling.cu", "found.bin = -1;\n    block_sync();",
+        "found.bin = -1;", of_large_samples),
+    Bug("bins-read-too-early", "sampling.cu", "if (ranks == 1) {\n            block_sync();\n"
+        "            return;", "if (ranks == 1) {\n            return;", of_large_samples,
+        "sampling.cuh"),
+    Bug("bin-found-too-late", "sampling.cu", "block_sync();\n    const Crossing",
+        "const Crossing", of_large_samples),
+    Bug("bin-reset-too-early", "sampling.cu", "block_sync();  // before it is set again", "",
+        of_large_samples),
+    Bug("draw-forgets-warps-before", "sampling.cu",
+        "warp_sum(lane_id() < warp_id() ? of_warp : 0)", "0", of_philox, "sampling.cuh"),
+    Bug("draw-forgets-blocks-before", "sampling.cu",
+        "if (r < team.rank) run.before += totals[r];", "", of_philox, "sampling.cuh"),
+    Bug("draw-of-a-block-s-own-sum", "sampling.cu", "run.total += totals[r];",
+        "run.total = totals[team.rank];", of_philox, "sampling.cuh"),
+    Bug("values-read-while-others-write", "sampling.cu", "values[turn++ % 2]", "values[0]",
+        of_teams, "sampling.cuh"),
+    Bug("blocks-do-not-wait-for-bins", "sampling.cu",
+        "cluster_sync();\n        const int part", "const int part", of_teams, "sampling.cuh"),
+    Bug("blocks-do-not-wait-for-sums", "sampling.cu",
+        "numbers + i, r, sum);\n        }\n        cluster_sync();",
+        "numbers + i, r, sum);\n        }\n        block_sync();", of_teams, "sampling.cuh"),
+    Bug("bins-of-one-block-lost", "sampling.cu", "if (r < ranks) sum", "if (r < ranks - 1) sum",
+        of_teams, "sampling.cuh"),
+    Bug("no-wait-for-blocks-to-start", "sampling.cu", "if (team.ranks > 1) cluster_wait();",
+        "if (team.ranks > 64) cluster_wait();", of_teams),
+    Bug("no-wait-for-candidates", "sampling.cu", "team.wait();\n    return", "return", of_teams),
+    Bug("candidates-of-blocks-on-each-other", "sampling.cu", "static_cast<int>(run.before);\n",
+        "0;\n", of_teams),
+    Bug("candidates-of-the-last-bin-lost", "sampling.cu", "row.bin_of(x) <= last",
+        "row.bin_of(x) < last", of_teams),
+    Bug("too-many-candidates", "sampling.cu", "run.total > MAX_CANDIDATES",
+        "run.total > 2 * MAX_CANDIDATES", of_many_candidates),
+    Bug("carry-lost", "sampling.cu", "(before + low < before ? 1 : 0)", "0", of_teams),
+    Bug("bin-s-bound-too-high", "sampling.cu", "static_cast<float>(crossing.bin + 2)",
+        "static_cast<float>(crossing.bin)", of_teams),
+    Bug("digit-starts-anew", "sampling.cu", "left = digit.left;", "", of_teams),
+    Bug("ids-of-the-part", "sampling.cu", "ids == nullptr ? first_id + i", "ids == nullptr ? i",
+        of_teams),
+    Bug("counter-words-swapped", "sampling.cu",
+        "position = counters[2 * s], index = counters[2 * s + 1]",
+        "position = counters[2 * s + 1], index = counters[2 * s]", SAMPLE),
     Bug("penalty-before-bias", "sampling.cu", "row[token_ids[e]] + bias[e];",
         "row[token_ids[e]];", of_cases("penalize")),
     Bug("pairs-swapped", "blocks.cu", "pairs[2 * static_cast<int64_t>(blockIdx.x)];",
         "pairs[2 * static_cast<int64_t>(blockIdx.x) + 1];", of_blocks),
-    Bug("block-table-row-and-column-swapped", "decode_state.cu",
-        "static_cast<int64_t>(b) * M + position / P", "static_cast<int64_t>(position / P) * M + b",
-        test_small_kernels.test_advance_decode_state),
-    Bug("table-end-off-by-one", "decode_state.cu", "position / P >= M", "position / P > M",
-        test_small_kernels.test_advance_decode_state),
+    Bug("block-table-row-and-column-swapped", "sampling.cu",
+        "static_cast<int64_t>(b) * places.table_width + column",
+        "static_cast<int64_t>(column) * places.table_width + b", of_places, "decode_state.cuh"),
+    Bug("table-end-off-by-one", "sampling.cu", "column < places.table_width",
+        "column <= places.table_width", of_places, "decode_state.cuh"),
+    Bug("free-places-move", "sampling.cu", "if (kv_len == 0) return;\n        places.token_ids",
+        "places.token_ids", of_places, "decode_state.cuh"),
+    Bug("all-ranks-move-on", "sampling.cu", "if (team.rank == 0 && threadIdx.x == 0)",
+        "if (threadIdx.x == team.rank)", of_places),
 )  # fmt: skip
 
 

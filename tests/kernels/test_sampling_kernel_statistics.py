@@ -35,10 +35,14 @@ def once(backend: Any) -> Any:
 
 
 def kernel_tokens(
-    backend: Any, logits: np.ndarray, options: dict[str, np.ndarray], block: int | None = None
+    backend: Any,
+    logits: np.ndarray,
+    options: dict[str, np.ndarray],
+    block: int | None = None,
+    ranks: int = 1,
 ) -> np.ndarray:
     out = np.full(len(logits), -1, np.int32)
-    run_sample(backend, F32, block, logits=logits, **options, out=out)
+    run_sample(backend, F32, block, logits=logits, **options, out=out, ranks=ranks)
     return out
 
 
@@ -75,9 +79,9 @@ def test_draws_follow_the_probabilities(once, vocab: int) -> None:
 
 
 PLANTED = {
-    "top-p of the whole row": (
-        {"top_k": 20, "top_p": 0.85}, "sum += row.kept_weight(row.logits[i]);\n        const",
-        "sum += row.weight(row.logits[i]);\n        const",
+    "no top-p after top-k": (
+        {"top_k": 20, "top_p": 0.85}, "if (limits_count && limits_weight)",
+        "if (limits_weight && !limits_count)",
     ),
     "top-p before temperature": (
         {"top_p": 0.9, "temperature": 1.6}, "by_weight ? row.weight(x) : 1",
@@ -87,7 +91,7 @@ PLANTED = {
         {"min_p": 0.15, "temperature": 1.8}, "row.top + row.temperature * log(", "row.top + log(",
     ),
     "short draw": ({}, "uniform * static", "0.95 * uniform * static"),
-    "position left out": ({}, "counters[2 * s], counters", "7, counters"),
+    "position left out": ({}, "position = counters[2 * s], index", "position = 7, index"),
     "repetition divides negative logits": (
         {"repetition": 2.5}, "logit * repetition[s]", "logit / repetition[s]",
     ),
@@ -276,6 +280,8 @@ def test_backends_agree_at_the_edges(once, cut: str, vocab: int) -> None:
     arrays["seeds"] = rng.integers(0, 2**64, count, dtype=np.uint64)
     arrays["counters"] = rng.integers(0, 2**32, (count, 2), dtype=np.uint32)
     got, wanted = kernel_tokens(once, logits, arrays), numpy_tokens(logits, arrays)
+    shared = kernel_tokens(once, logits, arrays, block=256, ranks=8)
+    np.testing.assert_array_equal(shared, got, "as many blocks as may share a row")
     assert differing(got, wanted, logits, arrays) <= (1 if vocab > 1000 else 0)
     picked = logits[np.arange(count), got]
     assert np.isfinite(picked).all()
@@ -303,7 +309,8 @@ def test_backends_agree_on_rows_that_are_no_numbers(once, cut: str, vocab: int) 
     arrays["counters"] = np.zeros((6, 2), np.uint32)
     wanted = [-1] * 6
     np.testing.assert_array_equal(numpy_tokens(logits, arrays), wanted)
-    np.testing.assert_array_equal(kernel_tokens(once, logits, arrays), wanted)
+    for ranks in (1, 8):
+        np.testing.assert_array_equal(kernel_tokens(once, logits, arrays, ranks=ranks), wanted)
 
 
 def test_ties_at_the_kth_logit_all_stay(once) -> None:

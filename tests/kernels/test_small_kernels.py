@@ -77,7 +77,7 @@ def test_fill_bias_rows(backend, storage, width: int) -> None:
     assert (out == bias).all()
 
 
-# ------------------------------------------------------------------------------ blocks, state
+# ------------------------------------------------------------------------------ blocks
 
 
 @pytest.mark.parametrize("block_bytes", [4, 24, 160, 8192 + 16, 4098])
@@ -94,38 +94,3 @@ def test_copy_blocks(backend, block_bytes: int, block: int | None) -> None:
     args = (source, target, pairs, np.int64(block_bytes), *strides)
     backend.run("blocks.cu", "copy_blocks", shape, args, (1,), SCALAR=0)
     np.testing.assert_array_equal(target, wanted)
-
-
-def test_advance_decode_state(backend) -> None:
-    """Many steps of ragged sequences, beside a plain loop; free places and full tables stay."""
-    rng = np.random.default_rng(2)
-    num, columns, size = 200, 3, 4
-    tables = rng.permutation(np.arange(1, num * columns + 1)).astype(np.int32).reshape(num, columns)
-    kv_lens = rng.integers(0, columns * size + 1, num).astype(np.int32)
-    kv_lens[:3] = 0, columns * size, columns * size - 1
-    state = {
-        "token_ids": rng.integers(0, 99, num).astype(np.int32),
-        "positions": np.maximum(kv_lens - 1, 0).astype(np.int32),
-        "kv_lens": kv_lens,
-        "slots": np.zeros(num, np.int32),
-        "rope_lens": rng.integers(1, 20, num).astype(np.int32),
-        "counters": np.stack([kv_lens, np.arange(num)], 1).astype(np.uint32),
-    }
-    for _ in range(5):
-        sampled = rng.integers(0, 99, num).astype(np.int32)
-        wanted = {name: array.copy() for name, array in state.items()}
-        for b in np.flatnonzero(wanted["kv_lens"]):
-            wanted["token_ids"][b] = sampled[b]
-            position = int(wanted["positions"][b]) + 1
-            if position == columns * size:
-                wanted["slots"][b] = position % size
-                continue
-            wanted["positions"][b], wanted["kv_lens"][b] = position, position + 1
-            wanted["slots"][b] = tables[b, position // size] * size + position % size
-            wanted["rope_lens"][b] = max(wanted["rope_lens"][b], position + 1)
-            wanted["counters"][b, 0] += 1
-        args = (sampled, tables, *state.values(), I32(num), I32(columns), I32(size))
-        shape = launch_shapes.advance_decode_state(num)
-        backend.run("decode_state.cu", "advance_decode_state", shape, args, range(2, 8), SCALAR=0)
-        for name, array in state.items():
-            np.testing.assert_array_equal(array, wanted[name], err_msg=name)

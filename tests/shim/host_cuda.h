@@ -324,6 +324,22 @@ inline void cluster_arrive(CALLER) {
 }
 inline void cluster_wait(CALLER) { shim::wait_for_cluster(line); }
 
+inline void cluster_sync(CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    shim::arrive_at_cluster(line);
+    shim::wait_for_cluster(line);
+}
+template <typename T>
+inline T load_at_rank(const T* own, int rank, CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    return *static_cast<T*>(shim::place_at_rank(const_cast<T*>(own), sizeof(T), rank, line));
+}
+template <typename T>
+inline void store_at_rank(T* own, int rank, T value, CALLER) {
+    if (shim::cluster_blocks == 1) shim::fail("line %d: illegal without a cluster", line);
+    *static_cast<T*>(shim::place_at_rank(own, sizeof(T), rank, line)) = value;
+}
+
 struct RemoteInbox {
     uint64_t* own;
     int rank;
