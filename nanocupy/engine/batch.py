@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,10 +107,15 @@ def build_sampler_batch(requests: Sequence[Request]) -> SamplerBatch:
     )
 
 
-def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> PenaltyBatch | None:
+def build_penalty_batch(
+    requests: Sequence[Request],
+    banned: Sequence[int],
+    leave_out: Callable[[Request], bool] = lambda request: False,
+) -> PenaltyBatch | None:
     """Entries of every row with penalties, a bias, or banned ids; None where no row has any.
 
     banned: ids a row must not yield while it is short of its min_tokens (the ends of text).
+    leave_out: whose rows are to have no entries.
     """
     if not any(request.changes_logits for request in requests):
         return None
@@ -121,6 +126,9 @@ def build_penalty_batch(requests: Sequence[Request], banned: Sequence[int]) -> P
     bias: list[float] = []
     for request in requests:
         p = request.params
+        if request.changes_logits and leave_out(request):
+            starts.append(len(token_ids))
+            continue
         entries: dict[int, float] = dict(p.logit_bias)
         context: set[int] = set()
         if p.repetition_penalty != 1:

@@ -30,6 +30,7 @@ _FIELDS: dict[str, tuple[int, str]] = {
     "top_k": (1, "int32"),
     "top_p": (1, "float32"),
     "min_p": (1, "float32"),
+    "penalty_slots": (1, "int32"),
 }
 
 
@@ -85,13 +86,16 @@ class DecodeState:
         return np.array([self._place_of[id(request)] for request in requests], np.int32)
 
     def updates(
-        self, requests: Sequence[Request], rows: Mapping[Request, int] | None = None
+        self,
+        requests: Sequence[Request],
+        rows: Mapping[Request, int] | None = None,
+        penalty_slots: Mapping[Request, int] | None = None,
     ) -> np.ndarray:
         """Make this the batch: int32 [n, 2], index and value of every word the device must change.
 
         Each request decodes one token, its last. Other requests lose their places. rows: where the
         step before sampled the tokens that were not read yet; such a token is sent as -1 - row,
-        for `resolve_tokens` to put in.
+        for `resolve_tokens` to put in. penalty_slots: of those that take penalties.
         """
         wanted = {id(request) for request in requests}
         changed: list[tuple[int, int]] = []
@@ -112,7 +116,7 @@ class DecodeState:
             if self._num_preemptions[place] != request.num_preemptions:
                 self._num_preemptions[place] = request.num_preemptions
                 self._fresh.add(place)
-        new = self._wanted_words(requests)
+        new = self._wanted_words(requests, penalty_slots or {})
         # The device has the token of a sequence that it has itself moved on to this position.
         moved = self.view(self.words, "positions", len(requests)) == new["positions"]
         moved[list(self._fresh)] = False
@@ -173,7 +177,9 @@ class DecodeState:
             return -1 - rows[request]
         return (request.output_ids or request.prompt_ids)[-1]
 
-    def _wanted_words(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
+    def _wanted_words(
+        self, requests: Sequence[Request], penalty_slots: Mapping[Request, int]
+    ) -> dict[str, np.ndarray]:
         """Every field of the batch, in the order of places, as int32 words."""
         order = self.places[: len(requests)]
         positions = np.array([r.num_computed_tokens for r in order], np.int32)
@@ -184,6 +190,7 @@ class DecodeState:
             "slots": np.array(blocks, np.int32) * self.block_size + positions % self.block_size,
             "kv_lens": positions + 1,
             "rope_lens": np.maximum(prompt_lens, positions + 1),
+            "penalty_slots": np.array([penalty_slots.get(r, 0) for r in order], np.int32),
             **vars(build_sampler_batch(order)),
         }
         return {
@@ -210,10 +217,11 @@ class DecodeState:
         return changed
 
     def _free(self, place: int) -> list[tuple[int, int]]:
-        """Empty a place; its words but the kv_len and the slot may stay as they are."""
+        """Empty a place. Most of its words may stay as they are; not its slots, which are written,
+        nor the kv_len that marks it."""
         self.places[place] = None
         changed = []
-        for name in ("kv_lens", "slots", "positions", "token_ids"):
+        for name in ("kv_lens", "slots", "positions", "token_ids", "penalty_slots"):
             index = self._offsets[name] + place
             self.words[index] = 0
             changed.append((index, 0))

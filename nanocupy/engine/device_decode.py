@@ -15,6 +15,7 @@ from nanocupy.cuda.step_stamps import DECODE
 from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_lane import Lane
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import MAX_UPDATES, decode_bucket, table_width
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
@@ -31,9 +32,16 @@ class DecodeBatch:
     """Runs `forward` on `lane` for the requests that decode, one token each."""
 
     def __init__(
-        self, lane: Lane, forward: Sequence[OpCall], sizes: OpSizes, limits: RunnerLimits
+        self,
+        lane: Lane,
+        forward: Sequence[OpCall],
+        sizes: OpSizes,
+        limits: RunnerLimits,
+        penalties: PenaltySlots,
     ) -> None:
         self._lane = lane
+        self._penalties = penalties
+        self._penalizes = False  # whether any request has a penalty slot
         self._forward = forward
         self._sizes = sizes
         self._limits = limits
@@ -48,7 +56,11 @@ class DecodeBatch:
 
     def start(self, requests: Sequence[Request], rows: Mapping[Request, int]) -> None:
         """Make these requests the batch. rows: where the step before sampled."""
-        self.update(self.state.updates(requests, rows))
+        slots = self._penalties.slots_of(requests)
+        self._penalizes = slots is not None
+        slot_of = None if slots is None else dict(zip(requests, slots.tolist(), strict=True))
+        self.update(self.state.updates(requests, rows, slot_of))
+        self._penalties.fill(self._lane, requests)
         self.places = self.state.places_of(requests)  # int32 [n]
 
     def grow(self, requests: Sequence[Request]) -> None:
@@ -82,7 +94,7 @@ class DecodeBatch:
         bound = kv_len_bound(self._sizes, traits, num_places, int(kv_lens.max()))
         dims = step_dims(num_places, num_places, num_places, 1, bound)
         lane.step(
-            ("decode", num_places, bound, "greedy" if greedy else "sampled"),
+            ("decode", num_places, bound, "greedy" if greedy else "sampled", self._penalizes),
             lambda: self._body(num_places, dims, greedy),
             DECODE, dims, np.arange(num_places + 1), kv_lens,
         )  # fmt: skip
@@ -110,6 +122,10 @@ class DecodeBatch:
         """What a graph holds: forward, sample, move on."""
         lane, inputs = self._lane, self.inputs(num_places)
         lane.run(self._forward, inputs, dims, lane.observer)
+        if self._penalizes:
+            lane.penalize(inputs["penalty_slots"])
         moved = {name: inputs[name] for name in MOVED_FIELDS}
         places = DecodePlaces(**moved, block_size=self._limits.block_size)
         lane.sample(num_places, None if greedy else inputs, places)
+        if self._penalizes:
+            lane.count(inputs["penalty_slots"])

@@ -59,20 +59,31 @@ class DeviceInputs:
         return self.staging
 
     @property
-    def is_full(self) -> bool:
-        """Whether it is time to wait for what was sent, and to `rewind`."""
-        return self._used > self._memory.nbytes - MIN_INPUT_BYTES
+    def num_bytes(self) -> int:
+        """How much the step has sent so far."""
+        return self._used
+
+    def make_room(self, num_bytes: int) -> None:
+        """See to it that MIN_INPUT_BYTES can be sent, by waiting if it must be, until all is used
+        that lies behind the first `num_bytes`."""
+        if self._used > self._memory.nbytes - MIN_INPUT_BYTES:
+            self._device.synchronize("sending penalties")
+            self.rewind(num_bytes)
 
     def rewind(self, num_bytes: int) -> None:
         """Use the memory behind the first `num_bytes` again: the device has read it."""
         self._used = num_bytes
 
     def send_step(
-        self, shape: StepShape, batch: ForwardBatch, sampler: SamplerBatch | None
+        self,
+        shape: StepShape,
+        batch: ForwardBatch,
+        sampler: SamplerBatch | None,
+        penalty_slots: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """The inputs of a step, at places that follow from `shape`; each as an array of the device,
         by name."""
-        fill(self.staging.inputs, shape, batch, sampler)
+        fill(self.staging.inputs, shape, batch, sampler, penalty_slots)
         self._used = shape.num_bytes
         self._copy(0, shape.num_bytes)
         return self.arrays_of(shape)
@@ -93,6 +104,13 @@ class DeviceInputs:
             sent[name] = self._array(offset, array.dtype, array.shape)
         self._copy(start, min(self._used, self._memory.nbytes))
         return sent
+
+    def copy_to(self, target: Any, array: np.ndarray) -> None:
+        """Copy an array to one of the device, through the memory behind what was sent so far."""
+        staged = self.staging.inputs[self._used : self._used + array.nbytes]
+        staged[...] = array.reshape(-1).view(np.uint8)
+        self._device.to_device(target, staged.view(array.dtype).reshape(array.shape))
+        self._used += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def _copy(self, start: int, stop: int) -> None:
         if stop > start:

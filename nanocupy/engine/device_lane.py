@@ -135,6 +135,20 @@ class Lane:
         else:
             self.ops.sample_places(logits, **fields, out=sampled, places=places)
 
+    def penalize(self, slots: Any) -> None:
+        """Change the logits of the first rows by their penalty slots, int32 [rows], 0 = none."""
+        logits = self.logits(len(slots))
+        self.ops.penalize_slots(
+            logits, slots, self.view("penalty_records"), self.view("penalty_counts")
+        )
+
+    def count(self, slots: Any) -> None:
+        """Count what the first rows have sampled in their penalty slots."""
+        sampled = self.sampled(len(slots))
+        self.ops.count_tokens(
+            sampled, slots, self.view("penalty_records"), self.view("penalty_counts")
+        )
+
     def sampled(self, num_rows: int) -> Any:
         return self.view("sampled")[self.first_row : self.first_row + num_rows]
 

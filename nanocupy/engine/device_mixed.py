@@ -21,6 +21,7 @@ from nanocupy.engine.batch import (
 )
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_logprobs import DeviceLogprobs
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import MIN_INPUT_BYTES, table_width
 from nanocupy.engine.request import PENDING_TOKEN, Request
 from nanocupy.engine.runner import RunnerLimits
@@ -34,9 +35,15 @@ class MixedSteps:
     """Runs `forward` for whatever a schedule holds. lane: where log-probabilities are asked for."""
 
     def __init__(
-        self, lane: Lane, forward: Sequence[OpCall], sizes: OpSizes, limits: RunnerLimits
+        self,
+        lane: Lane,
+        forward: Sequence[OpCall],
+        sizes: OpSizes,
+        limits: RunnerLimits,
+        penalties: PenaltySlots,
     ) -> None:
         self._lane = lane
+        self._penalties = penalties
         self._forward = forward
         self._max_queries = sizes.max_queries
         self._vocab_size = sizes.vocab_size
@@ -50,10 +57,11 @@ class MixedSteps:
         penalties: PenaltyBatch | None,
         row_of: Callable[[], Mapping[Request, int]],
     ) -> Callable[[], None]:
-        """Send the inputs of a step to `lane`; what it returns starts the rest: forward and sample.
-        Between the two, logits that are asked for are kept, and penalties done.
+        """Send the inputs of a step to `lane`; what it returns starts the rest: forward, penalties,
+        sample. Logits that are asked for are kept before the penalties.
 
-        row_of: where the step before sampled the tokens that were not read yet.
+        penalties: of those without a slot; row_of: where the step before sampled the tokens that
+        were not read yet.
         """
         limits, requests = self._limits, schedule.sampling
         batch = build_batch(schedule, block_size=limits.block_size)
@@ -72,30 +80,45 @@ class MixedSteps:
             few_queries=self._max_queries,
         )
         greedy = all(r.params.temperature == 0 for r in requests)
+        slots = self._penalties.slots_of(requests)
         inputs = lane.inputs.send_step(
-            shape, batch, None if greedy else build_sampler_batch(requests)
+            shape, batch, None if greedy else build_sampler_batch(requests), slots
         )
+        self._penalties.fill(lane, requests)
         if is_pending.any():
             lane.ops.resolve_tokens(inputs["token_ids"], lane.view("sampled"))
         params = None if greedy else inputs
         draws = penalties is None and not schedule.wants_logprobs
         how = ("greedy" if greedy else "sampled") if draws else "logits"
 
+        def draw() -> None:
+            if not shape.num_rows:
+                return
+            if slots is not None:
+                lane.penalize(inputs["penalty_slots"])
+            lane.sample(shape.num_rows, params)
+            if slots is not None:
+                lane.count(inputs["penalty_slots"])
+
         def body() -> None:
             lane.run(self._forward, inputs, shape.dims, lane.observer)
-            if draws and shape.num_rows:
-                lane.sample(shape.num_rows, params)
+            if draws:
+                draw()
 
         def start() -> None:
             lane.step(
-                ("step", shape, how), body, OTHER, shape.dims, batch.query_starts, batch.kv_lens
+                ("step", shape, how, draws and slots is not None),
+                body,
+                OTHER,
+                shape.dims,
+                batch.query_starts,
+                batch.kv_lens,
             )
             if not draws:
                 if schedule.wants_logprobs:
                     self.logprobs.keep(schedule, lane.logits(len(requests)), shape.dims)
                 self._penalize(lane, penalties, shape)
-                if shape.num_rows:
-                    lane.sample(shape.num_rows, params)
+                draw()
             lane.fetch(len(requests))
 
         return start
@@ -118,10 +141,9 @@ class MixedSteps:
         return host
 
     def _penalize(self, lane: Lane, penalties: PenaltyBatch | None, shape: StepShape) -> None:
+        kept_bytes = lane.inputs.num_bytes
         for rows, part in split_penalties(penalties, MIN_INPUT_BYTES // 32):
-            if lane.inputs.is_full:
-                lane.device.synchronize("sending penalties")
-                lane.inputs.rewind(shape.num_bytes)
+            lane.inputs.make_room(kept_bytes)
             lane.ops.penalize(lane.logits(shape.num_rows)[rows], **lane.inputs.send(vars(part)))
 
     def _head_of(self, rows: np.ndarray, dims: Mapping[str, int]) -> Any:

@@ -25,6 +25,8 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 _MAX_CACHE_ROWS = (1 << 32) - 1  # of a layer: the kernels count them in 32 bits
 SECOND_LANE = "second."  # before the names of what the second stream has for itself
 MAX_UPDATES = 1 << 14  # words of the decode state sent at once
+MAX_PENALTY_ENTRIES = 512  # biases and banned ids of a request whose penalties are on the device
+PENALTY_RECORD_WORDS = 8 + 2 * MAX_PENALTY_ENTRIES
 # Penalties come behind the other inputs of a step, through memory of twice this size: enough for
 # the penalised entries of any one sequence.
 MIN_INPUT_BYTES = 8 << 20
@@ -125,6 +127,12 @@ def buffer_specs(
         BufferSpec("sampled", (2 * limits.max_num_seqs,), "int32", "batch"),  # of either lane
         BufferSpec("place_numbers", (limits.max_num_seqs + 1,), "int32", "batch"),
         BufferSpec("inputs", (inputs.num_bytes + 2 * MIN_INPUT_BYTES,), "uint8", "batch"),
+    ]
+    # Of each request that penalises, and of nobody: see kernels_cu/penalties.cu.
+    num_slots, counts_width = 1 + limits.max_num_seqs, -(-config.vocab_size // 8) * 8
+    table += [
+        BufferSpec("penalty_records", (num_slots, PENALTY_RECORD_WORDS), "int32", "batch"),
+        BufferSpec("penalty_counts", (num_slots, counts_width), "uint16", "batch"),
     ]
     if settings.two_streams:
         own = lane_buffers(config, sizes, device.traits)

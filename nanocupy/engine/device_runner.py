@@ -23,6 +23,7 @@ from nanocupy.engine.binding import StepObserver, step_dims
 from nanocupy.engine.device_decode import DecodeBatch
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_mixed import MixedSteps
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import (
     DeviceSettings,
     buffer_specs,
@@ -43,6 +44,7 @@ from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_sizes import fused_bounds
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
+from nanocupy.sampling_params import SamplingParams
 
 
 class DeviceRunner(Runner):
@@ -77,9 +79,11 @@ class DeviceRunner(Runner):
         if settings.two_streams:
             own = lane_buffers(config, sizes, device.traits)
             self._side = Lane(device.second_stream(), view, sizes, limits, self.weights, own=own)
-        self._decoding = DecodeBatch(self._main, self.forward, sizes, limits)
-        self._mixed = MixedSteps(self._main, self.forward, sizes, limits)
-        self._is_state_known = True  # whether the device's decode batch is the host's
+        self._penalties = PenaltySlots(limits.max_num_seqs, config.eos_ids)
+        parts = self._main, self.forward, sizes, limits, self._penalties
+        self._decoding = DecodeBatch(*parts)
+        self._mixed = MixedSteps(*parts)
+        self._is_state_known = True  # whether the device has what the host thinks
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`
         self._rings: dict[int, StepStamps] = {}  # by their steps
@@ -140,6 +144,7 @@ class DeviceRunner(Runner):
                 lane.run(calls, inputs, shape.dims)
             for params in (None, inputs):
                 lane.sample(1, params)
+            lane.penalize(inputs["penalty_slots"])
             most = min(limits.max_num_seqs, limits.max_step_tokens)
             for num in sorted({min(n, most) for n in (1, 2, 4, 8, 16, 32, 64, 128, most)}):
                 bounds = fused_bounds(self._sizes, self._device.traits, num)
@@ -151,6 +156,9 @@ class DeviceRunner(Runner):
         collector = VariantCollector()
         lane.dry_run(collector, work)
         return collector.variants
+
+    def counts_tokens(self, params: SamplingParams) -> bool:
+        return self._penalties.fit(params)
 
     def swap_costs(self) -> SwapCosts | None:
         return self._host_blocks.costs()
@@ -187,6 +195,7 @@ class DeviceRunner(Runner):
             if self._side is not None:  # where prompts may have been started
                 self._device.follow(self._side.device)
             self._decoding.renew()
+            self._penalties.forget()
             self._is_state_known = True
         self._host_blocks.settle()
         if schedule.swap_out or schedule.swap_in:
@@ -218,7 +227,8 @@ class DeviceRunner(Runner):
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
         of the requests that sample."""
         sampling = schedule.sampling
-        penalties = build_penalty_batch(sampling, self.config.eos_ids)
+        self._penalties.assign(sampling)
+        penalties = build_penalty_batch(sampling, self.config.eos_ids, self._penalties.take)
         is_plain = penalties is None and not schedule.wants_logprobs
         decodes = [s.request for s in schedule if s.samples and s.num_tokens == 1]
         if is_plain and len(decodes) == len(schedule.requests):

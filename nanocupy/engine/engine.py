@@ -158,6 +158,9 @@ class LLMEngine:
                     leader=samples[0] if samples else None,
                 )
             )  # fmt: skip
+        if self.runner.counts_tokens(params):
+            for request in samples:
+                request.needs_token_ids = request.wants_logprobs
         for request in samples:
             self.scheduler.add(request)
         self._requests[request_id] = samples
@@ -181,8 +184,8 @@ class LLMEngine:
         return outputs
 
     def _step(self) -> None:
-        # Penalties count tokens, say, so all must be known; and log-probabilities are made of what
-        # the next step would overwrite.
+        # Penalties count tokens, so all must be known, unless the runner counts; and
+        # log-probabilities are made of what the next step would overwrite.
         must_read = self._must_read or self.scheduler.running.num_needing_ids
         if must_read or any(schedule.wants_logprobs for schedule, *_ in self._in_flight):
             self._collect(0)

@@ -12,6 +12,7 @@ from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.schedule import Schedule
 from nanocupy.memory.host_pool import SwapCosts
+from nanocupy.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanocupy.cuda.step_stamps import StepStamps
@@ -61,6 +62,11 @@ class Runner(ABC):
         the next: then no token of the next is pending."""
         result = self.run(schedule)
         return lambda: result
+
+    def counts_tokens(self, params: SamplingParams) -> bool:
+        """Whether penalties of requests with these parameters are counted here, so that the host
+        need not know the ids of one step before the next."""
+        return False
 
     def swap_costs(self) -> SwapCosts | None:
         """What swapping costs here, measured; None where nothing is known. The rate of prompts is

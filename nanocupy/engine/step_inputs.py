@@ -68,6 +68,7 @@ def _layout(shape: StepShape) -> tuple[dict[str, tuple[int, np.dtype, tuple[int,
         "top_k": ("int32", rows),
         "top_p": ("float32", rows),
         "min_p": ("float32", rows),
+        "penalty_slots": ("int32", rows),
     }
     arrays, offset = {}, 0
     for name, (dtype, size) in sizes.items():
@@ -118,10 +119,17 @@ def coarse_bucket(count: int, most: int) -> int:
 
 
 def fill(
-    memory: np.ndarray, shape: StepShape, batch: ForwardBatch, sampler: SamplerBatch | None
+    memory: np.ndarray,
+    shape: StepShape,
+    batch: ForwardBatch,
+    sampler: SamplerBatch | None,
+    penalty_slots: np.ndarray | None = None,
 ) -> None:
-    """Write a batch, and the parameters of its sampled rows, to `memory` uint8 [num_bytes]."""
+    """Write a batch, and the parameters and penalty slots of its sampled rows, to `memory` uint8
+    [num_bytes]."""
     given = dict(vars(batch)) | (vars(sampler) if sampler is not None else {})
+    if penalty_slots is not None:
+        given["penalty_slots"] = penalty_slots
     for name, (offset, dtype, size) in shape.arrays.items():
         num_bytes = math.prod(size) * dtype.itemsize
         target = memory[offset : offset + num_bytes].view(dtype).reshape(size)

@@ -84,6 +84,13 @@ def penalize_rows(num_rows: int, num_entries: int) -> LaunchShape:
     return LaunchShape((num_rows if num_entries else 0,), 128)
 
 
+def penalize_slots(num_rows: int, width: int, num_multiprocessors: int) -> LaunchShape:
+    """width: words of a slot. Few rows are spread over more blocks, each with 2048 words at
+    least."""
+    parts = min(_ceil_div(2 * num_multiprocessors, max(1, num_rows)), width // 2048)
+    return LaunchShape((num_rows, max(1, parts)), 256)
+
+
 def sample_rows(
     num_rows: int,
     vocab_size: int,
@@ -129,5 +136,5 @@ def copy_blocks(num_pairs: int, num_planes: int, block_bytes: int) -> LaunchShap
 
 
 def one_thread_each(count: int) -> LaunchShape:
-    """resolve_tokens, apply_updates."""
+    """resolve_tokens, apply_updates, count_tokens, set_token_counts."""
     return LaunchShape((_ceil_div(count, 128),), 128)

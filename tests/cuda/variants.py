@@ -86,6 +86,11 @@ VARIANTS = (
     Variants(
         "norm.cu", ("rms_norm_rows",), (*_scalars(), {"SCALAR": BFLOAT16, "RESIDUAL": FLOAT32})
     ),
+    Variants(
+        "penalties.cu",
+        ("penalize_slots", "count_tokens", "set_token_counts"),
+        ({"SCALAR": FLOAT32},),
+    ),
     Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
     Variants(

@@ -30,6 +30,8 @@ READ_BEFORE = (
 ELSEWHERE = {
     "apply_updates": "engine.decode_state.DecodeState.updates",
     "copy_blocks": "to[z, target] = from[z, source]",
+    "count_tokens": "engine.request.Request.output_counts",
+    "set_token_counts": "engine.device_penalties.PenaltySlots",
     "resolve_tokens": "engine.decode_state.DecodeState.updates",
     "fill_normal": "Box and Muller 1958",
     "stamp_step": "cuda.step_stamps.StepStamps.read",

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels import test_decode_state, test_sampling_kernels, test_small_kernels
+from tests.kernels import (
+    test_decode_state,
+    test_penalties,
+    test_sampling_kernels,
+    test_small_kernels,
+)
 from tests.kernels.backends import ShimBackend
 from tests.kernels.small_ops import check_case
 from tests.ops.cases import CASES, DTYPES
@@ -77,6 +82,15 @@ extern "C" __global__ void sums(const int32_t* in, int32_t* out) {
 def of_blocks(backend: Any) -> None:
     for block_bytes in (24, 160):
         test_small_kernels.test_copy_blocks(backend, block_bytes, None)
+
+
+def of_penalties(backend: Any) -> None:
+    for vocab, rows in ((37, 9), (5000, 3)):
+        test_penalties.test_penalize_slots(backend, vocab, rows, 6)
+
+
+def of_counts(backend: Any) -> None:
+    test_penalties.test_count_tokens(backend, 31)
 
 
 def of_argmax(backend: Any) -> None:
@@ -213,6 +227,14 @@ BUGS = (
         "position = counters[2 * s + 1], index = counters[2 * s]", SAMPLE),
     Bug("penalty-before-bias", "sampling.cu", "row[token_ids[e]] + bias[e];",
         "row[token_ids[e]];", of_cases("penalize")),
+    Bug("penalised-before-the-bias-is-there", "penalties.cu", "block_sync();  // a token",
+        "// a token", of_penalties),
+    Bug("bias-of-the-next-part-too", "penalties.cu", "token < end) row[token] +=",
+        "token <= end) row[token] +=", of_penalties),
+    Bug("prompt-counts-as-output", "penalties.cu", "words.data[i] & MOST", "words.data[i]",
+        of_penalties),
+    Bug("ban-forever", "penalties.cu", "record[BAN_LEFT] -= 1", "record[BAN_LEFT] -= 0",
+        of_counts),
     Bug("pairs-swapped", "blocks.cu", "pairs[2 * static_cast<int64_t>(blockIdx.x)];",
         "pairs[2 * static_cast<int64_t>(blockIdx.x) + 1];", of_blocks),
     Bug("block-table-row-and-column-swapped", "sampling.cu",

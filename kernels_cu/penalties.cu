@@ -1,0 +1,111 @@
+// Penalties of requests that sample step after step: what they have seen stays on the device.
+//
+// A request has a slot: a record of its parameters, and a word for each token of the vocabulary.
+// Slot 0 is nobody's. A record is int32 words: NUM_BIASES and so on as named below, the floats as
+// their bits, then pairs from ENTRIES on: first the biases, a token and what is added to its logit,
+// then the banned tokens, with a word that is not used.
+#include "types.cuh"
+
+enum RecordWord {
+    NUM_BIASES,
+    NUM_BANNED,
+    BAN_LEFT,    // draws that must not give a banned token
+    REPETITION,  // float, not 0
+    PRESENCE,    // float
+    FREQUENCY,   // float
+    COUNTS,      // whether tokens are counted at all
+    ENTRIES = 8,
+};
+// Of a token's word: how often it was drawn, up to MOST; the bit above, whether the prompt has it.
+constexpr int MOST = 0x7fff;
+
+// penalize_slots: logit bias, banned tokens, repetition, presence and frequency penalties, in place
+// grid (S, parts of a row), block any multiple of 32, no shared memory
+// logits   float [S, V]
+// slots    int32 [S]: 0 leaves a row as it is
+// records  int32 [P, R]: tokens distinct among the biases, each in [0, V)
+// counts   uint16 [P, W]: zero from V on; W a multiple of 8, rows aligned to 16 bytes
+// REF: numpy_ops.penalize
+// COST: 2 * V bytes a row with a slot that counts, and 8 bytes for each token that it has seen
+extern "C" __global__ void __launch_bounds__(1024) penalize_slots(
+    float* logits, const int32_t* slots,
+    const int32_t* records, const uint16_t* counts,
+    int32_t V, int32_t R, int32_t W) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int slot = slots[blockIdx.x];
+    if (slot == 0) return;
+    float* row = logits + static_cast<int64_t>(blockIdx.x) * V;
+    const int32_t* record = records + static_cast<int64_t>(slot) * R;
+    const float* values = reinterpret_cast<const float*>(record);
+    const int part = (W / 8 + gridDim.y - 1) / gridDim.y * 8;
+    const int start = blockIdx.y * part, end = min(start + part, V);
+
+    const int32_t* entry = record + ENTRIES;
+    for (int i = threadIdx.x; i < record[NUM_BIASES]; i += blockDim.x) {
+        const int token = entry[2 * i];
+        if (start <= token && token < end) row[token] += values[ENTRIES + 2 * i + 1];
+    }
+    block_sync();  // a token may have a bias and have been seen
+    if (record[COUNTS]) {
+        const float repetition = values[REPETITION], presence = values[PRESENCE];
+        const float frequency = values[FREQUENCY];
+        const uint16_t* seen = counts + static_cast<int64_t>(slot) * W;
+        for (int t = start + 8 * static_cast<int>(threadIdx.x); t < end; t += 8 * blockDim.x) {
+            const Vec<uint16_t, 8> words = load_vec<uint16_t, 8>(seen + t);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if (words.data[i] == 0) continue;
+                const int count = words.data[i] & MOST;
+                float logit = row[t + i];
+                logit = logit > 0 ? logit / repetition : logit * repetition;
+                if (count > 0) logit -= presence;
+                row[t + i] = logit - frequency * static_cast<float>(count);
+            }
+        }
+    }
+    if (record[BAN_LEFT] == 0) return;
+    block_sync();  // and be banned
+    entry += 2 * record[NUM_BIASES];
+    for (int i = threadIdx.x; i < record[NUM_BANNED]; i += blockDim.x) {
+        const int token = entry[2 * i];
+        if (start <= token && token < end) row[token] = -infinity();
+    }
+}
+
+// count_tokens: what was drawn counts for the penalties of the next draw
+// grid ceil(S / block), block any multiple of 32, no shared memory
+// sampled  int32 [S]; -1 (no token could be drawn) is not counted
+// slots    int32 [S]: 0 counts nothing; the others are distinct
+// records  int32 [P, R]: BAN_LEFT is one less, down to 0
+// counts   uint16 [P, W]: the token's word one more, up to MOST
+// REF: engine.request.Request.output_counts
+// COST: about 24 * S bytes
+extern "C" __global__ void __launch_bounds__(1024) count_tokens(
+    const int32_t* sampled, const int32_t* slots,
+    int32_t* records, uint16_t* counts,
+    int32_t S, int32_t R, int32_t W) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int s = blockIdx.x * blockDim.x + threadIdx.x;
+    if (s >= S || slots[s] == 0) return;
+    int32_t* record = records + static_cast<int64_t>(slots[s]) * R;
+    if (record[BAN_LEFT] > 0) record[BAN_LEFT] -= 1;
+    if (!record[COUNTS] || sampled[s] < 0) return;
+    uint16_t* word = counts + static_cast<int64_t>(slots[s]) * W + sampled[s];
+    if ((*word & MOST) < MOST) *word += 1;
+}
+
+// set_token_counts: the words of what a request has seen, when it gets a slot
+// grid ceil(count / block), block any multiple of 32, no shared memory
+// pairs   int32 [count, 2]: a token, in [0, W), and its word; tokens are distinct
+// counts  uint16 [W], of the slot; cleared before
+// REF: engine.device_penalties.PenaltySlots
+// COST: 10 * count bytes
+extern "C" __global__ void __launch_bounds__(1024) set_token_counts(
+    const int32_t* pairs, uint16_t* counts, int32_t count) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) counts[pairs[2 * i]] = static_cast<uint16_t>(pairs[2 * i + 1]);
+}
