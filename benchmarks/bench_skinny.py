@@ -53,6 +53,8 @@ VARIANTS = {
     "sh 160": replace(DEFAULT, ring_kb=128, shared_kb=160),
     "sh 226": replace(DEFAULT, ring_kb=192, shared_kb=226),
     "warps k1": replace(DEFAULT, warps_k=1),
+    "warps m1": replace(DEFAULT, warps_m=1),
+    "warps m2": replace(DEFAULT, warps_m=2),
     "3 blocks": replace(DEFAULT, resident_blocks=3),
 }
 H100 = 132, 227 << 10  # multiprocessors, shared memory: what --compile plans for

@@ -1,6 +1,6 @@
 // Products of 9 to 128 tokens on tensor cores, with what follows folded in: bias, residual, SwiGLU,
 // float32 logits. The norm before is a kernel of its own (norm.cu). See skinny.cuh for the macros
-// TOKENS, OUT_TILE, WARPS_N, WARPS_K, K_STEP, STAGES, INPUTS_STAY, MIN_BLOCKS.
+// TOKENS, OUT_TILE, WARPS_N, WARPS_M, WARPS_K, K_STEP, STAGES, INPUTS_STAY, MIN_BLOCKS.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.
@@ -9,7 +9,7 @@
 // skinny_linear: out = x @ weight.T + bias, of num_rows tokens
 // grid any multiple of the cluster up to a cluster for each tile of weights, and just that with
 // clusters above 1, which exist from 9.0: 2, 4, 8 blocks along x, at most K / K_STEP up
-// block 32 * WARPS_N * WARPS_K; shared 128 + 8 * OUT_TILE * WARPS_K * cluster * (TOKENS / 2 /
+// block 32 * WARPS_N * WARPS_M * WARPS_K; shared 128 + 8 * OUT_TILE * WARPS_K * cluster * (TOKENS / 2 /
 // cluster up) + 2 * K_STEP * (OUT_TILE, and TOKENS unless INPUTS_STAY) * (STAGES, or the block's
 // steps if fewer) + with INPUTS_STAY 2 * K_STEP * TOKENS * (K / K_STEP up / cluster up)
 // x       scalar_t [num_rows, K], 1 to TOKENS rows

@@ -28,16 +28,18 @@ class SkinnyTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
     max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile,
-    splits: rows of weights of a tile, blocks that share its inputs. warps_k: warps that share the
-    inputs of a step. k_step: inputs of a step. ring_kb: of weights in a block's ring, at most.
-    shared_kb: of a block, unless three steps need more: two such fit on a multiprocessor of an
-    H100, so that the next kernel's weights come while one runs. inputs_stay: the inputs lie in
-    shared memory whole. resident_blocks: that a multiprocessor's registers must hold.
+    splits: rows of weights of a tile, blocks that share its inputs. warps_m, warps_k: warps that
+    share the tokens (1 or 2), and the inputs of a step. k_step: inputs of a step. ring_kb: of
+    weights in a block's ring, at most. shared_kb: of a block, unless three steps need more: two
+    such fit on a multiprocessor of an H100, so that the next kernel's weights come while one runs.
+    inputs_stay: the inputs lie in shared memory whole. resident_blocks: that a multiprocessor's
+    registers must hold.
     """
 
     max_rows: int = 64
     out_tile: int | None = None
     splits: int | None = None
+    warps_m: int | None = None
     warps_k: int | None = None
     k_step: int | None = None
     ring_kb: int = 64
@@ -109,12 +111,7 @@ def plan_skinny(
     num_steps = -(-num_inputs // k_step)
     splits = max(s for s in SPLITS if s <= min(splits, num_steps))
     num_tiles = -(-weight_rows // tile)
-    warps_n = tile // 16
-    warps_k = tuning.warps_k or 1
-    if tuning.warps_k is None:
-        while warps_n * warps_k * 2 <= _MAX_WARPS and warps_k * 2 <= k_step // 16:
-            warps_k *= 2
-
+    warps_n, warps_m, warps_k = _warps(tile, tokens, k_step, tuning)
     blocks = num_tiles * splits if splits > 1 else min(num_tiles, num_multiprocessors)
     steps = -(-num_steps // splits)  # of a block with most, in a tile
     all_steps = steps if splits > 1 else steps * -(-num_tiles // max(1, blocks))
@@ -135,10 +132,27 @@ def plan_skinny(
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")
     resident = tuning.resident_blocks or (2 if tokens <= 64 else 1)
     macros = {
-        "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_K": warps_k,
-        "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay), "MIN_BLOCKS": resident,
+        "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_M": warps_m,
+        "WARPS_K": warps_k, "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay),
+        "MIN_BLOCKS": resident,
     }  # fmt: skip
-    return SkinnyLaunch(macros, (blocks,), 32 * warps_n * warps_k, shared_bytes(stages), splits)
+    block = 32 * warps_n * warps_m * warps_k
+    return SkinnyLaunch(macros, (blocks,), block, shared_bytes(stages), splits)
+
+
+def _warps(tile: int, tokens: int, k_step: int, tuning: SkinnyTuning) -> tuple[int, int, int]:
+    """Warps along the rows of weights, the tokens and the inputs. The last, which sums depend on,
+    does not depend on the batch."""
+    warps_n, warps_k = tile // 16, tuning.warps_k or 1
+    if tuning.warps_k is None:
+        while warps_n * warps_k * 2 <= _MAX_WARPS and warps_k * 2 <= k_step // 16:
+            warps_k *= 2
+    # Eight warps that each read all tokens keep shared memory busier than the tensor cores; with
+    # half the tokens and twice the rows a warp, less is read twice.
+    wanted = tuning.warps_m or (2 if tokens >= 128 else 1)
+    if wanted == 2 and warps_n % 2 == 0 and tokens % 32 == 0:
+        return warps_n // 2, 2, warps_k
+    return warps_n, 1, warps_k
 
 
 def _k_step(tile: int) -> int:

@@ -53,6 +53,7 @@ VARIANTS = [
     Variant("bfloat16", 33, tuning=replace(SMALL, out_tile=48, splits=4, k_step=64)),
     Variant("bfloat16", 64, tuning=replace(SMALL, inputs_stay=True)),
     Variant("bfloat16", 100, tuning=replace(SMALL, out_tile=128)),
+    Variant("bfloat16", 60, tuning=replace(SMALL, out_tile=64, splits=2, warps_m=2)),
     Variant("bfloat16", 128, tuning=replace(SMALL, out_tile=96, splits=2)),
     Variant("float16", 9, wide=True, tuning=replace(SMALL, splits=4, inputs_stay=True)),
     Variant("float16", 32, tuning=replace(SMALL, out_tile=64, warps_k=1)),

@@ -130,8 +130,22 @@ MUTANTS = [
     ),
     Mutant(
         "tokens of a fragment in another order",
-        "input_row = ((lane & 7) + (lane >> 4) * 8)",
-        "input_row = ((lane & 7) + (1 - (lane >> 4)) * 8)",
+        "(lane & 7) + (lane >> 4) * 8) * ROW_BYTES;",
+        "(lane & 7) + (1 - (lane >> 4)) * 8) * ROW_BYTES;",
+    ),
+    Mutant(
+        "every warp the first tokens",
+        "warp_m() * WARP_TOKENS + ",
+        "",
+        rows=60,
+        tuning=replace(SMALL, warps_m=2),
+    ),
+    Mutant(
+        "sums of half the tokens in the place of the others",
+        "WarpSums::warp_m() * (WARP_TOKENS / 2) + ",
+        "",
+        rows=60,
+        tuning=replace(SMALL, warps_m=2),
     ),
     Mutant(
         "every warp the first inputs",
