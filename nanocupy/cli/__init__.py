@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("nanocupy.cli.inspect:inspect", "Show what a model file holds and what it needs."),
     "doctor": ("nanocupy.cli.doctor:doctor", "Check GPU, driver, CuPy and cache; say how to mend."),
     "bench": ("nanocupy.cli.bench:bench", "Measure decode, prefill, throughput, start-up."),
+    "warmup": ("nanocupy.cli.warmup:warmup", "Compile a model's GPU kernels into the cache."),
     "profile": ("nanocupy.cli.profile:profile", "Show where time and memory of a model go."),
     "config": ("nanocupy.cli.config:config", "Show the engine's settings, or write a file."),
     "export-qwen": (

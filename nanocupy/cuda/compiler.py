@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -148,12 +148,24 @@ class Compiler:
         data, log = compile_source(source, file, arch, options, headers=headers, what=what)
         return Cubin(file, macros, arch, data, self._store(key, data), False, log)
 
-    def compile_all(self, variants: Iterable[tuple[str, Macros]], *, arch: str) -> list[Cubin]:
-        """Several modules at once, on all cores: the first start after an update waits for this."""
+    def compile_all(
+        self,
+        variants: Iterable[tuple[str, Macros]],
+        *,
+        arch: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Cubin]:
+        """Several modules at once, on all cores: the first start after an update waits for this.
+        progress: called with how many are done, and of how many, as they are, in their order."""
         variants = list(variants)
         workers = max(1, min(os.cpu_count() or 1, len(variants), 16))
+        cubins: list[Cubin] = []
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda v: self.compile(v[0], v[1], arch=arch), variants))
+            for cubin in pool.map(lambda v: self.compile(v[0], v[1], arch=arch), variants):
+                cubins.append(cubin)
+                if progress is not None:
+                    progress(len(cubins), len(variants))
+        return cubins
 
     # ------------------------------------------------------------------- cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nanocupy.checkpoint.base import Checkpoint
 from nanocupy.config import ModelConfig
@@ -13,6 +14,9 @@ from nanocupy.engine.engine import LLMEngine, scheduler_settings
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError
 from nanocupy.progress import byte_progress, say
+
+if TYPE_CHECKING:
+    from nanocupy.engine.device_plan import DeviceSettings
 
 BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 arithmetic
 
@@ -32,12 +36,7 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
     Raises DeviceError where the GPU was asked for and cannot be used, ConfigError for settings this
     model or device does not take, CapacityError where the weights do not fit.
     """
-    context = config.max_context or checkpoint.config.max_context
-    if context > checkpoint.config.max_context:
-        raise ConfigError(
-            f"max_context is {context}; this model takes 2 to {checkpoint.config.max_context} "
-            "tokens"
-        )
+    context = model_context(checkpoint.config, config)
     if config.device != "cpu":
         from nanocupy.cuda.probe import find_cuda
 
@@ -50,6 +49,32 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
             mend = "" if status.driver.problem is not None else f"; {status.mend}"
             say(f"computing on the CPU: {status.reason}{mend}")
     return _cpu_runner(checkpoint, config, context, progress)
+
+
+def model_context(model: ModelConfig, config: EngineConfig) -> int:
+    """The longest sequence in tokens. Raises ConfigError for more than the model takes."""
+    context = config.max_context or model.max_context
+    if context > model.max_context:
+        raise ConfigError(
+            f"max_context is {context}; this model takes 2 to {model.max_context} tokens"
+        )
+    return context
+
+
+def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -> DeviceSettings:
+    """What `config` asks for on a card. Raises ConfigError for dtypes that do not go together."""
+    from nanocupy.engine.device_plan import DeviceSettings
+
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if compute_capability >= BFLOAT16_CAPABILITY else "float16"
+    if config.kv_cache_dtype not in ("auto", dtype):
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype} and dtype {dtype}; they must be the same"
+        )
+    return DeviceSettings(
+        dtype, dtype, dtype, config.gpu_memory_utilization, two_streams=config.two_streams
+    )
 
 
 def make_engine(
@@ -107,22 +132,12 @@ def _cuda_runner(
     checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
     from nanocupy.cuda.device import CudaDevice
-    from nanocupy.engine.device_plan import DeviceSettings, plan_limits
+    from nanocupy.engine.device_plan import plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
     from nanocupy.ops.cuda_sizes import ITEMSIZES
 
     device = CudaDevice(use_graphs=config.use_graphs)
-    dtype = config.dtype
-    if dtype == "auto":
-        modern = device.traits.compute_capability >= BFLOAT16_CAPABILITY
-        dtype = "bfloat16" if modern else "float16"
-    if config.kv_cache_dtype not in ("auto", dtype):
-        raise ConfigError(
-            f"kv_cache_dtype is {config.kv_cache_dtype} and dtype {dtype}; they must be the same"
-        )
-    settings = DeviceSettings(
-        dtype, dtype, dtype, config.gpu_memory_utilization, two_streams=config.two_streams
-    )
+    settings = device_settings(config, device.traits.compute_capability)
     limits = plan_limits(
         checkpoint.config,
         device,
@@ -133,7 +148,7 @@ def _cuda_runner(
         block_size=config.block_size,
     )
     wanted = config.max_num_seqs * -(-context // config.block_size)
-    num_host_blocks = _num_host_blocks(checkpoint.config, config, wanted, ITEMSIZES[dtype])
+    num_host_blocks = _num_host_blocks(checkpoint.config, config, wanted, ITEMSIZES[settings.dtype])
     limits = replace(limits, num_host_blocks=num_host_blocks)
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     variants = runner.kernel_variants()

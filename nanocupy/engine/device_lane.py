@@ -52,10 +52,7 @@ class Lane:
         self.first_row = limits.max_num_seqs if own else 0
         workspaces = {name: self.view(name) for name in workspace_plan(sizes, device.traits)}
         device.fill(workspaces["counters"], 0)
-        self._make_ops = lambda kernels, matmul: CudaOps(
-            kernels, matmul, workspaces, sizes, device.traits
-        )
-        self.ops = self._make_ops(device.kernels, device.matmul)
+        self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)
         self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_num_seqs)
         self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
         self.stamps: StepStamps | None = None  # where steps note when they start and end
@@ -157,11 +154,3 @@ class Lane:
         if num_rows:
             staging = self.inputs.staging
             self.device.to_host(staging.sampled[:num_rows], self.sampled(num_rows))
-
-    def dry_run(self, kernels: Any, work: Callable[[], None]) -> None:
-        """Do `work` with `kernels` in place of the device's, and no products."""
-        real, self.ops = self.ops, self._make_ops(kernels, lambda *args: None)
-        try:
-            work()
-        finally:
-            self.ops = real

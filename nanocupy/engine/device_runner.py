@@ -19,8 +19,9 @@ from nanocupy.cuda.arena import ArenaPlan
 from nanocupy.cuda.device import Device
 from nanocupy.cuda.step_stamps import StepStamps
 from nanocupy.engine.batch import ForwardBatch, build_penalty_batch
-from nanocupy.engine.binding import StepObserver, step_dims
+from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.device_decode import DecodeBatch
+from nanocupy.engine.device_kernels import kernel_variants
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_mixed import MixedSteps
 from nanocupy.engine.device_penalties import PenaltySlots
@@ -29,7 +30,6 @@ from nanocupy.engine.device_plan import (
     buffer_specs,
     lane_buffers,
     op_sizes,
-    table_width,
 )
 from nanocupy.engine.device_swap import HostBlocks, blocks_written
 from nanocupy.engine.device_weights import upload_weights
@@ -37,13 +37,11 @@ from nanocupy.engine.request import Request
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
-from nanocupy.engine.step_inputs import StepShape
 from nanocupy.memory.host_pool import SwapCosts
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_sizes import fused_bounds
-from nanocupy.ops.kernel_variants import Variant, VariantCollector
+from nanocupy.ops.kernel_variants import Variant
 from nanocupy.sampling_params import SamplingParams
 
 
@@ -132,30 +130,8 @@ class DeviceRunner(Runner):
             upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
 
     def kernel_variants(self) -> list[Variant]:
-        """The kernel modules that steps of every kind need: to compile them at once, beforehand."""
-        lane, limits = self._main, self.limits
-        calls = [call for call in self.forward if not call.layer]  # the layers are alike
-
-        def work() -> None:
-            tokens = limits.max_step_tokens
-            for num_tokens in sorted({min(n, tokens) for n in (1, 16, 32, 64, 128, tokens)}):
-                shape = StepShape(num_tokens, 1, table_width(limits), 1, num_tokens)
-                inputs = lane.inputs.arrays_of(shape)
-                lane.run(calls, inputs, shape.dims)
-            for params in (None, inputs):
-                lane.sample(1, params)
-            lane.penalize(inputs["penalty_slots"])
-            most = min(limits.max_num_seqs, limits.max_step_tokens)
-            for num in sorted({min(n, most) for n in (1, 2, 4, 8, 16, 32, 64, 128, most)}):
-                bounds = fused_bounds(self._sizes, self._device.traits, num)
-                for bound in (*bounds, limits.max_context + 1):
-                    inputs = self._decoding.inputs(num)
-                    lane.run(calls, inputs, step_dims(num, num, num, 1, bound))
-            lane.ops.resolve_tokens(inputs["token_ids"], lane.view("sampled"))
-
-        collector = VariantCollector()
-        lane.dry_run(collector, work)
-        return collector.variants
+        """The kernel modules that steps need: to compile them all at once, beforehand."""
+        return kernel_variants(self.config, self.settings, self.limits, self._device.traits)
 
     def counts_tokens(self, params: SamplingParams) -> bool:
         return self._penalties.fit(params)

@@ -1,0 +1,100 @@
+"""Which kernel modules the steps of a model need on a card, found without the card and its memory.
+
+So that they can be compiled all at once and beforehand, instead of one by one as steps meet them.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from nanocupy.config import ModelConfig
+from nanocupy.engine.binding import bind_calls, run_calls, step_dims
+from nanocupy.engine.device_plan import (
+    PENALTY_RECORD_WORDS,
+    DeviceSettings,
+    decode_bucket,
+    op_sizes,
+    table_width,
+)
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.step_inputs import bucket
+from nanocupy.model.forward import decoder_forward
+from nanocupy.model.rope import rope_parameters
+from nanocupy.model.weights import weight_layout
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
+from nanocupy.ops.kernel_variants import Variant, VariantCollector
+
+
+def kernel_variants(
+    config: ModelConfig,
+    settings: DeviceSettings,
+    limits: RunnerLimits,
+    traits: DeviceTraits,
+    *,
+    every_size: bool = False,
+) -> list[Variant]:
+    """The modules that steps of every kind need, within `limits`, on a card of these traits.
+
+    With `every_size` also those of a short prompt, or end of one: a few more, for which a start
+    need not wait.
+    """
+    sizes = op_sizes(config, settings, limits)
+    collector = VariantCollector()
+    workspaces = {
+        name: Outline(*shape) for name, (shape, _) in workspace_plan(sizes, traits).items()
+    }
+    ops = CudaOps(collector, lambda *args: None, workspaces, sizes, traits)
+    weights = {weight.name: Outline(*weight.shape) for weight in weight_layout(config)}
+    # The layers are alike.
+    calls = [call for call in decoder_forward(config, rope_parameters(config)) if not call.layer]
+    fixed = {"N": limits.num_blocks, "P": limits.block_size, "M": table_width(limits)}
+
+    def forward(*counts: int) -> None:
+        dims = fixed | step_dims(*counts)
+        run_calls(bind_calls(calls, ops, lambda name, shape: Outline(*shape), weights, dims))
+
+    most = limits.max_step_tokens
+    counts = {1, min(64, most), most}
+    if every_size:
+        counts |= {bucket(n, most) for n in range(1, min(256, most))}
+    for num_tokens in sorted(counts):
+        forward(num_tokens, 1, 1, num_tokens)
+    most = min(limits.max_num_seqs, limits.max_step_tokens)
+    for num in sorted({decode_bucket(n, most) for n in (*range(1, min(65, most)), most)}):
+        for bound in (*fused_bounds(sizes, traits, num), limits.max_context + 1):
+            forward(num, num, num, 1, bound)
+    logits, row = Outline(1, config.vocab_size), Outline(1)
+    ops.argmax(logits, row)
+    ops.sample(logits, row, row, row, row, row, Outline(1, 2), row)
+    ops.penalize_slots(
+        logits, row, Outline(2, PENALTY_RECORD_WORDS), Outline(2, -(-config.vocab_size // 8) * 8)
+    )
+    ops.resolve_tokens(row, row)
+    return collector.variants
+
+
+class Outline:
+    """An array's shape, and nothing in it: all that an op looks at before it launches."""
+
+    dtype = None
+    data = SimpleNamespace(ptr=0)
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Outline:
+        return Outline(len(range(*part.indices(len(self)))), *self.shape[1:])
+
+    def reshape(self, *shape: Any) -> Outline:
+        new = shape[0] if isinstance(shape[0], tuple) else shape
+        assert math.prod(new) == math.prod(self.shape)
+        return Outline(*new)
+
+    def transpose(self, *axes: int) -> Outline:
+        return Outline(*(self.shape[axis] for axis in axes))

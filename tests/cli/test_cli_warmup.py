@@ -1,0 +1,139 @@
+"""`nanocupy warmup`: kernels compiled where there is no GPU, found again, and refused clearly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanocupy import cli
+from nanocupy.bench.shapes import SHAPES
+from nanocupy.cuda.cards import capability_of, common_cards
+from nanocupy.cuda.compiler import cubin_folder
+from nanocupy.engine import device_kernels
+from nanocupy.engine.device_kernels import kernel_variants
+from nanocupy.engine.device_plan import DeviceSettings
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.errors import ConfigError
+from nanocupy.ops.cuda_sizes import DeviceTraits
+
+HALF = DeviceSettings("bfloat16", "bfloat16", "bfloat16")
+
+
+@pytest.fixture
+def few_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty cache, and a model that needs two small modules."""
+    try:
+        from nanocupy.cuda.libraries import nvrtc_version
+
+        nvrtc_version()
+    except Exception as exc:
+        pytest.skip(f"no NVRTC: {exc}")
+    monkeypatch.setenv("NANOCUPY_CACHE_DIR", str(tmp_path / "cache"))
+    all_variants = kernel_variants
+
+    def few(*args, **options):
+        return [v for v in all_variants(*args, **options) if v[0] in ("embed.cu", "norm.cu")]
+
+    monkeypatch.setattr(device_kernels, "kernel_variants", few)
+
+
+def test_kernels_are_compiled_once(few_kernels: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for compiled, found in ((2, 0), (0, 2)):
+        assert cli.main(["warmup", "--shape", "qwen3-0.6b", "--arch", "sm_90a"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(f"sm_90a: {compiled} kernel modules compiled, {found} were there, ")
+        assert out.endswith(f" s; in {cubin_folder()}\n")
+        assert out.count("\n") == 1
+        assert "compiling kernels for sm_90a: 2, done" in err
+    assert len(list(cubin_folder().glob("*.cubin"))) == 2
+
+
+def test_several_architectures_and_a_dtype(
+    few_kernels: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "warmup",
+        "--shape",
+        "qwen3-0.6b",
+        "--arch",
+        "75",
+        "--arch",
+        "8.0",
+        "--dtype",
+        "float16",
+    ]
+    assert cli.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "sm_75: 2 kernel modules compiled",
+        "sm_80: 2 kernel modules compiled",
+    ]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(
+    few_kernels: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("NANOCUPY_CACHE_DIR", str(tmp_path / "file"))
+    assert cli.main(["warmup", "--shape", "qwen3-0.6b", "--arch", "sm_80"]) == 2
+    assert "cannot be written; set NANOCUPY_CACHE_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give either --model or --shape"),
+        (["--shape", "qwen3-8b", "-m", "x"], "give either --model or --shape"),
+        (
+            ["--shape", "qwen3-8b", "--arch", "sm_33"],
+            "architecture 'sm_33' is not known; known: sm",
+        ),
+        (["--shape", "qwen3-8b", "--device", "cpu"], "device is cpu"),
+        (["--shape", "qwen3-8b", "--arch", "80", "--max-context", "99999"], "max_context is 99999"),
+        (["-m", "no/such/file.gguf", "--arch", "sm_80"], "no/such/file.gguf"),
+    ],
+)
+def test_mistakes_are_told(args, message, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cupy")
+    assert cli.main(["warmup", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_an_architecture_must_be_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cli.main(["warmup", "--shape", "qwen3-8b"]) == 2
+    assert "give --arch, as in --arch sm_90a" in capsys.readouterr().err
+
+
+def test_architectures_have_many_spellings() -> None:
+    assert {capability_of(a) for a in ("sm_90a", "sm_90", "90", "90a", "9.0")} == {(9, 0)}
+    assert capability_of("sm_120") == (12, 0)
+    for bad in ("", "sm_", "hopper", "sm_9", "13.37"):
+        with pytest.raises(ConfigError, match="is not known"):
+            capability_of(bad)
+    assert all(card.wgmma for card in common_cards((9, 0)))
+    assert not any(card.wgmma for card in common_cards((12, 0)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_card_needs_is_among_what_is_compiled(shape: str) -> None:
+    """What an engine asks for as it starts, whatever its batch, is there after a warm-up with the
+    default settings."""
+
+    def keys(num_seqs: int, card: DeviceTraits, **options: bool) -> set:
+        limits = RunnerLimits(2, 16, SHAPES[shape].max_context, 2048, num_seqs)
+        found = kernel_variants(SHAPES[shape], HALF, limits, card, **options)
+        return {(file, tuple(sorted(macros.items()))) for file, macros in found}
+
+    for card in (*common_cards((9, 0)), *common_cards((8, 9))):
+        warm = keys(256, card, every_size=True)
+        files = {file for file, _ in warm}
+        assert {"gemv.cu", "sampling.cu", "penalties.cu", "rope.cu", "embed.cu"} <= files
+        assert ("attention_prefill_hopper.cu" in files) == card.wgmma
+        for num_seqs in (1, 32, 256):
+            assert keys(num_seqs, card) <= warm
