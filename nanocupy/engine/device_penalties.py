@@ -84,8 +84,10 @@ class PenaltySlots:
             lane.inputs.copy_to(records[slot][: len(record)], record)
             if request.params.counts_tokens:
                 lane.device.fill(counts[slot], 0)
-                pairs = lane.inputs.send({"pairs": _seen(request)})["pairs"]
-                lane.ops.set_token_counts(pairs, counts[slot])
+                seen = _seen(request)
+                if len(seen):
+                    pairs = lane.inputs.send({"pairs": seen})["pairs"]
+                    lane.ops.set_token_counts(pairs, counts[slot])
             self._new.discard(request)
 
     def _release(self, requests: Sequence[Request]) -> None:

@@ -14,12 +14,15 @@ import pytest
 
 from nanocupy.bench.shapes import SHAPES
 from nanocupy.checkpoint.random import RandomCheckpoint
+from nanocupy.engine.batch import build_penalty_batch
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
-from nanocupy.engine.request import RequestPriority
+from nanocupy.engine.request import Request, RequestPriority
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
+from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.sampling_params import SamplingParams
 from tests.engine.test_gpu_engine import all_logits
 
@@ -137,6 +140,26 @@ def test_preempted(alone, policy, mode, run_ahead) -> None:
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
 def test_eager_older_cards_and_two_streams(alone, options, run_ahead) -> None:
     same_tokens(run(make_runner(**options), run_ahead=run_ahead)[0], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"two_streams": True}, {"num_blocks": TIGHT}], ids=str)
+def test_penalties_counted_there_are_those_of_lists(alone, options, monkeypatch) -> None:
+    params = GREEDY.with_(
+        repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={3: 2.0, 7: -9.0}, min_tokens=5,
+        stop_token_ids=(11, 12),
+    )  # fmt: skip
+    got, _ = run(make_runner(**options), params=params)
+    monkeypatch.setattr(PenaltySlots, "fit", lambda *args: False)
+    wanted, _ = run(make_runner(), params=params)
+    for (_, ids, _), a, b in zip(requests(), got, wanted, strict=True):
+        if a == b:
+            continue
+        at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        logits = all_logits(alone[1], ids + b[:at], 12)[-1:].astype(np.float32)
+        request = Request("a", ids, params, 0, 500, output_ids=b[:at])
+        NumpyOps().penalize(logits, **vars(build_penalty_batch([request], CONFIG.eos_ids)))
+        best = np.sort(logits[0])
+        assert best[-1] - best[-2] < NEAR_TIE, f"token {at} is {a[at]}, not {b[at]}"
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
