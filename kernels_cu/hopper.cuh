@@ -1,10 +1,11 @@
-// What compute capability 9.0a has beyond device.cuh, each instruction behind one small function:
-// mbarriers, the copy engine with tensor maps, products of a warpgroup, registers moved between
+// What compute capability 9.0a has beyond device.cuh and bulk_copy.cuh, each instruction behind one
+// small function: the copy engine with tensor maps, products of a warpgroup, registers moved between
 // warpgroups. There is no twin for the host: kernels that use it run on a device alone.
 //
 // HAS_WGMMA   1 where a build can use all of it; else nothing below exists but TensorMap.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "types.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !FORCE_PLAIN
@@ -21,48 +22,6 @@ struct alignas(64) TensorMap {
 #if HAS_WGMMA
 
 constexpr int WARPGROUP = 128;  // threads
-
-// ------------------------------------------------------------------------------ mbarriers
-
-// A barrier in shared memory. A phase ends when `arrivals` have come and all announced bytes have
-// landed; `parity` is that of the phase waited for, 0 for the first.
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(arrivals)
-                 : "memory");
-}
-
-// Barriers just made are seen by the copy engine. A block_sync must follow for the other threads.
-__device__ __forceinline__ void mbarrier_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-                 : "memory");
-}
-
-// Arrive, and let the phase wait for `num_bytes` of the copy engine too.
-__device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, int num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(num_bytes)
-                 : "memory");
-}
-
-// What was written or copied before the phase's end is seen after. A barrier nobody has arrived at
-// lets a wait for parity 1 through, as if a phase had been before.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
 
 // The other half of device.cuh's barrier_sync: be counted, and go on.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {

@@ -56,6 +56,10 @@ class Device(Protocol):
         """Set every byte of an array."""
         ...
 
+    def address(self, array: Any) -> int:
+        """Where an array of the device begins."""
+        ...
+
     def run(self, key: Hashable, body: Callable[[], None]) -> None:
         """Do `body`, which only starts work: as a graph, from its second time under `key` on."""
         ...
@@ -187,6 +191,9 @@ class CudaDevice:
         from nanocupy.cuda.streams import copy_to_host
 
         copy_to_host(target, source, self.stream)
+
+    def address(self, array: Any) -> int:
+        return array.data.ptr
 
     def fill(self, array: Any, byte: int) -> None:
         from nanocupy.cuda.streams import fill_bytes

@@ -54,18 +54,20 @@ class Kernel:
         *,
         cluster: int = 1,
         overlap_previous: bool = False,
+        resident: bool = False,
     ) -> None:
         """Run on `grid` blocks of `block` threads; a grid with a zero in it runs nothing.
 
         args: arrays of the device without gaps, scalars of an explicit numpy type, tensor maps,
         None for a null pointer. shared_bytes: dynamic shared memory a block. stream: CuPy's current
-        one if None. cluster: blocks of a cluster, along x. overlap_previous: see `LaunchOptions`;
-        taken only within a capture, as the host starts single kernels too slowly for them to
-        overlap. Raises CudaError with the kernel's name; faults of a kernel itself show later.
+        one if None. cluster: blocks of a cluster, along x. resident: a cooperative launch, and
+        overlap_previous, see `LaunchOptions`; the latter is taken only within a capture, as the
+        host starts single kernels too slowly for them to overlap. Raises CudaError
+        with the kernel's name; faults of a kernel itself show later.
         """
         overlap = overlap_previous and _is_capturing(stream)
-        if cluster > 1 or overlap or any(isinstance(arg, TensorMap) for arg in args):
-            options = LaunchOptions((cluster, 1, 1) if cluster > 1 else None, overlap)
+        if cluster > 1 or overlap or resident or any(isinstance(arg, TensorMap) for arg in args):
+            options = LaunchOptions((cluster, 1, 1) if cluster > 1 else None, overlap, resident)
             self.start(self.prepare(grid, block, args, shared_bytes, options), stream)
             return
         dims = self._prepare(grid, block, shared_bytes)

@@ -17,6 +17,7 @@ from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import MAX_UPDATES, decode_bucket, table_width
+from nanocupy.engine.device_step import WholeStep
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.model.forward import OpCall
@@ -45,6 +46,7 @@ class DecodeBatch:
         self._forward = forward
         self._sizes = sizes
         self._limits = limits
+        self._whole = WholeStep(lane, forward) if lane.ops.can_step(1) else None
         self._words = lane.view("decode_state")
         self.renew()
 
@@ -91,7 +93,9 @@ class DecodeBatch:
         greedy = not state.view(state.words, "temperature", state.num_places).any()
         kv_lens = state.view(state.words, "kv_lens", num_places)
         traits = lane.device.traits
-        bound = kv_len_bound(self._sizes, traits, num_places, int(kv_lens.max()))
+        bound = 0  # one launch is the same for all lengths
+        if not self._can_be_whole(num_places):
+            bound = kv_len_bound(self._sizes, traits, num_places, int(kv_lens.max()))
         dims = step_dims(num_places, num_places, num_places, 1, bound)
         lane.step(
             ("decode", num_places, bound, "greedy" if greedy else "sampled", self._penalizes),
@@ -118,10 +122,22 @@ class DecodeBatch:
             "sample_rows": numbers[:num_places],
         }
 
+    def _can_be_whole(self, num_places: int) -> bool:
+        lane = self._lane
+        return self._whole is not None and lane.observer is None and lane.ops.can_step(num_places)
+
+    def _run_forward(self, num_places: int, dims: Mapping[str, int]) -> None:
+        """The logits of so many places."""
+        lane, inputs = self._lane, self.inputs(num_places)
+        if self._whole is not None and self._can_be_whole(num_places):
+            self._whole.run(inputs, dims)
+        else:
+            lane.run(self._forward, inputs, dims, lane.observer)
+
     def _body(self, num_places: int, dims: Mapping[str, int], greedy: bool) -> None:
         """What a graph holds: forward, sample, move on."""
         lane, inputs = self._lane, self.inputs(num_places)
-        lane.run(self._forward, inputs, dims, lane.observer)
+        self._run_forward(num_places, dims)
         if self._penalizes:
             lane.penalize(inputs["penalty_slots"])
         moved = {name: inputs[name] for name in MOVED_FIELDS}

@@ -62,11 +62,19 @@ def kernel_variants(
         counts |= {bucket(n, most) for n in range(1, min(256, most))}
     for num_tokens in sorted(counts):
         forward(num_tokens, 1, 1, num_tokens)
+    logits, row = Outline(1, config.vocab_size), Outline(1)
     most = min(limits.max_num_seqs, limits.max_step_tokens)
     for num in sorted({decode_bucket(n, most) for n in (*range(1, min(65, most)), most)}):
+        if ops.can_step(num):
+            # One launch; the first ops of it have been seen above.
+            rows, vector = Outline(num, 1), Outline(num)
+            batch = {"angles": rows, "slots": vector, "kv_lens": vector, "block_tables": rows}
+            names = ("x", "qkv", "attended", "activated", "logits")
+            buffers = dict.fromkeys(names, rows) | {"key_cache": Outline(1, 1, 1)}
+            ops.decode_step(Outline(1, 14), row, row, batch, buffers, 0.0, 0.0)
+            continue
         for bound in (*fused_bounds(sizes, traits, num), limits.max_context + 1):
             forward(num, num, num, 1, bound)
-    logits, row = Outline(1, config.vocab_size), Outline(1)
     ops.argmax(logits, row)
     ops.sample(logits, row, row, row, row, row, Outline(1, 2), row)
     ops.penalize_slots(

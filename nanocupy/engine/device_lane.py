@@ -18,7 +18,7 @@ from nanocupy.engine.binding import StepObserver, bind_calls, run_calls
 from nanocupy.engine.device_inputs import DeviceInputs
 from nanocupy.engine.device_plan import SECOND_LANE
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.model.forward import OpCall
+from nanocupy.model.forward import OpCall, WeightRef
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import OpSizes, workspace_plan
@@ -51,7 +51,9 @@ class Lane:
         self._vocab_size = sizes.vocab_size
         self.first_row = limits.max_num_seqs if own else 0
         workspaces = {name: self.view(name) for name in workspace_plan(sizes, device.traits)}
-        device.fill(workspaces["counters"], 0)
+        for name in ("counters", "grid_barrier"):
+            if name in workspaces:
+                device.fill(workspaces[name], 0)
         self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)
         self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_num_seqs)
         self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
@@ -60,6 +62,9 @@ class Lane:
     def view(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """The start of a buffer, in `shape`."""
         return self._arena_view(SECOND_LANE + name if name in self._own else name, shape)
+
+    def weight(self, reference: WeightRef) -> Any:
+        return self._weights[reference.name]
 
     def step(
         self,

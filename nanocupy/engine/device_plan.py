@@ -18,7 +18,14 @@ from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_sizes import ITEMSIZES, DeviceTraits, OpSizes, workspace_plan
+from nanocupy.ops.cuda_sizes import (
+    ITEMSIZES,
+    DeviceTraits,
+    OpSizes,
+    step_launch,
+    workspace_plan,
+)
+from nanocupy.ops.launch_decode_step import LAYER_POINTERS
 from nanocupy.progress import human_bytes
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -134,6 +141,9 @@ def buffer_specs(
         BufferSpec("penalty_records", (num_slots, PENALTY_RECORD_WORDS), "int32", "batch"),
         BufferSpec("penalty_counts", (num_slots, counts_width), "uint16", "batch"),
     ]
+    if step_launch(sizes, device.traits, 1) is not None:
+        shape = (config.num_layers, len(LAYER_POINTERS))
+        table.append(BufferSpec("step_layers", shape, "uint64", "batch"))
     if settings.two_streams:
         own = lane_buffers(config, sizes, device.traits)
         table += [replace(s, name=SECOND_LANE + s.name) for s in table if s.name in own]

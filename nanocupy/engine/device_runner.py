@@ -31,6 +31,7 @@ from nanocupy.engine.device_plan import (
     lane_buffers,
     op_sizes,
 )
+from nanocupy.engine.device_step import addresses_on, layer_table
 from nanocupy.engine.device_swap import HostBlocks, blocks_written
 from nanocupy.engine.device_weights import upload_weights
 from nanocupy.engine.request import Request
@@ -89,6 +90,8 @@ class DeviceRunner(Runner):
             "inv_freq": rope.inv_freq,
             "place_numbers": np.arange(limits.max_num_seqs + 1, dtype=np.int32),
         }
+        if "step_layers" in self.plan.specs:
+            constants["step_layers"] = layer_table(self.forward, addresses_on(self._main))
         sent = [self._put(name, values) for name, values in constants.items()]
         caches = [view(n) for n in self.plan.specs if n.startswith(("key_cache.", "value_cache."))]
         # A cache that was never written must not hold NaN where padding reads it.

@@ -71,7 +71,7 @@ class CudaLauncher:
             kernel = self._kernels.get(file, entry, **macros)
             kernel.launch(
                 shape.grid, (shape.block,), args, shape.shared_bytes,
-                cluster=shape.cluster, overlap_previous=self._overlap,
+                cluster=shape.cluster, overlap_previous=self._overlap, resident=shape.resident,
             )  # fmt: skip
 
     def _workspace(self, name: str, *shape: int) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_fused as fused
+from nanocupy.ops import launch_decode_step as whole
 from nanocupy.ops import launch_shapes as shapes
 
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -22,6 +23,7 @@ class DeviceTraits:
     max_shared_bytes: int
     force_plain: bool = False  # run the paths of cards below 8.0, for tests
     wgmma: bool = False  # has, and gets builds for, what only compute capability 9.0a has
+    whole_steps: bool = True  # a decode step of few sequences may be one launch
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,45 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
         batch *= 2
     rows = max(sizes.max_rows, sizes.max_num_seqs)
     keys, counters = max(keys, rows), max(counters, rows)
+    for num_seqs in range(1, min(whole.MAX_SEQUENCES, sizes.max_num_seqs) + 1):
+        launch = step_launch(sizes, traits, num_seqs)
+        if launch is not None:
+            for name, shape in zip(
+                ("step_values", "step_states"),
+                whole.part_shapes(step_shape(sizes), launch, num_seqs),
+                strict=True,
+            ):
+                size = max(math.prod(shape), math.prod(plan.get(name, ((0,), ""))[0]))
+                plan[name] = ((size,), "float32")
+            plan["grid_barrier"] = ((1,), "uint32")
     return plan | {
         "argmax_keys": ((keys,), "uint64"),
         "partial_values": ((values,), "float32"),
         "partial_states": ((states,), "float32"),
         "counters": ((counters,), "uint32"),
     }
+
+
+def step_shape(sizes: OpSizes) -> whole.DecodeStepShape:
+    return whole.DecodeStepShape(
+        sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size, sizes.num_heads,
+        sizes.num_kv_heads, sizes.head_size,
+    )  # fmt: skip
+
+
+def step_launch(
+    sizes: OpSizes, traits: DeviceTraits, num_seqs: int
+) -> whole.DecodeStepLaunch | None:
+    """The launch that does a whole decode step; None where the ops go one by one."""
+    types = {sizes.dtype, sizes.residual_dtype, sizes.cache_dtype}
+    if traits.compute_capability < (9, 0) or traits.force_plain or not traits.whole_steps:
+        return None
+    if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2:
+        return None
+    return whole.decode_step_launch(
+        step_shape(sizes), num_seqs, num_multiprocessors=traits.num_multiprocessors,
+        max_shared_bytes=traits.max_shared_bytes,
+    )  # fmt: skip
 
 
 def query_buckets(max_queries: int) -> list[int]:

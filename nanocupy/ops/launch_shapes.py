@@ -20,12 +20,14 @@ SAMPLE_SHARED_BYTES, SAMPLE_STATIC_BYTES = 8 * 2048, 19 << 10
 @dataclass(frozen=True)
 class LaunchShape:
     """Blocks, threads of a block, dynamic shared memory of a block in bytes, and how many blocks in
-    a row (along x) make a cluster: from compute capability 9.0; 1 = none."""
+    a row (along x) make a cluster: from compute capability 9.0; 1 = none. resident: the blocks wait
+    for each other, so all must be there at once."""
 
     grid: tuple[int, ...]
     block: int
     shared_bytes: int = 0
     cluster: int = 1
+    resident: bool = False
 
 
 def _ceil_div(a: int, b: int) -> int:

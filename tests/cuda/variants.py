@@ -72,6 +72,14 @@ VARIANTS = (
         ("resolve_tokens", "apply_updates"),
         ({"SCALAR": BFLOAT16},),
     ),
+    Variants(
+        "decode_step.cu",
+        ("decode_step",),
+        tuple(
+            {**macros, "SEQUENCES": sequences}
+            for macros, sequences in zip(_heads(), (1, 8, 2, 5, 3), strict=True)
+        ),
+    ),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
     Variants(
         "gemv.cu",

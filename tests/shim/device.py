@@ -46,6 +46,7 @@ class _ShimKernel:
         *,
         cluster: int = 1,
         overlap_previous: bool = False,
+        resident: bool = False,
     ) -> None:
         for arg in args:
             if not (arg is None or isinstance(arg, np.ndarray | np.generic)):
@@ -53,7 +54,9 @@ class _ShimKernel:
             if isinstance(arg, np.ndarray) and not arg.flags.c_contiguous:
                 raise TypeError(f"{self._entry}: an array has gaps, strides {arg.strides}")
         self._owner.launched.append(self._entry)
-        self._kernel(grid, block, *args, shared_bytes=shared_bytes, cluster=cluster)
+        self._kernel(
+            grid, block, *args, shared_bytes=shared_bytes, cluster=cluster, resident=resident
+        )
 
 
 def matmul(x: np.ndarray, w: np.ndarray, out: np.ndarray, beta: float = 0.0) -> None:
@@ -166,6 +169,9 @@ class ShimDevice:
     def to_host(self, target: np.ndarray, source: Any) -> None:
         assert (target.nbytes, target.itemsize) == (source.nbytes, source.itemsize)
         self.start(lambda: np.copyto(target, source.view(target.dtype).reshape(target.shape)))
+
+    def address(self, array: Any) -> int:
+        return array.ctypes.data
 
     def fill(self, array: Any, byte: int) -> None:
         self.start(lambda: array.reshape(-1).view(np.uint8).fill(byte))

@@ -368,3 +368,5 @@ inline void grid_dependency_launch() {}
 inline uint64_t globaltimer_ns() {
     return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
+
+#include "host_bulk_copy.h"

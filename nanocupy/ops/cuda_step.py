@@ -1,0 +1,55 @@
+"""A decode step as one launch, on a GPU that can do it: all layers and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from nanocupy.ops.cuda_launch import CudaLauncher
+from nanocupy.ops.cuda_sizes import step_launch, step_shape
+from nanocupy.ops.interface import Array
+from nanocupy.ops.launch_decode_step import ENTRY, FILE, part_shapes
+from nanocupy.ops.launch_shapes import LaunchShape
+
+_i32, _f32 = np.int32, np.float32
+
+
+class StepOps(CudaLauncher):
+    """Beyond the interface: what many of its ops do one after the other."""
+
+    def can_step(self, num_seqs: int) -> bool:
+        """Whether `decode_step` does this model on this card, for so many sequences."""
+        return step_launch(self._sizes, self._traits, num_seqs) is not None
+
+    def decode_step(
+        self, layers: Array, head_norm: Array, head: Array, batch: Mapping[str, Array],
+        buffers: Mapping[str, Array], eps: float, scale: float,
+    ) -> None:  # fmt: skip
+        """From embeddings to logits, for a token of each of a few sequences.
+
+        layers   uint64 [L, 14], addresses as LAYER_POINTERS names them
+        batch    angles, slots, kv_lens, block_tables, as `attend` takes them
+        buffers  x (embeddings), qkv, attended, activated, logits: as the forward names them; and
+                 key_cache, of any layer, for its shape
+        """
+        launch = step_launch(self._sizes, self._traits, len(batch["kv_lens"]))
+        assert launch is not None
+        shape = step_shape(self._sizes)
+        values, states = part_shapes(shape, launch, len(batch["kv_lens"]))
+        self._launch(
+            FILE, ENTRY,
+            LaunchShape(launch.grid, launch.block, launch.shared_bytes, resident=True),
+            layers, head_norm, head, batch["angles"], batch["slots"], batch["kv_lens"],
+            batch["block_tables"], buffers["x"], buffers["qkv"], buffers["attended"],
+            buffers["activated"], self._workspace("step_values", *values),
+            self._workspace("step_states", *states), buffers["logits"],
+            self._workspace("grid_barrier", 1), _f32(eps), _f32(scale),
+            *(_i32(n) for n in (
+                len(layers), shape.hidden_size, shape.ffn_size, shape.vocab_size,
+                shape.num_kv_heads, shape.num_heads // shape.num_kv_heads,
+                buffers["key_cache"].shape[2], batch["block_tables"].shape[1],
+                launch.tile_inputs, launch.max_parts, launch.part_tokens,
+            )),
+            **self._cache_types, **launch.macros,
+        )  # fmt: skip

@@ -1,0 +1,168 @@
+"""How decode_step is launched: a whole step of few sequences by blocks that stay for all of it.
+
+Pure arithmetic, from the model's widths and what the card has. The numbers mirror
+kernels_cu/decode_step*.cuh, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FILE = "decode_step.cu"
+ENTRY = "decode_step"
+LAYER_POINTERS = (
+    "attn_norm.weight", "qkv.weight", "qkv.bias", "q_norm.weight", "k_norm.weight", "key_cache",
+    "value_cache", "o.weight", "o.bias", "ffn_norm.weight", "gate_up.weight", "gate_up.bias",
+    "down.weight", "down.bias",
+)  # fmt: skip
+
+MAX_SEQUENCES = 8
+MAX_PARTS = 16  # of a context
+BLOCK_THREADS = 288
+STAGE_INPUTS = 1024
+_UNIT_ROWS = 8
+_USER_WARPS = 8
+_STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
+_MAX_STAGES = 12
+_MIN_STAGES = 4  # with fewer, reading stops where blocks meet
+_MAX_HEADS_PER_GROUP = 16
+_STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
+
+
+@dataclass(frozen=True)
+class DecodeStepTuning:
+    """What a bench may vary; None leaves the choice to the rules below.
+
+    ring_stages   stages of 16 KB of weights on their way
+    attend_stages steps of 16 positions that a warp has under way
+    part_tokens   positions that a part of a context has at least
+    max_parts     most parts of a context
+    """
+
+    ring_stages: int | None = None
+    attend_stages: int = 1
+    part_tokens: int = 128
+    max_parts: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeStepShape:
+    """The widths of a model: all of them are numbers of elements."""
+
+    hidden_size: int
+    ffn_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class DecodeStepLaunch:
+    """One launch; `macros` come on top of SCALAR and HEAD_SIZE."""
+
+    macros: dict[str, int]
+    grid: tuple[int]
+    block: int
+    shared_bytes: int
+    tile_inputs: int
+    max_parts: int
+    part_tokens: int
+
+
+def decode_step_launch(
+    shape: DecodeStepShape,
+    num_sequences: int,
+    *,
+    num_multiprocessors: int,
+    max_shared_bytes: int,
+    tuning: DecodeStepTuning | None = None,
+) -> DecodeStepLaunch | None:
+    """The launch for `num_sequences` sequences of one token each, None where the kernel cannot do
+    the model. max_shared_bytes: what a block can have.
+
+    Types and compute capability are the caller's to look at: 16 bits all of them, and 9.0.
+    """
+    tuning = tuning or DecodeStepTuning()
+    if not 1 <= num_sequences <= MAX_SEQUENCES:
+        return None
+    widths = (shape.hidden_size, shape.ffn_size, shape.q_size)
+    heads_per_group = shape.num_heads // shape.num_kv_heads
+    if any(n % 32 for n in widths) or shape.head_size % 16 or shape.head_size > 256:
+        return None
+    if heads_per_group > _MAX_HEADS_PER_GROUP:
+        return None
+    # All inputs in one tile where they fit beside the ring, else in several, which a block can do
+    # whose sums of all its outputs are kept meanwhile.
+    padded = -(-shape.hidden_size // STAGE_INPUTS) * STAGE_INPUTS
+    fixed = 16 + partial_bytes(num_sequences) + 2 * shape.hidden_size + _STATIC_BYTES
+    attention = attention_bytes(shape.head_size, heads_per_group, tuning.attend_stages)
+    units = -(-shape.hidden_size // _UNIT_ROWS)
+    can_tile = -(-units // num_multiprocessors) <= group_units(num_sequences)
+    best: tuple[int, int, int] | None = None
+    tile = -(-max(widths) // STAGE_INPUTS) * STAGE_INPUTS
+    while tile >= padded:
+        work = max(attention, num_sequences * 2 * (min(tile, _padded(max(widths))) + 32))
+        stages = (max_shared_bytes - fixed - work) // (_STAGE_BYTES + 16)
+        stages = min(stages, tuning.ring_stages or _MAX_STAGES)
+        is_enough = stages >= _MIN_STAGES and (tile >= max(widths) or can_tile)
+        if is_enough and (best is None or stages > best[1]):
+            best = (tile, stages, work)
+        tile -= STAGE_INPUTS
+    if best is None:
+        return None
+    tile_inputs, stages, work = best
+    items = num_sequences * shape.num_kv_heads
+    max_parts = tuning.max_parts or max(1, min(MAX_PARTS, num_multiprocessors // items))
+    return DecodeStepLaunch(
+        macros={
+            "SEQUENCES": num_sequences,
+            "RING_STAGES": stages,
+            "STAGES": tuning.attend_stages,
+            "MAX_NORM_INPUTS": shape.hidden_size,
+        },
+        grid=(num_multiprocessors,),
+        block=BLOCK_THREADS,
+        shared_bytes=stages * (_STAGE_BYTES + 16)
+        + partial_bytes(num_sequences)
+        + 2 * shape.hidden_size
+        + work,
+        tile_inputs=tile_inputs,
+        max_parts=max_parts,
+        part_tokens=tuning.part_tokens,
+    )
+
+
+def group_units(num_sequences: int) -> int:
+    """GROUP_UNITS of decode_step_products.cuh."""
+    return 16 if num_sequences <= 2 else 8 if num_sequences <= 4 else 4
+
+
+def partial_bytes(num_sequences: int) -> int:
+    """PARTIAL_BYTES of decode_step_products.cuh."""
+    return 2 * 4 * group_units(num_sequences) * _USER_WARPS * num_sequences * _UNIT_ROWS
+
+
+def attention_bytes(head_size: int, heads_per_group: int, stages: int) -> int:
+    """Shared memory of StepTiles in decode_step_attention.cuh."""
+    chunks = head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number of them
+    row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
+    tiles = _USER_WARPS * stages * 2 * 16 * row_bytes
+    sums = _USER_WARPS * heads_per_group * head_size * 4
+    return 16 * row_bytes + 4 * head_size + _USER_WARPS * 16 * 2 * 4 + max(tiles, sums)
+
+
+def _padded(num_inputs: int) -> int:
+    return -(-num_inputs // 64) * 64
+
+
+def part_shapes(
+    shape: DecodeStepShape, launch: DecodeStepLaunch, num_sequences: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of part_values and part_states, float32."""
+    rows = (num_sequences, shape.num_heads, launch.max_parts)
+    return (*rows, shape.head_size), (*rows, 2)

@@ -1,0 +1,269 @@
+"""A whole decode step in one launch, against the ops of the reference one after the other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nanocupy.ops.launch_decode_step import (
+    ENTRY,
+    FILE,
+    LAYER_POINTERS,
+    DecodeStepShape,
+    DecodeStepTuning,
+    decode_step_launch,
+    part_shapes,
+)
+from nanocupy.ops.numpy_ops import NumpyOps
+from tests.kernels.backends import CODES, assert_close
+from tests.ops.cases import DTYPES
+
+EPS = 1e-5
+BLOCK_SIZE = 16
+NUM_MULTIPROCESSORS = 5
+MAX_SHARED = 227 << 10
+
+
+class Model:
+    """Weights, caches and a batch of sequences, as one step finds them."""
+
+    def __init__(self, shape, dtype, kv_lens, *, layers=2, bias=False, qk_norm=False, seed=0):
+        rng = np.random.default_rng(seed)
+        self.shape, self.dtype, self.kv_lens = shape, dtype, np.array(kv_lens, np.int32)
+        d, kv = shape.head_size, shape.num_kv_heads
+        self.count = count = len(kv_lens)
+
+        def normal(*dims, std=1.0):
+            return (rng.standard_normal(dims) * std).astype(dtype)
+
+        def weight(rows, columns):
+            return normal(rows, columns, std=columns**-0.5)
+
+        width = -(-max(*kv_lens, 1) // BLOCK_SIZE) + 1
+        blocks = 1 + rng.permutation(count * width).astype(np.int32).reshape(count, width)
+        self.block_tables = blocks
+        cache = (1 + count * width, kv, BLOCK_SIZE, d)
+        self.layers = []
+        for _ in range(layers):
+            qkv = shape.q_size + 2 * kv * d
+            one = {
+                "attn_norm.weight": rng.uniform(0.5, 1.5, shape.hidden_size).astype(dtype),
+                "qkv.weight": weight(qkv, shape.hidden_size),
+                "qkv.bias": normal(qkv) if bias else None,
+                "q_norm.weight": rng.uniform(0.5, 1.5, d).astype(dtype) if qk_norm else None,
+                "k_norm.weight": rng.uniform(0.5, 1.5, d).astype(dtype) if qk_norm else None,
+                "key_cache": np.full(cache, np.nan, dtype),
+                "value_cache": np.full(cache, np.nan, dtype),
+                "o.weight": weight(shape.hidden_size, shape.q_size),
+                "o.bias": normal(shape.hidden_size) if bias else None,
+                "ffn_norm.weight": rng.uniform(0.5, 1.5, shape.hidden_size).astype(dtype),
+                "gate_up.weight": weight(2 * shape.ffn_size, shape.hidden_size),
+                "gate_up.bias": normal(2 * shape.ffn_size) if bias else None,
+                "down.weight": weight(shape.hidden_size, shape.ffn_size),
+                "down.bias": normal(shape.hidden_size) if bias else None,
+            }
+            for b, length in enumerate(kv_lens):  # what was before; the rest is poison
+                for p in range(length - 1):
+                    at = (blocks[b, p // BLOCK_SIZE], slice(None), p % BLOCK_SIZE)
+                    one["key_cache"][at] = normal(kv, d)
+                    one["value_cache"][at] = normal(kv, d)
+            self.layers.append(one)
+        self.final_norm = rng.uniform(0.5, 1.5, shape.hidden_size).astype(dtype)
+        self.head = weight(shape.vocab_size, shape.hidden_size)
+        self.x = normal(count, shape.hidden_size)
+        angles = rng.uniform(0, 6, (count, d // 2))
+        self.rope = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+        newest = np.maximum(self.kv_lens - 1, 0)
+        self.slots = np.where(
+            self.kv_lens > 0,
+            blocks[np.arange(count), newest // BLOCK_SIZE] * BLOCK_SIZE + newest % BLOCK_SIZE, 0,
+        ).astype(np.int32)  # fmt: skip
+
+    def reference(self):
+        """(logits, x, caches) of the step, by the ops in float64 with the interface's roundings."""
+        ops, s, n = NumpyOps(np.float64), self.shape, self.count
+        x = self.x.copy()
+        d, dtype = s.head_size, self.dtype
+        caches = []
+        for w in self.layers:
+            qkv = np.empty((n, s.q_size + 2 * s.num_kv_heads * d), dtype)
+            ops.norm_linear(x, w["attn_norm.weight"], EPS, w["qkv.weight"], w["qkv.bias"], qkv)
+            attended = np.zeros((n, s.num_heads, d), dtype)
+            keys, values = w["key_cache"].copy(), w["value_cache"].copy()
+            ops.attend(
+                qkv, w["q_norm.weight"], w["k_norm.weight"], EPS, self.rope, self.slots, keys,
+                values, np.arange(n + 1, dtype=np.int32), self.kv_lens, self.block_tables,
+                d**-0.5, 1, 0, np.empty_like(attended), attended,
+            )  # fmt: skip
+            caches.append((keys, values))
+            ops.linear_add(attended.reshape(n, -1), w["o.weight"], w["o.bias"], x)
+            activated = np.empty((n, s.ffn_size), dtype)
+            ops.norm_swiglu(
+                x, w["ffn_norm.weight"], EPS, w["gate_up.weight"], w["gate_up.bias"], activated
+            )
+            ops.linear_add(activated, w["down.weight"], w["down.bias"], x)
+        logits = np.empty((n, s.vocab_size))
+        ops.lm_head(x, np.arange(n, dtype=np.int32), self.final_norm, EPS, self.head, logits)
+        return logits, x, caches
+
+    def launch(self, backend, tuning=None, num_multiprocessors=NUM_MULTIPROCESSORS):
+        """(logits, x, caches) of one launch. The caches are copies."""
+        s, n, d = self.shape, self.count, self.shape.head_size
+        launch = decode_step_launch(
+            s, n, num_multiprocessors=num_multiprocessors, max_shared_bytes=MAX_SHARED,
+            tuning=tuning,
+        )  # fmt: skip
+        assert launch is not None
+        values, states = part_shapes(s, launch, n)
+        poison = {
+            "qkv": np.full((n, s.q_size + 2 * s.num_kv_heads * d), np.nan, self.dtype),
+            "attended": np.full((n, s.q_size), np.nan, self.dtype),
+            "activated": np.full((n, s.ffn_size), np.nan, self.dtype),
+            "part_values": np.full(values, np.nan, np.float32),
+            "part_states": np.full(states, np.nan, np.float32),
+            "logits": np.full((n, s.vocab_size), np.nan, np.float32),
+            "barrier": np.zeros(1, np.uint32),
+        }
+        i32 = np.int32
+        numbers = (
+            np.float32(EPS), np.float32(d**-0.5), i32(len(self.layers)), i32(s.hidden_size),
+            i32(s.ffn_size), i32(s.vocab_size), i32(s.num_kv_heads),
+            i32(s.num_heads // s.num_kv_heads), i32(BLOCK_SIZE), i32(self.block_tables.shape[1]),
+            i32(launch.tile_inputs), i32(launch.max_parts), i32(launch.part_tokens),
+        )  # fmt: skip
+        macros = {"SCALAR": CODES[self.dtype.name], "HEAD_SIZE": d, **launch.macros}
+        return backend.run_step(self, launch, poison, numbers, macros)
+
+
+class ShimStep:
+    """On the shim, pointers in the table are those of the arrays themselves."""
+
+    def __init__(self, order=0, source=None):
+        self.order, self.source = order, source
+
+    def run_step(self, model, launch, poison, numbers, macros):
+        from tests.shim.driver import host_kernel
+
+        layers = [dict(one) for one in model.layers]
+        for one in layers:
+            for name in ("key_cache", "value_cache"):
+                one[name] = one[name].copy()
+        table = np.array(
+            [[0 if one[n] is None else one[n].ctypes.data for n in LAYER_POINTERS]
+             for one in layers], np.uint64,
+        )  # fmt: skip
+        x = model.x.copy()
+        kernel = host_kernel(FILE, ENTRY, source=self.source, **macros)
+        kernel(
+            launch.grid, launch.block, table, model.final_norm, model.head, model.rope,
+            model.slots, model.kv_lens, model.block_tables, x, *poison.values(), *numbers,
+            shared_bytes=launch.shared_bytes, order=self.order, resident=True,
+        )  # fmt: skip
+        caches = [(one["key_cache"], one["value_cache"]) for one in layers]
+        return poison["logits"], x, caches
+
+
+class GpuStep:
+    def __init__(self):
+        import cupy
+
+        from nanocupy.cuda.kernels import KernelLoader
+
+        self.cupy, self.loader = cupy, KernelLoader(0)
+
+    def run_step(self, model, launch, poison, numbers, macros):
+        cupy = self.cupy
+        keep = [
+            {name: None if a is None else cupy.asarray(a) for name, a in one.items()}
+            for one in model.layers
+        ]
+        table = cupy.asarray(np.array(
+            [[0 if one[n] is None else one[n].data.ptr for n in LAYER_POINTERS] for one in keep],
+            np.uint64,
+        ))  # fmt: skip
+        inputs = [
+            cupy.asarray(a)
+            for a in (model.final_norm, model.head, model.rope, model.slots, model.kv_lens,
+                      model.block_tables, model.x, *poison.values())
+        ]  # fmt: skip
+        kernel = self.loader.get(FILE, ENTRY, **macros)
+        kernel.launch(launch.grid, (launch.block,), (table, *inputs, *numbers), launch.shared_bytes)
+        cupy.cuda.runtime.deviceSynchronize()
+        caches = [tuple(cupy.asnumpy(one[n]) for n in ("key_cache", "value_cache")) for one in keep]
+        names = ["final_norm", "head", "rope", "slots", "kv_lens", "block_tables", "x", *poison]
+        back = dict(zip(names, inputs, strict=True))
+        return cupy.asnumpy(back["logits"]), cupy.asnumpy(back["x"]), caches
+
+
+@pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
+def step_backend(request):
+    from tests.shim import build
+
+    if request.param == "gpu":
+        return GpuStep()
+    if build.compiler() is None:
+        pytest.skip(build.MISSING)
+    return ShimStep()
+
+
+def check(model, result, tolerance=3.2e-2):
+    """A layer's roundings add up: the tolerance is twice that of one op."""
+    logits, x, caches = result
+    wanted, wanted_x, wanted_caches = model.reference()
+    used = model.kv_lens > 0
+    if model.dtype == np.float16:
+        tolerance = 6e-3
+    assert_close(
+        x[used].astype(np.float32), wanted_x[used].astype(np.float64), "x", None, tolerance
+    )
+    assert_close(logits[used], wanted[used], "logits", None, tolerance)
+    for (keys, values), (wanted_keys, wanted_values) in zip(caches, wanted_caches, strict=True):
+        for got, expected in ((keys, wanted_keys), (values, wanted_values)):
+            got, expected = got.astype(np.float64), expected.astype(np.float64)
+            same = np.isnan(got) == np.isnan(expected)
+            same[0] = True  # the null block
+            assert same.all(), "the cache was written where it must not be"
+            known = ~np.isnan(expected)
+            known[0] = False
+            assert np.abs(got[known] - expected[known]).max(initial=0) < 8 * tolerance
+
+
+SMALL = DecodeStepShape(64, 96, 200, 4, 2, 16)
+CASES = {
+    "one": SimpleNamespace(shape=SMALL, kv_lens=[5]),
+    "first token": SimpleNamespace(shape=SMALL, kv_lens=[1]),
+    "two, norms of q and k": SimpleNamespace(shape=SMALL, kv_lens=[17, 1], qk_norm=True),
+    "biases, an odd vocabulary": SimpleNamespace(
+        shape=DecodeStepShape(96, 160, 77, 6, 2, 32), kv_lens=[40], bias=True
+    ),
+    "a free place": SimpleNamespace(shape=SMALL, kv_lens=[3, 0, 33]),
+    "eight": SimpleNamespace(
+        shape=DecodeStepShape(128, 64, 100, 4, 1, 32), kv_lens=[1, 16, 17, 100, 31, 32, 33, 64]
+    ),
+    "several parts": SimpleNamespace(shape=SMALL, kv_lens=[300], parts=3),
+    "parts of two": SimpleNamespace(shape=SMALL, kv_lens=[260, 60], parts=2),
+    "inputs beyond a stage": SimpleNamespace(
+        shape=DecodeStepShape(64, 1504, 64, 2, 2, 16), kv_lens=[20]
+    ),
+    "more items than blocks": SimpleNamespace(
+        shape=DecodeStepShape(128, 64, 64, 8, 8, 16), kv_lens=[20, 50]
+    ),
+    "head size 80": SimpleNamespace(
+        shape=DecodeStepShape(64, 64, 64, 4, 2, 80), kv_lens=[50, 7], qk_norm=True
+    ),
+}
+
+
+def make(case, dtype):
+    options = {n: getattr(case, n) for n in ("bias", "qk_norm") if hasattr(case, n)}
+    tuning = DecodeStepTuning(max_parts=case.parts) if hasattr(case, "parts") else None
+    return Model(case.shape, DTYPES[dtype], case.kv_lens, **options), tuning
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_its_ops(step_backend, name, dtype) -> None:
+    model, tuning = make(CASES[name], dtype)
+    check(model, model.launch(step_backend, tuning))

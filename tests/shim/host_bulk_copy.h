@@ -1,0 +1,104 @@
+// Barriers that count bytes, and their copies, on the host: a copy poisons its target when it starts
+// and lands when somebody waits for its barrier.
+//
+// A barrier's 8 bytes: arrivals of a phase, those still to come, the phase, bytes still to land.
+#pragma once
+
+#define HAS_BULK_COPY (!FORCE_PLAIN)
+
+namespace shim {
+
+struct BytesBarrier {
+    uint8_t arrivals, pending, parity, is_made;
+    int32_t bytes;
+};
+
+struct BulkCopy {
+    Block* owner;
+    char* to;
+    const char* from;
+    int num_bytes;
+    BytesBarrier* barrier;
+};
+
+constexpr int MAX_BULK_COPIES = 1 << 14;
+static BulkCopy bulk_copies[MAX_BULK_COPIES];
+static int num_bulk_copies;
+
+inline BytesBarrier* bytes_barrier(uint64_t* p, int line) {
+    static_assert(sizeof(BytesBarrier) == 8, "a barrier has 8 bytes");
+    if (!in_shared(p, 8)) fail("line %d: a barrier not in shared memory", line);
+    auto* barrier = reinterpret_cast<BytesBarrier*>(p);
+    if (barrier->is_made != 0x5a) fail("line %d: a barrier that was not made", line);
+    return barrier;
+}
+
+inline void end_phase_if_complete(BytesBarrier* barrier) {
+    if (barrier->pending || barrier->bytes) return;
+    barrier->parity ^= 1;
+    barrier->pending = barrier->arrivals;
+}
+
+inline void arrive_at_bytes(uint64_t* p, int num_bytes, int line) {
+    BytesBarrier* barrier = bytes_barrier(p, line);
+    if (!barrier->pending) fail("line %d: more arrivals than the barrier has", line);
+    barrier->bytes += num_bytes;
+    --barrier->pending;
+    end_phase_if_complete(barrier);
+}
+
+inline void land_bulk_copies(BytesBarrier* barrier) {
+    int kept = 0;
+    for (int i = 0; i < num_bulk_copies; ++i) {
+        const BulkCopy copy = bulk_copies[i];
+        // A phase counts the bytes of copies that come before their announcement too, but here the
+        // announcement comes first: what lands without one is a mistake of the kernel.
+        if (copy.owner != block || copy.barrier != barrier) {
+            bulk_copies[kept++] = copy;
+            continue;
+        }
+        if (barrier->bytes < copy.num_bytes) fail("more bytes land than were announced");
+        memcpy(copy.to, copy.from, copy.num_bytes);
+        barrier->bytes -= copy.num_bytes;
+        end_phase_if_complete(barrier);
+    }
+    num_bulk_copies = kept;
+}
+
+}  // namespace shim
+
+inline void mbarrier_init(uint64_t* p, int arrivals, CALLER) {
+    if (!shim::in_shared(p, 8)) shim::fail("line %d: a barrier not in shared memory", line);
+    if (arrivals < 1 || arrivals > 255) shim::fail("line %d: %d arrivals", line, arrivals);
+    const shim::BytesBarrier made = {uint8_t(arrivals), uint8_t(arrivals), 0, 0x5a, 0};
+    memcpy(static_cast<void*>(p), &made, 8);
+    int kept = 0;  // what a launch that failed has left
+    for (int i = 0; i < shim::num_bulk_copies; ++i) {
+        const shim::BulkCopy copy = shim::bulk_copies[i];
+        if (copy.owner != shim::block || (void*)copy.barrier != p) shim::bulk_copies[kept++] = copy;
+    }
+    shim::num_bulk_copies = kept;
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(uint64_t* p, CALLER) { shim::arrive_at_bytes(p, 0, line); }
+inline void mbarrier_arrive_expecting(uint64_t* p, int num_bytes, CALLER) {
+    shim::arrive_at_bytes(p, num_bytes, line);
+}
+inline void mbarrier_wait(uint64_t* p, uint32_t parity, CALLER) {
+    shim::BytesBarrier* barrier = shim::bytes_barrier(p, line);
+    while (barrier->parity == parity) {
+        shim::land_bulk_copies(barrier);
+        if (barrier->parity == parity) shim::pause();
+    }
+}
+inline void copy_bulk(void* to, const void* from, int num_bytes, uint64_t* p, CALLER) {
+    shim::BytesBarrier* barrier = shim::bytes_barrier(p, line);
+    if (!is_aligned_16(to) || !is_aligned_16(from) || num_bytes % 16 || num_bytes <= 0) {
+        shim::fail("line %d: a bulk copy not in units of 16", line);
+    }
+    if (!shim::in_shared(to, num_bytes)) shim::fail("line %d: not into shared memory", line);
+    if (shim::num_bulk_copies == shim::MAX_BULK_COPIES) shim::fail("line %d: too many", line);
+    memset(to, 0xff, num_bytes);
+    shim::bulk_copies[shim::num_bulk_copies++] = {
+        shim::block, static_cast<char*>(to), static_cast<const char*>(from), num_bytes, barrier};
+}
