@@ -64,7 +64,8 @@ __device__ __forceinline__ void grid_barrier(uint32_t* counter) {
 // barrier       uint32 [1], 0 before the first launch, then left as it is
 // widths D, F, H * d multiples of 32, H / G at most 16; tile_inputs a multiple of 1024, at least D;
 //   where it is less than H * d or F, a block has GROUP_UNITS units of D outputs at most
-// REF: numpy_ops: norm_linear, attend, linear_add, norm_swiglu, linear_add for every layer, lm_head
+// REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
+//   numpy_ops.linear_add for every layer, then numpy_ops.lm_head
 // COST: bytes of all weights, and of the contexts' keys and values; 2 flops a weight and token
 extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
     const uint64_t* layers, const scalar_t* final_norm, const scalar_t* head, const float* rope,
