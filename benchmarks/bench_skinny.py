@@ -3,13 +3,13 @@
     python -m benchmarks.bench_skinny [--rows 16,32,64,128] [--shape qwen3-0.6b] [--only TEXT]
         [--layer-only] [--compile]
 
-First a table of matrices. Each column of a build is the product alone, as it runs in a step:
-launches of a captured graph that may each start before the one before has ended. "op" is what the
-ops make of it, with the norm's kernel; "cublas" the product alone; "op old" the norm, cuBLAS and
-what follows. Then a table of layers: their four products in a row, norms included, each reading
-what the one before wrote. Matrices take turns over a gigabyte, so that none is in L2; every build
-is checked against float64 on sampled outputs, and overlapped launches against single ones, bit by
-bit, before they are timed. `--compile` fills the cache of kernels and needs no GPU.
+First a table of matrices. Each column of a build is the op, its norm included, as it runs in a
+step: launches of a captured graph that may each start before the one before has ended. "cublas" is
+the product alone; "old" the op of norm, cuBLAS and what follows. Then a table of layers: their four
+products in a row, each reading what the one before wrote. Matrices take turns over a gigabyte, so
+that none is in L2; every build is checked against float64 on sampled outputs, and overlapped
+launches against single ones, bit by bit, before they are timed. `--compile` fills the cache of
+kernels and needs no GPU.
 """
 
 from __future__ import annotations
@@ -31,12 +31,6 @@ from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, workspace_plan
 from nanocupy.ops.launch_skinny import FILE, SkinnyLaunch, SkinnyTuning, plan_skinny
 
 DTYPE = "bfloat16"
-ENTRIES = {
-    "norm_linear": "skinny_linear",
-    "linear_add": "skinny_linear_add",
-    "norm_swiglu": "skinny_swiglu",
-    "lm_head": "skinny_logits",
-}
 DEFAULT = SkinnyTuning(max_rows=128)
 NEVER = SkinnyTuning(max_rows=0)
 VARIANTS = {
@@ -55,6 +49,7 @@ VARIANTS = {
     "warps k1": replace(DEFAULT, warps_k=1),
     "warps m1": replace(DEFAULT, warps_m=1),
     "warps m2": replace(DEFAULT, warps_m=2),
+    "apart": replace(DEFAULT, fold_norm=False),
     "3 blocks": replace(DEFAULT, resident_blocks=3),
 }
 H100 = 132, 227 << 10  # multiprocessors, shared memory: what --compile plans for
@@ -65,7 +60,7 @@ def plan_of(
 ) -> SkinnyLaunch:
     return plan_skinny(
         product.outputs, product.inputs, rows, card[0], pairs=product.pairs,
-        max_shared_bytes=card[1], tuning=tuning,
+        norm=product.op.startswith("norm"), max_shared_bytes=card[1], tuning=tuning,
     )  # fmt: skip
 
 
@@ -156,28 +151,6 @@ class Skinny:
             bench.microseconds(lambda i: start(matrices[i % len(matrices)]), guess)
         )
 
-    def product_us(self, product: Product, tuning: SkinnyTuning) -> float:
-        """Of the product alone."""
-        bench, cupy = self.bench, self.bench.cupy
-        x, _, before = self.buffers(product)
-        device_x, out = cupy.asarray(x), cupy.asarray(before)
-        plan = plan_of(product, self.rows, tuning, self.card)
-        kernel = bench.loader.get(
-            FILE, ENTRIES[product.op], SCALAR=CODES[DTYPE], **plan.macros
-        )  # fmt: skip
-        matrices = bench.matrices(product)
-        bias = () if product.op == "lm_head" else (None,)
-        sizes = [np.int32(n) for n in (self.rows, product.outputs, product.inputs)]
-
-        def start(i: int) -> None:
-            kernel.launch(
-                plan.grid, (plan.block,), (device_x, matrices[i % len(matrices)], *bias, out,
-                *sizes), plan.shared_bytes, bench.stream, cluster=plan.cluster,
-                overlap_previous=True,
-            )  # fmt: skip
-
-        return statistics.median(bench.microseconds(start, 2 + matrices[0].nbytes / 3e6))
-
     # --------------------------------------------------------------- layers
 
     def layer_us(self, tuning: SkinnyTuning) -> float:
@@ -257,7 +230,7 @@ def cell(value: float | str) -> str:
 
 
 def matrices_table(bench: Bench, skinny: Skinny, variants: dict[str, SkinnyTuning]) -> None:
-    names = ["cublas", "op old", "op", *variants]
+    names = ["cublas", "old", *variants]
     print(f"{skinny.model}, {skinny.rows} tokens, us")
     print(f"{'weights':22s} {'MB':>6s} {'GB/s':>5s}" + "".join(f"{name:>9s}" for name in names))
     for product in products_of(skinny.model):
@@ -265,13 +238,12 @@ def matrices_table(bench: Bench, skinny: Skinny, variants: dict[str, SkinnyTunin
         times = [
             attempt(lambda p=product: bench.cublas_us(p, skinny.rows)),
             attempt(lambda p=product: skinny.op_us(p, NEVER)),
-            attempt(lambda p=product: skinny.op_us(p, DEFAULT)),
             *(
-                attempt(lambda p=product, t=tuning: skinny.product_us(p, t))
+                attempt(lambda p=product, t=tuning: skinny.op_us(p, t))
                 for tuning in variants.values()
             ),
         ]
-        best = min((t for t in times[3:] if isinstance(t, float)), default=float("inf"))
+        best = min((t for t in times[2:] if isinstance(t, float)), default=float("inf"))
         print(
             f"{product.label:22s} {num_bytes / 1e6:6.1f} {num_bytes / best / 1e3:5.0f}"
             + "".join(map(cell, times)),
@@ -303,9 +275,8 @@ def main() -> None:
     rows_list = [int(part) for part in args.rows.split(",")]
     models = args.shape or ["qwen3-0.6b", "llama-3.2-1b"]
     variants = {name: t for name, t in VARIANTS.items() if args.only in name}
-    wanted = {"default": DEFAULT, **variants}
     if args.compile:
-        builds = builds_of(models, rows_list, wanted, H100)
+        builds = builds_of(models, rows_list, variants, H100)
         builds.append(("norm.cu", {"SCALAR": CODES[DTYPE]}))
         builds.append(("activation.cu", {"SCALAR": CODES[DTYPE]}))
         compiler = Compiler()
@@ -314,7 +285,7 @@ def main() -> None:
         return
     bench = Bench(DTYPE)
     card = bench.loader.num_multiprocessors, bench.loader.max_shared_bytes
-    bench.loader.prefetch(builds_of(models, rows_list, wanted, card))
+    bench.loader.prefetch(builds_of(models, rows_list, variants, card))
     read = bench.pool.nbytes / bench.read_us(bench.pool.nbytes) / 1e3
     print(f"{bench.name}, {DTYPE}, streaming read {read:.0f} GB/s")
     for model in models:

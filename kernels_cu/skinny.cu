@@ -1,31 +1,35 @@
 // Products of 9 to 128 tokens on tensor cores, with what follows folded in: bias, residual, SwiGLU,
-// float32 logits. The norm before is a kernel of its own (norm.cu). See skinny.cuh for the macros
-// TOKENS, OUT_TILE, WARPS_N, WARPS_M, WARPS_K, K_STEP, STAGES, INPUTS_STAY, MIN_BLOCKS.
+// float32 logits; the norm before is a kernel of its own (norm.cu), or folded in. skinny_parts.cuh has
+// the macros TOKENS, OUT_TILE, WARPS_N, WARPS_M, WARPS_K, K_STEP, STAGES, INPUTS_STAY, NORM_INPUTS and
+// MIN_BLOCKS.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.
 #include "skinny.cuh"
 
-// skinny_linear: out = x @ weight.T + bias, of num_rows tokens
+// skinny_linear: out = x @ weight.T + bias, of num_rows tokens; x is rms_norm(x) with NORM_INPUTS
 // grid any multiple of the cluster up to a cluster for each tile of weights, and just that with
 // clusters above 1, which exist from 9.0: 2, 4, 8 blocks along x, at most K / K_STEP up
 // block 32 * WARPS_N * WARPS_M * WARPS_K; shared 128 + 8 * OUT_TILE * WARPS_K * cluster * (TOKENS / 2 /
 // cluster up) + 2 * K_STEP * (OUT_TILE, and TOKENS unless INPUTS_STAY) * (STAGES, or the block's
-// steps if fewer) + with INPUTS_STAY 2 * K_STEP * TOKENS * (K / K_STEP up / cluster up)
+// steps if fewer) + with INPUTS_STAY 2 * K_STEP * TOKENS * (K / K_STEP up / cluster up) + with
+// NORM_INPUTS 2 * K_STEP * (K / K_STEP up / cluster up) + (128 + 4 * TOKENS * cluster, up to 128s)
 // x       scalar_t [num_rows, K], 1 to TOKENS rows
+// norm_weight  scalar_t [K] with NORM_INPUTS, else, like eps, not read
 // weight  scalar_t [R, K]
 // bias    scalar_t [R], or null
 // out     scalar_t [num_rows, R], no part of the inputs
-// K a multiple of 8, x and weight aligned to 16 bytes, any R; 16-bit types; all from 1. x may come
+// K a multiple of 8; x, norm_weight and weight aligned to 16 bytes, any R; 16-bit types; all from 1. x may come
 // from the kernel before, weights may not.
 // REF: numpy_ops.norm_linear
 // COST: (R * K + R) * sizeof(scalar_t) bytes, and 2 * num_rows * R * K flops
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MIN_BLOCKS) skinny_linear(
-    const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out,
-    int32_t num_rows, int32_t R, int32_t K) {
+    const scalar_t* x, const scalar_t* norm_weight, float eps, const scalar_t* weight,
+    const scalar_t* bias, scalar_t* out, int32_t num_rows, int32_t R, int32_t K) {
     grid_dependency_launch();
 #if SKINNY_ON_TENSOR_CORES
-    run_skinny<false>(SkinnyMatrix{x, weight, num_rows, R, K}, StoreLinear{bias, out, R});
+    run_skinny<false>(
+        SkinnyMatrix{x, weight, num_rows, R, K, norm_weight, eps}, StoreLinear{bias, out, R});
 #endif
 }
 
@@ -49,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MIN_BLOCKS) skinny_l
 
 // skinny_swiglu: out = silu(gate) * up, [gate | up] = x @ weight.T + bias, of num_rows tokens
 // grid, block, cluster, shared memory as skinny_linear; a tile is OUT_TILE / 2 outputs
-// x       scalar_t [num_rows, K]
+// x       scalar_t [num_rows, K]; norm_weight, eps as there
 // weight  scalar_t [2 F, K]: rows of gate, then of up
 // bias    scalar_t [2 F], or null
 // out     scalar_t [num_rows, F], no part of the inputs
@@ -57,11 +61,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MIN_BLOCKS) skinny_l
 // REF: numpy_ops.norm_swiglu
 // COST: 2 * (F * K + F) * sizeof(scalar_t) bytes, and 4 * num_rows * F * K flops
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, MIN_BLOCKS) skinny_swiglu(
-    const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out,
-    int32_t num_rows, int32_t F, int32_t K) {
+    const scalar_t* x, const scalar_t* norm_weight, float eps, const scalar_t* weight,
+    const scalar_t* bias, scalar_t* out, int32_t num_rows, int32_t F, int32_t K) {
     grid_dependency_launch();
 #if SKINNY_ON_TENSOR_CORES
-    run_skinny<true>(SkinnyMatrix{x, weight, num_rows, F, K}, StoreSwiglu{bias, out, F});
+    run_skinny<true>(
+        SkinnyMatrix{x, weight, num_rows, F, K, norm_weight, eps}, StoreSwiglu{bias, out, F});
 #endif
 }
 

@@ -1,8 +1,8 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
-Up to 8 rows take kernels with everything folded in; some more take tensor-core kernels with all but
-the norm; still more take cuBLAS between a norm before and what follows. The rounding points are the
-same.
+Up to 8 rows take kernels with everything folded in; some more take tensor-core kernels with all or
+all but the norm; still more take cuBLAS between a norm before and what follows. The rounding points
+are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import FILE as SKINNY
-from nanocupy.ops.launch_skinny import plan_skinny, uses_skinny
+from nanocupy.ops.launch_skinny import SkinnyLaunch, plan_skinny, uses_skinny
 
 _i32, _f32 = np.int32, np.float32
 
@@ -33,20 +33,20 @@ class ProductOps(CudaLauncher):
                 "norm_linear_rows", num_rows, *weight.shape, x, norm_weight, _f32(eps), weight,
                 bias, out,
             )  # fmt: skip
+        elif self._is_skinny(x):
+            self._skinny_normed("skinny_linear", x, norm_weight, eps, weight, bias, out)
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            if self._is_skinny(normed):
-                self._skinny("skinny_linear", normed, weight, bias, out)
-            else:
-                self._product_with_bias(normed, weight, bias, out)
+            self._product_with_bias(normed, weight, bias, out)
 
     def linear_add(self, x, weight, bias, residual) -> None:
         num_rows = len(x)
         if 0 < num_rows <= MAX_ROWS:
             self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
         elif self._is_skinny(x):
-            self._skinny("skinny_linear_add", x, weight, bias, residual)
+            plan = self._skinny_plan(x, residual)
+            self._skinny("skinny_linear_add", plan, x, weight, bias, residual)
         elif num_rows and bias is None:
             self._matmul(x, weight, residual, 1.0)
         elif num_rows:
@@ -65,12 +65,11 @@ class ProductOps(CudaLauncher):
                 "norm_swiglu_rows", num_rows, width, x.shape[1], x, norm_weight, _f32(eps),
                 weight, bias, out, pairs=True,
             )  # fmt: skip
+        elif self._is_skinny(x):
+            self._skinny_normed("skinny_swiglu", x, norm_weight, eps, weight, bias, out)
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            if self._is_skinny(normed):
-                self._skinny("skinny_swiglu", normed, weight, bias, out)
-                return
             gate_up = self._workspace("gate_up", num_rows, 2 * width)
             self._product_with_bias(normed, weight, bias, gate_up)
             self._launch(
@@ -89,7 +88,8 @@ class ProductOps(CudaLauncher):
             normed = self._workspace("head_rows", num_rows, x.shape[1])
             self._norm_rows(x, rows, norm_weight, eps, normed)
             if self._is_skinny(normed):
-                self._skinny("skinny_logits", normed, weight, out)
+                plan = self._skinny_plan(normed, out)
+                self._skinny("skinny_logits", plan, normed, weight, out)
             else:
                 self._matmul(normed, weight, out, 0.0)
 
@@ -122,14 +122,30 @@ class ProductOps(CudaLauncher):
             force_plain=self._traits.force_plain, tuning=self._skinny_tuning,
         )  # fmt: skip
 
-    def _skinny(self, entry: str, x: Array, *args: Any) -> None:
+    def _skinny_plan(self, x: Array, out: Array, **how: bool) -> SkinnyLaunch:
+        (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+        return plan_skinny(
+            num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
+            clusters=self._traits.compute_capability >= (9, 0),
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._skinny_tuning, **how,
+        )  # fmt: skip
+
+    def _skinny_normed(
+        self, entry: str, x: Array, norm_weight: Array, eps: float, weight: Array,
+        bias: Array | None, out: Array,
+    ) -> None:  # fmt: skip
+        """A product of rms_norm(x), which it computes itself where it can."""
+        same = self._sizes.residual_dtype == self._sizes.dtype
+        plan = self._skinny_plan(x, out, norm=same, pairs=entry == "skinny_swiglu")
+        if not plan.folds_norm:
+            normed = self._workspace("normed", *x.shape)
+            self._norm_rows(x, None, norm_weight, eps, normed)
+            x = normed
+        self._skinny(entry, plan, x, norm_weight, _f32(eps), weight, bias, out)
+
+    def _skinny(self, entry: str, plan: SkinnyLaunch, x: Array, *args: Any) -> None:
         """A product of x with what follows it folded in; args end with the array of results."""
         (num_rows, num_inputs), num_outputs = x.shape, args[-1].shape[1]
-        plan = plan_skinny(
-            num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
-            pairs=entry == "skinny_swiglu", clusters=self._traits.compute_capability >= (9, 0),
-            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._skinny_tuning,
-        )  # fmt: skip
         # The residual's type matters to one of them; the others share a module where they can.
         types = self._row_types if entry == "skinny_linear_add" else self._types
         self._launch(

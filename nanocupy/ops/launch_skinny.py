@@ -20,6 +20,7 @@ _MAX_WARPS = 8
 # byte of weights the unit; inputs come from L2, faster.
 _INPUT_COST = 0.5
 _NOMINAL_TOKENS = 32  # the plan does not depend on the batch, nor do a token's sums
+_LEAST_RING_BYTES = 40 << 10  # that a norm folded in leaves: less, and memory waits
 _MERGE_COST = 12 << 10  # a cluster's, beside a block alone
 
 
@@ -32,7 +33,8 @@ class SkinnyTuning:
     share the tokens (1 or 2), and the inputs of a step. k_step: inputs of a step. ring_kb: of
     weights in a block's ring, at most. shared_kb: of a block, unless three steps need more: two
     such fit on a multiprocessor of an H100, so that the next kernel's weights come while one runs.
-    inputs_stay: the inputs lie in shared memory whole. resident_blocks: that a multiprocessor's
+    inputs_stay: the inputs lie in shared memory whole. fold_norm: the norm is computed by the
+    product where the inputs may so lie in shared_kb. resident_blocks: that a multiprocessor's
     registers must hold.
     """
 
@@ -44,7 +46,8 @@ class SkinnyTuning:
     k_step: int | None = None
     ring_kb: int = 64
     shared_kb: int = 112
-    inputs_stay: bool | None = None
+    inputs_stay: bool = False
+    fold_norm: bool = True
     resident_blocks: int | None = None
 
 
@@ -53,13 +56,16 @@ DEFAULT_TUNING = SkinnyTuning()
 
 @dataclass(frozen=True)
 class SkinnyLaunch:
-    """Everything of a launch but its arrays. `macros` come on top of SCALAR and RESIDUAL."""
+    """Everything of a launch but its arrays. `macros` come on top of SCALAR and RESIDUAL.
+
+    folds_norm: the inputs are normalised by this launch; else they must have been."""
 
     macros: dict[str, int]
     grid: tuple[int, ...]
     block: int
     shared_bytes: int
     cluster: int
+    folds_norm: bool
 
 
 def uses_skinny(
@@ -89,13 +95,15 @@ def plan_skinny(
     num_multiprocessors: int,
     *,
     pairs: bool = False,
+    norm: bool = False,
     clusters: bool = True,
     max_shared_bytes: int = 227 << 10,
     tuning: SkinnyTuning = DEFAULT_TUNING,
 ) -> SkinnyLaunch:
     """The launch of a product of `rows` tokens with weights [num_outputs, num_inputs].
 
-    pairs: skinny_swiglu, whose weights have twice num_outputs rows; clusters: the card has them;
+    pairs: skinny_swiglu, whose weights have twice num_outputs rows; norm: the inputs are to be
+    normalised, which is folded in where it can be; clusters: the card has them;
     max_shared_bytes: what a block can have. num_outputs 0 gives a grid of 0: nothing is to be
     launched. Raises ValueError for what the kernels do not take.
     """
@@ -115,29 +123,54 @@ def plan_skinny(
     blocks = num_tiles * splits if splits > 1 else min(num_tiles, num_multiprocessors)
     steps = -(-num_steps // splits)  # of a block with most, in a tile
     all_steps = steps if splits > 1 else steps * -(-num_tiles // max(1, blocks))
-    inbox = INBOX_HEAD + 8 * tile * warps_k * splits * -(-tokens // 2 // splits)
-    weights, inputs = 2 * k_step * tile, 2 * k_step * tokens  # bytes of a step
-    stay = bool(tuning.inputs_stay)
-    stayed = steps * inputs if stay else 0
-    stage = weights + (0 if stay else inputs)
-
-    def shared_bytes(stages: int) -> int:
-        return inbox + stayed + min(stages, all_steps) * stage
-
+    room = _Room(
+        inbox=INBOX_HEAD + 8 * tile * warps_k * splits * -(-tokens // 2 // splits),
+        weights=2 * k_step * tile, inputs=2 * k_step * tokens, steps=steps, all_steps=all_steps,
+    )  # fmt: skip
+    most = min(max_shared_bytes, tuning.shared_kb << 10)
+    # What the norm needs: its weights, and the squares of all tokens from all blocks.
+    extra = 2 * k_step * steps + -(-(INBOX_HEAD + 4 * tokens * splits) // 128) * 128
+    least = max(3, -(-_LEAST_RING_BYTES // room.weights))
+    fold = norm and tuning.fold_norm and room.bytes(least, True) + extra <= most
+    stay = fold or tuning.inputs_stay
+    extra = extra if fold else 0
     # As many stages as the ring is to have, fewer where two blocks would not fit, two at least.
-    wanted = max(2, (tuning.ring_kb << 10) // weights)
-    room = min(max_shared_bytes, max(tuning.shared_kb << 10, inbox + stayed + 3 * stage))
-    stages = next((n for n in range(wanted, 1, -1) if shared_bytes(n) <= room), None)
+    most = min(max_shared_bytes, max(most, room.bytes(3, stay) + extra))
+    wanted = max(2, (tuning.ring_kb << 10) // room.weights)
+    stages = next((n for n in range(wanted, 1, -1) if room.bytes(n, stay) + extra <= most), None)
     if stages is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")
     resident = tuning.resident_blocks or (2 if tokens <= 64 else 1)
     macros = {
         "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_M": warps_m,
         "WARPS_K": warps_k, "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay),
-        "MIN_BLOCKS": resident,
+        "NORM_INPUTS": int(fold), "MIN_BLOCKS": resident,
     }  # fmt: skip
-    block = 32 * warps_n * warps_m * warps_k
-    return SkinnyLaunch(macros, (blocks,), block, shared_bytes(stages), splits)
+    return SkinnyLaunch(
+        macros,
+        (blocks,),
+        32 * warps_n * warps_m * warps_k,
+        room.bytes(stages, stay) + extra,
+        splits,
+        fold,
+    )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes of shared memory: the inbox, and a step's weights and inputs; steps of a block in a
+    tile, and in all."""
+
+    inbox: int
+    weights: int
+    inputs: int
+    steps: int
+    all_steps: int
+
+    def bytes(self, stages: int, stay: bool) -> int:
+        in_ring = min(stages, self.all_steps)
+        times = self.steps if stay else in_ring
+        return self.inbox + in_ring * self.weights + times * self.inputs
 
 
 def _warps(tile: int, tokens: int, k_step: int, tuning: SkinnyTuning) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ ENTRIES = {
 }
 # Few multiprocessors, so that blocks have several tiles, and a ring that goes round.
 NUM_MULTIPROCESSORS = 3
-SMALL = SkinnyTuning(max_rows=128, out_tile=32, splits=1, ring_kb=24)
+SMALL = SkinnyTuning(max_rows=128, out_tile=32, splits=1, ring_kb=24, fold_norm=False)
 
 
 def normed_input(arguments: dict[str, Any]) -> np.ndarray:
@@ -48,10 +48,12 @@ def launch_op(
     rows, num_outputs = target.shape
     plan = plan_skinny(
         num_outputs, weight.shape[1], rows, num_multiprocessors, pairs=op == "norm_swiglu",
-        tuning=tuning,
+        norm=op.startswith("norm") and arguments["x"].dtype == weight.dtype, tuning=tuning,
     )  # fmt: skip
-    args = [normed_input(arguments), weight]
-    args += [] if op == "lm_head" else [arguments["bias"]]
+    args = [arguments["x"] if plan.folds_norm else normed_input(arguments)]
+    if op.startswith("norm"):
+        args += [arguments["norm_weight"], np.float32(arguments["eps"])]
+    args += [weight] if op == "lm_head" else [weight, arguments["bias"]]
     args += [target, *map(np.int32, (rows, num_outputs, weight.shape[1]))]
     built = {"SCALAR": CODES[weight.dtype.name], **plan.macros, **macros}
     if op == "linear_add" and target.dtype != weight.dtype:

@@ -55,6 +55,9 @@ VARIANTS = [
     Variant("bfloat16", 100, tuning=replace(SMALL, out_tile=128)),
     Variant("bfloat16", 60, tuning=replace(SMALL, out_tile=64, splits=2, warps_m=2)),
     Variant("bfloat16", 128, tuning=replace(SMALL, out_tile=96, splits=2)),
+    Variant("bfloat16", 16, tuning=replace(SMALL, fold_norm=True)),
+    Variant("bfloat16", 31, tuning=replace(SMALL, fold_norm=True, splits=4, out_tile=64)),
+    Variant("float16", 64, tuning=replace(SMALL, fold_norm=True, splits=2, out_tile=48)),
     Variant("float16", 9, wide=True, tuning=replace(SMALL, splits=4, inputs_stay=True)),
     Variant("float16", 32, tuning=replace(SMALL, out_tile=64, warps_k=1)),
     Variant("float16", 64, tuning=replace(SMALL, out_tile=112, splits=2)),
@@ -164,6 +167,24 @@ def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: 
         assert launch.cluster == first.cluster
 
 
+def test_the_norm_is_folded_in_where_the_inputs_have_room() -> None:
+    for outputs, inputs, pairs, rows, folds in (
+        (4096, 1024, False, 32, True),
+        (3072, 1024, True, 32, True),
+        (3072, 2048, False, 32, True),
+        (8192, 2048, True, 32, False),
+        (8192, 2048, True, 9, False),
+        (6144, 4096, False, 16, False),
+    ):
+        launch = plan(outputs, inputs, rows, pairs=pairs, norm=True)
+        assert launch.folds_norm == folds
+        assert launch.macros["NORM_INPUTS"] == folds
+        assert launch.shared_bytes <= DEFAULT_TUNING.shared_kb << 10
+        assert not plan(outputs, inputs, rows, pairs=pairs).folds_norm
+        never = replace(DEFAULT_TUNING, fold_norm=False)
+        assert not plan(outputs, inputs, rows, pairs=pairs, norm=True, tuning=never).folds_norm
+
+
 @pytest.mark.parametrize(
     ("clusters", "shared_kb"), [(False, 163), (False, 99), (True, 227), (True, 99)]
 )
@@ -203,7 +224,7 @@ def test_what_is_taken_and_what_is_refused() -> None:
 def test_the_plan_knows_the_kernels_constants() -> None:
     from tests.shim.build import KERNELS
 
-    text = (KERNELS / "skinny.cuh").read_text()
+    text = (KERNELS / "skinny_parts.cuh").read_text()
     found = re.search(r"constexpr int INBOX_HEAD = (\d+);", text)
     assert found is not None
     assert int(found[1]) == launch_skinny.INBOX_HEAD
@@ -223,7 +244,7 @@ def test_little_spills_on_hopper(rows: int) -> None:
     compiler = Compiler(cache=None, options=("--ptxas-options=-v",))
     for tile in OUT_TILES:
         tuning = replace(DEFAULT_TUNING, out_tile=tile, splits=1)
-        macros = plan(4096, 1024, rows, tuning=tuning).macros
+        macros = plan(4096, 1024, rows, tuning=tuning, norm=tile == 96).macros
         log = compiler.compile("skinny.cu", {"SCALAR": 2, **macros}, arch="90a").log
         found = re.findall(
             r"properties for skinny\w+\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log

@@ -18,8 +18,10 @@ from tests.shim.build import KERNELS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-HEADERS = ("epilogues.cuh", "skinny.cuh")
+HEADERS = ("epilogues.cuh", "skinny_parts.cuh", "skinny_norm.cuh", "skinny.cuh")
 SPLIT = replace(SMALL, splits=4)
+NORM = replace(SMALL, fold_norm=True)
+SPLIT_NORM = replace(NORM, splits=4)
 STAY = replace(SMALL, inputs_stay=True)
 
 
@@ -182,8 +184,8 @@ MUTANTS = [
     ),
     Mutant(
         "sent before all blocks have their inbox",
-        "cluster_wait();  // every block",
-        "// every block",
+        "if (!NORM_INPUTS) cluster_wait();",
+        "",
         tuning=SPLIT,
     ),
     Mutant(
@@ -209,6 +211,60 @@ MUTANTS = [
         "const int source = rank * WARPS_K + WarpSums::warp_k();",
         "const int source = rank + WarpSums::warp_k();",
         tuning=SPLIT,
+    ),
+    Mutant(
+        "normalised before the inputs are there",
+        "cp_async_wait<0>();\n    block_sync();",
+        "block_sync();",
+        tuning=NORM,
+    ),
+    Mutant(
+        "no barrier before the squares",
+        "cp_async_wait<0>();\n    block_sync();",
+        "cp_async_wait<0>();",
+        tuning=NORM,
+    ),
+    Mutant(
+        "squares before all lanes' are there",
+        "warp_sync();  // a warp alone",
+        "// a warp alone",
+        tuning=NORM,
+    ),
+    Mutant(
+        "squares of other ranks not waited for",
+        "wait_for_inbox(inbox);",
+        "",
+        tuning=SPLIT_NORM,
+    ),
+    Mutant(
+        "squares of the own rank alone",
+        "for (int r = 0; r < ranks; ++r) {\n                float squares[2];",
+        "for (int r = 0; r < 1; ++r) {\n                float squares[2];",
+        tuning=SPLIT_NORM,
+    ),
+    Mutant(
+        "squares sent before all blocks have their inbox",
+        "if (share.ranks > 1) cluster_wait();",
+        "",
+        tuning=SPLIT_NORM,
+    ),
+    Mutant(
+        "the norm's weights from the start",
+        "const int input = share.first_step * K_STEP + i * 8;",
+        "const int input = i * 8;",
+        tuning=SPLIT_NORM,
+    ),
+    Mutant(
+        "the norm's weights beyond their end",
+        "const bool valid = input < matrix.num_inputs;\n            cp_async_16_or_zero(weights",
+        "const bool valid = true;\n            cp_async_16_or_zero(weights",
+        tuning=NORM,
+    ),
+    Mutant(
+        "the mean of the own inputs",
+        "/ share.matrix.num_inputs + share.matrix.eps",
+        "/ (share.num_steps * K_STEP) + share.matrix.eps",
+        tuning=SPLIT_NORM,
     ),
     Mutant(
         "inputs that stay, but the first",

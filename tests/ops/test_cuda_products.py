@@ -53,13 +53,21 @@ def launched(
 @pytest.mark.parametrize("op", ENTRIES)
 @pytest.mark.parametrize("rows", [9, 33, 64])
 def test_more_than_eight_rows_take_tensor_cores(op: str, rows: int) -> None:
-    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    """With the norm folded in, but for the head's, which takes some rows."""
+    norm = ["rms_norm_rows"] if op == "lm_head" else []
     assert launched(op, rows, 264) == [*norm, ENTRIES[op]]
+
+
+@pytest.mark.parametrize("op", ["norm_linear", "norm_swiglu"])
+def test_the_norm_apart(op: str) -> None:
+    tuning = SkinnyTuning(fold_norm=False)
+    assert launched(op, 20, 264, skinny_tuning=tuning) == ["rms_norm_rows", ENTRIES[op]]
 
 
 @pytest.mark.parametrize("op", ["norm_linear", "linear_add", "norm_swiglu"])
 def test_a_wide_residual_stream(op: str) -> None:
-    assert launched(op, 12, 264, residual="float32")[-1] == ENTRIES[op]
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    assert launched(op, 12, 264, residual="float32") == [*norm, ENTRIES[op]]
 
 
 @pytest.mark.parametrize("op", ENTRIES)
