@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_ROWS = 8  # tokens; more go to cuBLAS
+MAX_ROWS = 8  # tokens; more go to skinny.cu or cuBLAS
 TILE_STEP = 256  # inputs; TILE_STEP in gemv_input.cuh
 ROW_PAD = 32  # inputs; ROW_PAD in gemv_input.cuh
 MAX_UNIT_ROWS = 8  # rows of weights; in gemv_input.cuh

@@ -130,13 +130,13 @@ def plan_skinny(
     most = min(max_shared_bytes, tuning.shared_kb << 10)
     # What the norm needs: its weights, and the squares of all tokens from all blocks.
     extra = 2 * k_step * steps + -(-(INBOX_HEAD + 4 * tokens * splits) // 128) * 128
-    least = max(3, -(-_LEAST_RING_BYTES // room.weights))
+    wanted = max(2, (tuning.ring_kb << 10) // room.weights)
+    least = min(wanted, max(3, -(-_LEAST_RING_BYTES // room.weights)))
     fold = norm and tuning.fold_norm and room.bytes(least, True) + extra <= most
     stay = fold or tuning.inputs_stay
     extra = extra if fold else 0
     # As many stages as the ring is to have, fewer where two blocks would not fit, two at least.
     most = min(max_shared_bytes, max(most, room.bytes(3, stay) + extra))
-    wanted = max(2, (tuning.ring_kb << 10) // room.weights)
     stages = next((n for n in range(wanted, 1, -1) if room.bytes(n, stay) + extra <= most), None)
     if stages is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")

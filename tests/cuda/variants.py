@@ -114,6 +114,7 @@ VARIANTS = (
             {"SCALAR": BFLOAT16, "TOKENS": 128, "OUT_TILE": 128, "WARPS_N": 8, "WARPS_K": 1},
             {"SCALAR": FLOAT16, "TOKENS": 16, "RESIDUAL": FLOAT32, "INPUTS_STAY": 1},
             {"SCALAR": FLOAT16, "TOKENS": 64, "OUT_TILE": 48, "WARPS_N": 3, "K_STEP": 64},
+            {"SCALAR": BFLOAT16, "TOKENS": 64, "INPUTS_STAY": 1, "NORM_INPUTS": 1},
             {"SCALAR": FLOAT32, "TOKENS": 16},
         ),
     ),
