@@ -50,6 +50,8 @@ VARIANTS = {
     "warps m1": replace(DEFAULT, warps_m=1),
     "warps m2": replace(DEFAULT, warps_m=2),
     "apart": replace(DEFAULT, fold_norm=False),
+    "inside": replace(DEFAULT, inside_tokens=16),
+    "outside": replace(DEFAULT, inside_tokens=256),
     "3 blocks": replace(DEFAULT, resident_blocks=3),
 }
 H100 = 132, 227 << 10  # multiprocessors, shared memory: what --compile plans for

@@ -31,11 +31,13 @@ struct SkinnyMerge {
 
     __device__ __forceinline__ int num_sources() const { return ranks * WARPS_K; }
     __device__ __forceinline__ int slots() const { return (TOKEN_PAIRS + ranks - 1) / ranks; }
-    // A multiple of 128.
+    // That nothing else may have: a multiple of 128.
     __device__ __forceinline__ int num_bytes() const {
-        return INBOX_HEAD + num_sources() * slots() * OUT_TILE * 8;
+        return INBOX_HEAD + (INBOX_INSIDE ? 0 : num_sources() * slots() * OUT_TILE * 8);
     }
-    __device__ __forceinline__ int own_pairs() const { return (num_pairs - rank + ranks - 1) / ranks; }
+    __device__ __forceinline__ int own_pairs() const {
+        return (num_pairs - rank + ranks - 1) / ranks;
+    }
     __device__ __forceinline__ uint32_t expected_bytes() const {
         return num_sources() * own_pairs() * OUT_TILE * 8;
     }
@@ -83,7 +85,8 @@ struct SkinnyFinish {
     typedef SkinnyShare<PAIRS> Share;
     static constexpr int OUTPUTS = Share::OUTPUTS;
     static constexpr int ITEMS = (TOKEN_PAIRS * OUTPUTS + BLOCK_THREADS - 1) / BLOCK_THREADS;
-    static constexpr int EARLY = ITEMS < 4 ? ITEMS : 4;
+    static constexpr int MOST = TOKENS < 128 ? 4 : 2;
+    static constexpr int EARLY = ITEMS < MOST ? ITEMS : MOST;  // registers are few
 
     const Share& share;
     const SkinnyMerge& merge;
@@ -255,8 +258,13 @@ __device__ __forceinline__ void run_skinny(const SkinnyMatrix& matrix, const Epi
             own.multiply(from, INPUTS_STAY ? stayed + step * INPUT_BYTES : from + WEIGHT_BYTES);
             if (++stage == STAGES) stage = 0;
         }
+        if (INBOX_INSIDE) block_sync();  // all sums are made: what they were made of may go
         if (share.ranks > 1) {
-            if (!NORM_INPUTS) cluster_wait();  // every block of the cluster has started, and its inbox
+            if (!NORM_INPUTS) cluster_wait();  // all blocks of the cluster have started
+            if (INBOX_INSIDE) {
+                cluster_arrive();
+                cluster_wait();
+            }
             merge.send(own);
             wait_for_inbox(merge.inbox);
         } else {

@@ -9,6 +9,8 @@
 // STAGES       steps in the ring, on their way or landed; from 2
 // INPUTS_STAY  1: a block's inputs are copied once, whole, and stay: for many tiles, or where they
 //              are small. 0: they come through the ring beside the weights, again for each tile
+// INBOX_INSIDE 1: sums are received where inputs and the ring were, at the price of a barrier of the
+//              cluster: for blocks of one tile whose shared memory would be too much otherwise
 // NORM_INPUTS  1: the inputs are normalised here, by skinny_norm.cuh, and must stay
 // MIN_BLOCKS   blocks that must fit on a multiprocessor: bounds the registers
 #pragma once
@@ -41,6 +43,9 @@
 #endif
 #ifndef INPUTS_STAY
 #define INPUTS_STAY 0
+#endif
+#ifndef INBOX_INSIDE
+#define INBOX_INSIDE 0
 #endif
 #ifndef NORM_INPUTS
 #define NORM_INPUTS 0

@@ -34,7 +34,8 @@ class SkinnyTuning:
     weights in a block's ring, at most. shared_kb: of a block, unless three steps need more: two
     such fit on a multiprocessor of an H100, so that the next kernel's weights come while one runs.
     inputs_stay: the inputs lie in shared memory whole. fold_norm: the norm is computed by the
-    product where the inputs may so lie in shared_kb. resident_blocks: that a multiprocessor's
+    product where the inputs may so lie in shared_kb. inside_tokens: from which on a block of one
+    tile receives sums where its ring was. resident_blocks: that a multiprocessor's
     registers must hold.
     """
 
@@ -48,6 +49,7 @@ class SkinnyTuning:
     shared_kb: int = 112
     inputs_stay: bool = False
     fold_norm: bool = True
+    inside_tokens: int = 128
     resident_blocks: int | None = None
 
 
@@ -124,33 +126,35 @@ def plan_skinny(
     steps = -(-num_steps // splits)  # of a block with most, in a tile
     all_steps = steps if splits > 1 else steps * -(-num_tiles // max(1, blocks))
     room = _Room(
-        inbox=INBOX_HEAD + 8 * tile * warps_k * splits * -(-tokens // 2 // splits),
-        weights=2 * k_step * tile, inputs=2 * k_step * tokens, steps=steps, all_steps=all_steps,
+        inbox=8 * tile * warps_k * splits * -(-tokens // 2 // splits), weights=2 * k_step * tile,
+        inputs=2 * k_step * tokens, steps=steps, all_steps=all_steps,
+        inside=tokens >= tuning.inside_tokens and all_steps == steps,
     )  # fmt: skip
     most = min(max_shared_bytes, tuning.shared_kb << 10)
     # What the norm needs: its weights, and the squares of all tokens from all blocks.
     extra = 2 * k_step * steps + -(-(INBOX_HEAD + 4 * tokens * splits) // 128) * 128
     wanted = max(2, (tuning.ring_kb << 10) // room.weights)
     least = min(wanted, max(3, -(-_LEAST_RING_BYTES // room.weights)))
-    fold = norm and tuning.fold_norm and room.bytes(least, True) + extra <= most
+    fold = norm and tuning.fold_norm and room.bytes(least, True, extra) <= most
     stay = fold or tuning.inputs_stay
     extra = extra if fold else 0
     # As many stages as the ring is to have, fewer where two blocks would not fit, two at least.
-    most = min(max_shared_bytes, max(most, room.bytes(3, stay) + extra))
-    stages = next((n for n in range(wanted, 1, -1) if room.bytes(n, stay) + extra <= most), None)
+    most = min(max_shared_bytes, max(most, room.bytes(3, stay, extra)))
+    stages = next((n for n in range(wanted, 1, -1) if room.bytes(n, stay, extra) <= most), None)
     if stages is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")
-    resident = tuning.resident_blocks or (2 if tokens <= 64 else 1)
+    shared_bytes = room.bytes(stages, stay, extra)
+    fit = 2 if tokens <= 64 or shared_bytes <= tuning.shared_kb << 10 else 1
     macros = {
         "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_M": warps_m,
         "WARPS_K": warps_k, "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay),
-        "NORM_INPUTS": int(fold), "MIN_BLOCKS": resident,
+        "INBOX_INSIDE": int(room.inside), "NORM_INPUTS": int(fold), "MIN_BLOCKS": tuning.resident_blocks or fit,
     }  # fmt: skip
     return SkinnyLaunch(
         macros,
         (blocks,),
         32 * warps_n * warps_m * warps_k,
-        room.bytes(stages, stay) + extra,
+        shared_bytes,
         splits,
         fold,
     )
@@ -159,18 +163,21 @@ def plan_skinny(
 @dataclass(frozen=True)
 class _Room:
     """Bytes of shared memory: the inbox, and a step's weights and inputs; steps of a block in a
-    tile, and in all."""
+    tile, and in all; whether the inbox lies where these were."""
 
     inbox: int
     weights: int
     inputs: int
     steps: int
     all_steps: int
+    inside: bool
 
-    def bytes(self, stages: int, stay: bool) -> int:
+    def bytes(self, stages: int, stay: bool, extra: int = 0) -> int:
+        """extra: beside weights and inputs."""
         in_ring = min(stages, self.all_steps)
         times = self.steps if stay else in_ring
-        return self.inbox + in_ring * self.weights + times * self.inputs
+        used = in_ring * self.weights + times * self.inputs + extra
+        return INBOX_HEAD + (max(self.inbox, used) if self.inside else self.inbox + used)
 
 
 def _warps(tile: int, tokens: int, k_step: int, tuning: SkinnyTuning) -> tuple[int, int, int]:

@@ -58,6 +58,8 @@ VARIANTS = [
     Variant("bfloat16", 16, tuning=replace(SMALL, fold_norm=True)),
     Variant("bfloat16", 31, tuning=replace(SMALL, fold_norm=True, splits=4, out_tile=64)),
     Variant("float16", 64, tuning=replace(SMALL, fold_norm=True, splits=2, out_tile=48)),
+    Variant("bfloat16", 64, tuning=replace(SMALL, splits=4, inside_tokens=16)),
+    Variant("bfloat16", 33, tuning=replace(SMALL, fold_norm=True, splits=2, inside_tokens=16)),
     Variant("float16", 9, wide=True, tuning=replace(SMALL, splits=4, inputs_stay=True)),
     Variant("float16", 32, tuning=replace(SMALL, out_tile=64, warps_k=1)),
     Variant("float16", 64, tuning=replace(SMALL, out_tile=112, splits=2)),

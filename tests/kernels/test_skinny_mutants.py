@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 HEADERS = ("epilogues.cuh", "skinny_parts.cuh", "skinny_norm.cuh", "skinny.cuh")
 SPLIT = replace(SMALL, splits=4)
 NORM = replace(SMALL, fold_norm=True)
+INSIDE = replace(SMALL, splits=4, inside_tokens=16, fold_norm=True)
 SPLIT_NORM = replace(NORM, splits=4)
 STAY = replace(SMALL, inputs_stay=True)
 
@@ -241,6 +242,12 @@ MUTANTS = [
         "for (int r = 0; r < ranks; ++r) {\n                float squares[2];",
         "for (int r = 0; r < 1; ++r) {\n                float squares[2];",
         tuning=SPLIT_NORM,
+    ),
+    Mutant(
+        "sums sent to where others still multiply",
+        "if (INBOX_INSIDE) {",
+        "if (false) {",
+        tuning=INSIDE,
     ),
     Mutant(
         "squares sent before all blocks have their inbox",
