@@ -2,9 +2,15 @@
 //
 // A warp has a ring of STAGES stages in shared memory, each with the keys, then the values of 16
 // positions. It copies into one while it works on another; no other warp looks in.
+//
+// MAX_QUERY_VALUES   tiles of queries times d up to which a warp keeps them in registers (128)
 #pragma once
 
 #include "attention_decode.cuh"
+
+#ifndef MAX_QUERY_VALUES
+#define MAX_QUERY_VALUES 128
+#endif
 
 #if HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0
 #define DECODE_ON_TENSOR_CORES 1
@@ -44,7 +50,7 @@ __device__ __forceinline__ void copy_positions(
 // each row tile. `sum` is that of the lane's own columns until finish().
 template <int TILES>
 struct MmaRows {
-    static constexpr bool QUERIES_STAY = TILES * HEAD_SIZE <= 128;  // in registers
+    static constexpr bool QUERIES_STAY = TILES * HEAD_SIZE <= MAX_QUERY_VALUES;  // in registers
 
     const scalar_t* shared_queries;  // [16 * TILES, d] as chunk_at has it
     uint32_t queries[TILES][QUERIES_STAY ? K_STEPS : 1][4];

@@ -4,7 +4,8 @@
 // the grid where one part needs what others have made: five times a layer. The time of a step is that
 // of reading the weights, as long as the reading never stops; so a warp of each block does nothing
 // else, and fills a ring of shared memory with the weights of the parts to come while the others meet
-// (decode_step_pipeline.cuh).
+// (decode_step_pipeline.cuh). Of what stands between two meetings, everything that waits for nobody is
+// asked for before the first of them.
 //
 // SEQUENCES         sequences, 1 to 8, one token each
 // RING_STAGES  stages of weights; STAGES: steps of 16 positions that a warp has under way
@@ -16,43 +17,59 @@
 #if HAS_BULK_COPY && SCALAR != 0 && CACHE == SCALAR && RESIDUAL == SCALAR && HEAD_SIZE % 16 == 0
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
+#include "decode_step_weights.cuh"
 
-// Pointers of a layer, a row of the table that the launch is given.
-struct StepLayer {
-    const scalar_t* attention_norm;  // [D]
-    const scalar_t* qkv;             // [(H + 2 * G) * d, D]
-    const scalar_t* qkv_bias;        // [(H + 2 * G) * d], or null; the other biases likewise
-    const scalar_t* q_norm;          // [d], or null
-    const scalar_t* k_norm;          // [d], or null
-    cache_t* key_cache;              // [N, G, P, d]
-    cache_t* value_cache;            // [N, G, P, d]
-    const scalar_t* o;               // [D, H * d]
-    const scalar_t* o_bias;          // [D]
-    const scalar_t* ffn_norm;        // [D]
-    const scalar_t* gate_up;         // [2 * F, D]: rows of gate, then of up
-    const scalar_t* gate_up_bias;    // [2 * F]
-    const scalar_t* down;            // [D, F]
-    const scalar_t* down_bias;       // [D]
+// The meetings of all blocks: `arrived` counts who has come, over all meetings of a launch.
+struct GridBarrier {
+    uint32_t* arrived;
+    uint32_t expected;
+
+    // Every block has come, and what its threads wrote before is seen after. All threads that compute
+    // come.
+    __device__ __forceinline__ void meet() {
+        expected += gridDim.x;
+        users_sync();
+        if (threadIdx.x == 0) {
+            device_fence();
+            atomic_add(arrived, 1u);
+            while (static_cast<int32_t>(load_acquire(arrived) - expected) < 0) spin_wait();
+        }
+        users_sync();
+    }
+    // After the last meeting: whoever is the last to leave makes it ready for the next launch. One
+    // thread comes.
+    __device__ __forceinline__ void leave() {
+        if (atomic_count_to(arrived + 1, gridDim.x - 1) == gridDim.x - 1) *arrived = 0;
+    }
 };
 
-// Every block has come, and what its threads wrote before is seen after. `counter` is the same for
-// all barriers, and needs no reset: its highest bit flips each time. All threads that compute come.
-__device__ __forceinline__ void grid_barrier(uint32_t* counter) {
-    users_sync();
-    if (threadIdx.x == 0) {
-        device_fence();
-        const uint32_t own = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-        const uint32_t before = atomic_add(counter, own);
-        while (((load_acquire(counter) ^ before) & 0x80000000u) == 0) spin_pause();
+// What of a step is the same for all layers, to shared memory. All threads that compute come.
+__device__ __forceinline__ void load_batch(
+    const StepAttention& attention, const float* rope, const int32_t* kv_lens, const int32_t* slots) {
+    StepMemory& memory = step_memory();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < SEQUENCES * HEAD_SIZE; i += USERS) memory.rope[0][i] = rope[i];
+    if (threadIdx.x == 0) memory.attention = attention;
+    if (threadIdx.x < SEQUENCES) {
+        memory.kv_lens[threadIdx.x] = kv_lens[threadIdx.x];
+        memory.slots[threadIdx.x] = slots[threadIdx.x];
     }
     users_sync();
+}
+
+__device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
+    constexpr int VECTORS = sizeof(StepLayer) / 16;
+    if (threadIdx.x < VECTORS) {
+        cp_async_16(reinterpret_cast<uint4*>(&step_memory().layers[i % 2]) + threadIdx.x,
+                    reinterpret_cast<const uint4*>(table + i) + threadIdx.x);
+    }
 }
 #endif
 
 // decode_step: logits of SEQUENCES tokens, the next of SEQUENCES sequences, from their embeddings
 // grid (blocks), all resident at once: at most one for each multiprocessor; block 288; from 9.0;
-//   shared: RING_STAGES * (8 * 2112 + 16) + PARTIAL_BYTES + NORM_BYTES + max(SEQUENCES * 2 * (min(tile_inputs, widest
-//   inputs, up to 64s) + 32), the tiles of attention: decode_step_attention.cuh)
+//   shared: StepMemory of decode_step_memory.cuh and, behind it, SEQUENCES * 2 * (min(tile_inputs,
+//   the most inputs of a product, up to 64s) + 32)
 // layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes
 // final_norm    scalar_t [D]; head scalar_t [V, D]
 // rope          float [SEQUENCES, 2, d / 2]; slots int32 [SEQUENCES]; kv_lens int32 [SEQUENCES], with the new
@@ -61,7 +78,7 @@ __device__ __forceinline__ void grid_barrier(uint32_t* counter) {
 // qkv, attended, activated   scalar_t [SEQUENCES, (H + 2 * G) * d], [SEQUENCES, H * d], [SEQUENCES, F]
 // part_values   float [SEQUENCES, H, max_parts, d]; part_states float [SEQUENCES, H, max_parts, 2]
 // logits        float [SEQUENCES, V]
-// barrier       uint32 [1], 0 before the first launch, then left as it is
+// barrier       uint32 [2], 0 before the first launch, and after each
 // widths D, F, H * d multiples of 32, H / G at most 16; tile_inputs a multiple of 1024, at least D;
 //   where it is less than H * d or F, a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
@@ -83,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
     RingPlace place;
 
     if (warp_id() == USER_WARPS) {  // weights wait for nobody
+#pragma unroll 1
         for (int i = 0; i < num_layers; ++i) {
             const StepLayer& layer = table[i];
             place = bring_matrix<false>(place, {layer.qkv, qkv_size, hidden_size}, tile_inputs);
@@ -95,36 +113,55 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
         return;
     }
 
-    const NormInputs normed = {x, eps, hidden_size};
+    request_layer(table, 0);
     request_norm(table[0].attention_norm, hidden_size);
+    cp_async_commit();
+    const NormInputs normed = {x, eps, hidden_size};
+    const AttendedInputs results = {q_size};
+    GridBarrier grid = {barrier, 0};
     grid_dependency_wait();
-    const StepAttention attention = {
-        qkv, rope, slots, kv_lens, block_tables, attended, part_values, part_states, eps, scale,
-        num_kv_heads, heads_per_group, block_size, table_width, max_parts, part_tokens};
-    const AttendedInputs results = {attention, q_size};
+    cp_async_wait<0>();
+    load_batch({qkv, block_tables, attended, part_values, part_states, eps, scale, num_kv_heads,
+                heads_per_group, block_size, table_width, max_parts, part_tokens},
+               rope, kv_lens, slots);
+    // The keys and values of this block's first item lie in the same rows of every layer's cache.
+    uint32_t row = 0;
+    if (static_cast<int>(blockIdx.x) < step_memory().attention.num_items()) {
+        row = row_of_lane(StepItem(blockIdx.x), 0);
+    }
+    request_attention(step_memory().layers[0], row);
+
 #pragma unroll 1
     for (int i = 0; i < num_layers; ++i) {
-        const StepLayer layer = table[i];
-        if (i > 0) grid_barrier(barrier);
-        prefetch_positions(attention, layer.key_cache, layer.value_cache);
+        const StepLayer& layer = step_memory().layers[i % 2];
         multiply_matrix<false>(place, {layer.qkv, qkv_size, hidden_size}, tile_inputs, normed,
                                StoreOutputs{layer.qkv_bias, qkv, qkv_size});
-        grid_barrier(barrier);
-        attend_items(attention, layer.q_norm, layer.k_norm, layer.key_cache, layer.value_cache);
-        grid_barrier(barrier);
+        request_norm(layer.ffn_norm, hidden_size);
+        if (i + 1 < num_layers) request_layer(table, i + 1);
+        cp_async_commit();
+        grid.meet();
+        attend_items(layer);
+        grid.meet();
         multiply_matrix<false>(place, {layer.o, hidden_size, q_size}, tile_inputs, results,
                                AddToStream{layer.o_bias, x, hidden_size});
-        request_norm(layer.ffn_norm, hidden_size);
-        grid_barrier(barrier);
+        grid.meet();
         multiply_matrix<true>(place, {layer.gate_up, ffn_size, hidden_size}, tile_inputs, normed,
                               StoreSwiglu{layer.gate_up_bias, activated, ffn_size});
-        grid_barrier(barrier);
+        const StepLayer& next = step_memory().layers[(i + 1) % 2];
+        if (i + 1 < num_layers) {
+            request_norm(next.attention_norm, hidden_size);
+            request_attention(next, row);
+        } else {
+            request_norm(final_norm, hidden_size);
+            cp_async_commit();
+        }
+        grid.meet();
         multiply_matrix<false>(place, {layer.down, hidden_size, ffn_size}, tile_inputs,
                                PlainInputs{activated, ffn_size},
                                AddToStream{layer.down_bias, x, hidden_size});
-        request_norm(i + 1 < num_layers ? table[i + 1].attention_norm : final_norm, hidden_size);
+        grid.meet();
     }
-    grid_barrier(barrier);
+    if (threadIdx.x == 0) grid.leave();
     multiply_matrix<false>(place, {head, vocab_size, hidden_size}, tile_inputs, normed,
                            StoreLogits{logits, vocab_size});
 #endif

@@ -7,92 +7,78 @@
 // inputs: that costs it a few loads, and saves a barrier of the whole grid.
 #pragma once
 
-#include "attention_decode_mma.cuh"
 #include "decode_step_products.cuh"
 #include "rope.cuh"
-
-// What the step's attention is told, the same for all layers.
-struct StepAttention {
-    const scalar_t* qkv;          // [SEQUENCES, H + 2 * G, d]
-    const float* rope;            // [SEQUENCES, 2, d / 2]
-    const int32_t* slots;         // [SEQUENCES]
-    const int32_t* kv_lens;       // [SEQUENCES]
-    const int32_t* block_tables;  // [SEQUENCES, table_width]
-    scalar_t* attended;           // [SEQUENCES, H, d], of contexts of one part
-    float* part_values;           // [SEQUENCES, H, max_parts, d], not divided by the sum yet
-    float* part_states;           // [SEQUENCES, H, max_parts, 2], maximum and sum
-    float eps, scale;
-    int num_kv_heads, heads_per_group, block_size, table_width;
-    int max_parts, part_tokens;   // most parts of a context; positions that are worth one
-
-    __device__ __forceinline__ int num_parts(int kv_len) const {
-        return max(1, min(max_parts, (kv_len + part_tokens - 1) / part_tokens));
-    }
-    __device__ __forceinline__ int num_items() const { return SEQUENCES * num_kv_heads * max_parts; }
-    __device__ __forceinline__ int64_t part_row(int sequence, int head, int part) const {
-        const int num_heads = num_kv_heads * heads_per_group;
-        return (static_cast<int64_t>(sequence) * num_heads + head) * max_parts + part;
-    }
-};
 
 // Which part of what an item is: parts of a context lie far from each other in the order of items, so
 // that those without work are the last.
 struct StepItem {
     int sequence, group, part, parts, kv_len;
 
-    __device__ __forceinline__ StepItem(const StepAttention& a, int item) {
+    __device__ __forceinline__ explicit StepItem(int item) {
+        const StepAttention& a = step_memory().attention;
         group = item % a.num_kv_heads;
         const int rest = item / a.num_kv_heads;
         sequence = rest % SEQUENCES;
         part = rest / SEQUENCES;
-        kv_len = a.kv_lens[sequence];
+        kv_len = step_memory().kv_lens[sequence];
         parts = a.num_parts(kv_len);
     }
     // Steps of 16 positions go to the parts in turn, then to their warps.
     __device__ __forceinline__ int source() const { return warp_id() * parts + part; }
     __device__ __forceinline__ int first_position() const { return source() * STEP_TOKENS; }
     __device__ __forceinline__ int stride() const { return USER_WARPS * parts * STEP_TOKENS; }
+    // Positions from a step's first one on that are in the cache: all but the newest.
+    __device__ __forceinline__ int left(int step) const {
+        return kv_len - 1 - (first_position() + step * stride());
+    }
     __device__ __forceinline__ int num_steps() const {
         return max(0, (kv_len - first_position() + stride() - 1) / stride());
     }
 };
 
-// Shared memory of the work area: queries, each warp's keys and values, the new key and value; the
-// warps' sums take the place of keys and values at the end.
-struct StepTiles {
-    scalar_t* queries;
-    scalar_t* rings;
-    scalar_t* fresh;
-    float* states;  // [USER_WARPS, 16, 2]
-    float* values;  // [USER_WARPS, heads_per_group, d]
-
-    __device__ __forceinline__ StepTiles() {
-        queries = reinterpret_cast<scalar_t*>(step_work());
-        fresh = queries + 16 * STRIDE;
-        states = reinterpret_cast<float*>(fresh + 2 * HEAD_SIZE);
-        rings = reinterpret_cast<scalar_t*>(states + USER_WARPS * 16 * 2);
-        values = reinterpret_cast<float*>(rings);
-    }
-};
-
-// Ask for this block's keys and values of a layer in L2: those of its first item, as far as they wait
-// for nobody.
-__device__ __forceinline__ void prefetch_positions(
-    const StepAttention& a, const cache_t* key_cache, const cache_t* value_cache) {
-    if (static_cast<int>(blockIdx.x) >= a.num_items()) return;
-    const StepItem item(a, blockIdx.x);
-    if (item.part >= item.parts) return;
+// Where a lane's position of a step lies in the cache, of an item.
+__device__ __forceinline__ uint32_t row_of_lane(const StepItem& item, int step) {
+    const StepAttention& a = step_memory().attention;
+    const int position =
+        item.first_position() + step * item.stride() + lane_id() % STEP_TOKENS;
+    if (position >= item.kv_len - 1) return 0u;
     const int32_t* table = a.block_tables + static_cast<int64_t>(item.sequence) * a.table_width;
-    const int step = lane_id() / STEP_TOKENS;  // the first two
-    const int position = item.first_position() + step * item.stride() + lane_id() % STEP_TOKENS;
-    if (position >= item.kv_len - 1) return;
-    const int64_t row = cache_row(table, position, a.block_size, a.num_kv_heads, item.group);
-    constexpr int LINE = 128 / static_cast<int>(sizeof(cache_t));
-#pragma unroll
-    for (int i = 0; i < HEAD_SIZE; i += LINE) {
-        prefetch_l2(key_cache + row * HEAD_SIZE + i);
-        prefetch_l2(value_cache + row * HEAD_SIZE + i);
+    return cache_row(table, position, a.block_size, a.num_kv_heads, item.group);
+}
+
+// Start to copy the keys and values of a step to this warp's stage of it. `row`: of this lane; left:
+// positions from the step's first one on that are in the cache.
+__device__ __noinline__ void copy_step(int step, int left, uint32_t row, const StepLayer& layer) {
+    scalar_t* keys = step_memory().positions[warp_id()] + step % STAGES * 2 * TILE;
+#pragma unroll 4
+    for (int i = 0; i < STEP_TOKENS * ROW_CHUNKS / WARP_SIZE; ++i) {
+        const int token = (i * WARP_SIZE + lane_id()) / ROW_CHUNKS;
+        const int chunk = (i * WARP_SIZE + lane_id()) % ROW_CHUNKS;
+        const int64_t from = static_cast<int64_t>(shuffle(row, token)) * HEAD_SIZE + chunk * 8;
+        const int to = chunk_at(token, chunk);
+        cp_async_16_or_zero(keys + to, layer.key_cache + from, token < left);
+        cp_async_16_or_zero(keys + TILE + to, layer.value_cache + from, token < left);
     }
+}
+
+// Ask for what a layer's attention needs and waits for nobody: the first step of this block's first
+// item (whose row `row` is), and the norms of q and k. All threads that compute come.
+__device__ __noinline__ void request_attention(const StepLayer& layer, uint32_t row) {
+    constexpr int VECTORS = HEAD_SIZE / 8;
+    const int vector = threadIdx.x - (USERS - 2 * VECTORS);  // by the last threads
+    if (vector >= 0) {
+        const scalar_t* norm = vector < VECTORS ? layer.q_norm : layer.k_norm;
+        scalar_t* to = &step_memory().head_norms[0][0] + vector * 8;
+        if (norm != nullptr) cp_async_16(to, norm + vector % VECTORS * 8);
+    }
+    if (static_cast<int>(blockIdx.x) < step_memory().attention.num_items()) {
+        const StepItem item(blockIdx.x);
+        if (item.part < item.parts && item.num_steps() > 0) {
+            copy_step(0, item.left(0), row, layer);
+        }
+    }
+    cp_async_commit();
 }
 
 // HEAD_SIZE values to row `row` of a tile, rounded to scalar_t.
@@ -109,38 +95,41 @@ __device__ __forceinline__ void put_tile_row(scalar_t* tile, int row, const Head
 
 // The heads of q to their tile; where the newest position is this part's, those of k and v to `fresh`
 // and the cache. A warp a head.
-__device__ __forceinline__ void rotate_heads(
-    const StepAttention& a, const StepItem& item, const StepTiles& tiles, const scalar_t* q_norm,
-    const scalar_t* k_norm, cache_t* key_cache, cache_t* value_cache) {
+__device__ __forceinline__ void rotate_heads(const StepItem& item, const StepLayer& layer) {
+    StepMemory& memory = step_memory();
+    const StepAttention& a = memory.attention;
     const int newest = item.kv_len - 1, heads = a.heads_per_group;
     const bool has_newest = newest / STEP_TOKENS % item.parts == item.part;
     const int num_heads = a.num_kv_heads * heads, num_tasks = heads + (has_newest ? 2 : 0);
     const scalar_t* from = a.qkv + static_cast<int64_t>(item.sequence) *
                                        (num_heads + 2 * a.num_kv_heads) * HEAD_SIZE;
+#pragma unroll 1
     for (int task = warp_id(); task < num_tasks; task += USER_WARPS) {
         const int kind = max(0, task - heads + 1);  // 0 q, 1 k, 2 v
         const int head = kind == 0 ? item.group * heads + task
                                    : num_heads + (kind - 1) * a.num_kv_heads + item.group;
         HeadPairs x = load_pairs(from + head * HEAD_SIZE);
-        if (kind == 0 && q_norm != nullptr) normalize_pairs(x, load_pairs(q_norm), a.eps);
-        if (kind == 1 && k_norm != nullptr) normalize_pairs(x, load_pairs(k_norm), a.eps);
         if (kind != 2) {
-            rotate_pairs(x, load_pairs(a.rope + static_cast<int64_t>(item.sequence) * HEAD_SIZE));
+            if ((kind == 0 ? layer.q_norm : layer.k_norm) != nullptr) {
+                normalize_pairs(x, load_pairs(memory.head_norms[kind]), a.eps);
+            }
+            rotate_pairs(x, load_pairs(memory.rope[item.sequence]));
         }
         if (kind == 0) {
-            put_tile_row(tiles.queries, task, x);
+            put_tile_row(memory.queries, task, x);
         } else {
             const int64_t slot = slot_offset(
-                a.slots[item.sequence], item.group, a.num_kv_heads, a.block_size);
-            cache_store_pairs(tiles.fresh + (kind - 1) * HEAD_SIZE, x);
-            cache_store_pairs((kind == 1 ? key_cache : value_cache) + slot, x);
+                memory.slots[item.sequence], item.group, a.num_kv_heads, a.block_size);
+            cache_store_pairs(memory.fresh[kind - 1], x);
+            cache_store_pairs((kind == 1 ? layer.key_cache : layer.value_cache) + slot, x);
         }
     }
 }
 
 // What the warps have summed, to the result where the context has one part, else to its parts.
-__device__ __forceinline__ void merge_warps(
-    const StepAttention& a, const StepItem& item, const StepTiles& tiles, int sources) {
+__device__ __forceinline__ void merge_warps(const StepItem& item, int sources) {
+    const StepMemory& memory = step_memory();
+    const StepAttention& a = memory.attention;
     const int heads = a.heads_per_group, num_heads = a.num_kv_heads * heads;
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * HEAD_SIZE; i += USERS) {
@@ -148,14 +137,15 @@ __device__ __forceinline__ void merge_warps(
         float highest = -infinity(), sum = 0.0f, value = 0.0f;
 #pragma unroll
         for (int s = 0; s < USER_WARPS; ++s) {
-            if (s < sources) highest = fmaxf(highest, tiles.states[(s * 16 + row) * 2]);
+            if (s < sources) highest = fmaxf(highest, memory.states[s][row][0]);
         }
 #pragma unroll
         for (int s = 0; s < USER_WARPS; ++s) {
             if (s >= sources) break;
-            const float weight = softmax_weight(tiles.states[(s * 16 + row) * 2], highest);
-            sum += weight * tiles.states[(s * 16 + row) * 2 + 1];
-            value += weight * tiles.values[(s * heads + row) * HEAD_SIZE + column];
+            const float weight = softmax_weight(memory.states[s][row][0], highest);
+            const float* values = reinterpret_cast<const float*>(memory.positions[s]);
+            sum += weight * memory.states[s][row][1];
+            value += weight * values[row * HEAD_SIZE + column];
         }
         const int head = item.group * heads + row;
         if (item.parts == 1) {
@@ -172,37 +162,24 @@ __device__ __forceinline__ void merge_warps(
     }
 }
 
+// One item. `is_requested`: its first step is under way; `row`: of the first step, else.
 __device__ __forceinline__ void attend_item(
-    const StepAttention& a, const StepItem& item, const scalar_t* q_norm, const scalar_t* k_norm,
-    cache_t* key_cache, cache_t* value_cache) {
-    const StepTiles tiles;
+    const StepItem& item, const StepLayer& layer, bool is_requested) {
+    StepMemory& memory = step_memory();
+    const StepAttention& a = memory.attention;
     const int kv_len = item.kv_len, newest = kv_len - 1, num_steps = item.num_steps();
-    const int32_t* table = a.block_tables + static_cast<int64_t>(item.sequence) * a.table_width;
-    scalar_t* ring = tiles.rings + warp_id() * RING;
-    const auto copy_step = [&](int step) {
-        if (step < num_steps) {
-            const int first = item.first_position() + step * item.stride();
-            const int position = first + lane_id() % STEP_TOKENS;
-            const uint32_t row =
-                position < newest
-                    ? cache_row(table, position, a.block_size, a.num_kv_heads, item.group)
-                    : 0u;
-            scalar_t* keys = ring + step % STAGES * 2 * TILE;
-            copy_positions(keys, key_cache, value_cache, row, newest - first);
-        }
-        cp_async_commit();
-    };
+    uint32_t next_row = row_of_lane(item, is_requested ? 1 : 0);
     MmaRows<1> rows;
 #pragma unroll 1  // one copy of the code for the first steps' copies and all others'
     for (int step = -STAGES; step < num_steps || step < 0; ++step) {
         if (step >= 0) {
             cp_async_wait<STAGES - 1>();
             const int position = item.first_position() + step * item.stride();
-            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            scalar_t* keys = memory.positions[warp_id()] + step % STAGES * 2 * TILE;
             warp_sync();  // every lane's copies are there
             if (position <= newest && newest < position + STEP_TOKENS) {
                 if (lane_id() < ROW_CHUNKS) {
-                    const uint4* from = reinterpret_cast<const uint4*>(tiles.fresh) + lane_id();
+                    const uint4* from = reinterpret_cast<const uint4*>(memory.fresh) + lane_id();
                     const int to = chunk_at(newest - position, lane_id());
                     *reinterpret_cast<uint4*>(keys + to) = from[0];
                     *reinterpret_cast<uint4*>(keys + TILE + to) = from[ROW_CHUNKS];
@@ -212,100 +189,118 @@ __device__ __forceinline__ void attend_item(
             rows.attend(keys, position, position + STEP_TOKENS > kv_len, a.scale * LOG2_E);
             warp_sync();  // nobody reads the stage that the next copies take
         }
-        copy_step(step + STAGES);
+        const int next = step + STAGES;
+        if (next < num_steps && !(next == 0 && is_requested)) {
+            copy_step(next, item.left(next), next_row, layer);
+            next_row = row_of_lane(item, next + 1);
+        }
+        cp_async_commit();
         if (step == -1) {
-            if (kv_len > 0) rotate_heads(a, item, tiles, q_norm, k_norm, key_cache, value_cache);
+            if (kv_len > 0) rotate_heads(item, layer);
             users_sync();
-            rows.start(tiles.queries);
+            rows.start(memory.queries);
             rows.limit[0][0] = rows.limit[0][1] = newest;
         }
     }
     rows.finish();
 
-    // Sources are counted as the steps go to them, so that those with any come first.
-    users_sync();  // nobody reads keys and values where sums go
+    // Sources are counted as the steps go to them, so that those with any come first. A warp's sums
+    // take the place of its keys and values.
     if (num_steps > 0) {
+        float* values = reinterpret_cast<float*>(memory.positions[warp_id()]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = h * 8 + lane_id() / 4;
             if (row >= a.heads_per_group) continue;
             if (lane_id() % 4 == 0) {
-                tiles.states[(warp_id() * 16 + row) * 2] = rows.state[0][h].max;
-                tiles.states[(warp_id() * 16 + row) * 2 + 1] = rows.state[0][h].sum;
+                memory.states[warp_id()][row][0] = rows.state[0][h].max;
+                memory.states[warp_id()][row][1] = rows.state[0][h].sum;
             }
-            float* to = tiles.values + (warp_id() * a.heads_per_group + row) * HEAD_SIZE;
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n) {
                 const float pair[2] = {rows.summed[0][n][h * 2], rows.summed[0][n][h * 2 + 1]};
-                store_floats<float, 2>(to + n * 8 + lane_id() % 4 * 2, pair);
+                store_floats<float, 2>(values + row * HEAD_SIZE + n * 8 + lane_id() % 4 * 2, pair);
             }
         }
     }
     users_sync();
     const int steps = (kv_len + STEP_TOKENS - 1) / STEP_TOKENS;  // of the whole context
-    merge_warps(a, item, tiles,
-                max(0, min(USER_WARPS, (steps - item.part + item.parts - 1) / item.parts)));
+    merge_warps(item, max(0, min(USER_WARPS, (steps - item.part + item.parts - 1) / item.parts)));
 }
 
-// All items of this block, in a layer. All threads that compute come.
-__device__ __forceinline__ void attend_items(
-    const StepAttention& a, const scalar_t* q_norm, const scalar_t* k_norm, cache_t* key_cache,
-    cache_t* value_cache) {
-    bool is_first = true;
+// All items of this block, in a layer. All threads that compute come, after request_attention.
+__device__ __noinline__ void attend_items(const StepLayer& layer) {
+    const StepAttention& a = step_memory().attention;
 #pragma unroll 1
     for (int i = blockIdx.x; i < a.num_items(); i += gridDim.x) {
-        const StepItem item(a, i);
+        const StepItem item(i);
         if (item.part >= item.parts) continue;
+        const bool is_first = i == static_cast<int>(blockIdx.x);
         if (!is_first) users_sync();  // nobody reads the sums of the item before
-        is_first = false;
-        attend_item(a, item, q_norm, k_norm, key_cache, value_cache);
+        attend_item(item, layer, is_first);
     }
 }
 
 // The results of attention as the inputs of a product.
 struct AttendedInputs {
-    const StepAttention& a;
     int num_inputs;  // H * d
 
     __device__ __forceinline__ void load(int tile, int tile_inputs) const {
+        const StepAttention& a = step_memory().attention;
         const TileRows rows(num_inputs, tile_inputs);
         const int first = tile * tile_inputs, count = min(tile_inputs, num_inputs - first);
 #pragma unroll 1
         for (int token = 0; token < SEQUENCES; ++token) {
-            const int parts = a.num_parts(a.kv_lens[token]);
-            const scalar_t* from = a.attended + static_cast<int64_t>(token) * num_inputs + first;
+            const int parts = a.num_parts(step_memory().kv_lens[token]);
+            scalar_t* row = rows.row(token);
+            if (parts == 1) {
+                copy_inputs(row, a.attended + static_cast<int64_t>(token) * num_inputs + first, count);
+            } else {
 #pragma unroll 1
-            for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
-                rows.put(token, k, parts == 1 ? load_span(from + k) : merged(token, first + k, parts));
+                for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
+                    *reinterpret_cast<uint4*>(row + k) = merged(token, first + k, parts).bits;
+                }
             }
         }
+        cp_async_commit();
+        cp_async_wait<0>();
         users_sync();
     }
 
-    // Values k … k + 7 of a token, of one head.
-    __device__ __forceinline__ InputSpan merged(int token, int k, int parts) const {
+    // Values k … k + 7 of a token, of one head. Parts are read four at a time.
+    static __device__ __forceinline__ InputSpan merged(int token, int k, int parts) {
+        const StepAttention& a = step_memory().attention;
         const int64_t at = a.part_row(token, k / HEAD_SIZE, 0);
         const float* values = a.part_values + at * HEAD_SIZE + k % HEAD_SIZE;
-        float highest = -infinity(), sum = 0.0f, summed[SPAN] = {};
+        SoftmaxState state = softmax_start();
+        float summed[SPAN] = {};
 #pragma unroll 1
-        for (int s = 0; s < parts; ++s) highest = fmaxf(highest, a.part_states[(at + s) * 2]);
-#pragma unroll 2
-        for (int s = 0; s < parts; ++s) {
-            const float weight = softmax_weight(a.part_states[(at + s) * 2], highest);
-            sum += weight * a.part_states[(at + s) * 2 + 1];
-            float low[4], high[4];
-            load_floats<float, 4>(values + s * HEAD_SIZE, low);
-            load_floats<float, 4>(values + s * HEAD_SIZE + 4, high);
+        for (int first = 0; first < parts; first += 4) {
+            float states[4][2], low[4][4], high[4][4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                summed[j] += weight * low[j];
-                summed[4 + j] += weight * high[j];
+            for (int s = 0; s < 4; ++s) {
+                const int part = min(first + s, parts - 1);
+                load_floats<float, 2>(a.part_states + (at + part) * 2, states[s]);
+                load_floats<float, 4>(values + part * HEAD_SIZE, low[s]);
+                load_floats<float, 4>(values + part * HEAD_SIZE + 4, high[s]);
+            }
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                if (first + s >= parts) break;
+                const SoftmaxState other = {states[s][0], states[s][1]};
+                float scale, other_scale;
+                softmax_merge(state, other, scale, other_scale);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    summed[j] = summed[j] * scale + other_scale * low[s][j];
+                    summed[4 + j] = summed[4 + j] * scale + other_scale * high[s][j];
+                }
             }
         }
         InputSpan span;
 #pragma unroll
         for (int j = 0; j < SPAN; ++j) {
-            span.values.data[j] = from_float<scalar_t>(divided(summed[j], sum));
+            span.values.data[j] = from_float<scalar_t>(divided(summed[j], state.sum));
         }
         return span;
     }

@@ -31,8 +31,6 @@ constexpr int STAGE_INPUTS = 1024;
 // meet no bank twice.
 constexpr int STAGE_ROW_BYTES = STAGE_INPUTS * static_cast<int>(sizeof(scalar_t)) + 64;
 constexpr int STAGE_BYTES = UNIT_ROWS * STAGE_ROW_BYTES;
-constexpr int RING_BYTES = RING_STAGES * STAGE_BYTES;
-constexpr int BARRIER_BYTES = 2 * RING_STAGES * 8;
 
 static_assert(SEQUENCES >= 1 && SEQUENCES <= 8, "SEQUENCES is 1 to 8");
 static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
@@ -77,62 +75,3 @@ struct RingPlace {
         }
     }
 };
-
-// At the start of dynamic shared memory: the stages, then two barriers a stage.
-__device__ __forceinline__ unsigned char* ring_stage(int stage) {
-    return dynamic_shared() + stage * STAGE_BYTES;
-}
-__device__ __forceinline__ uint64_t* stage_is_full(int stage) {
-    return reinterpret_cast<uint64_t*>(dynamic_shared() + RING_BYTES) + stage;
-}
-__device__ __forceinline__ uint64_t* stage_is_free(int stage) {
-    return stage_is_full(RING_STAGES + stage);
-}
-
-// Before anything else; the whole block must come.
-__device__ __forceinline__ void make_ring() {
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < RING_STAGES; ++stage) {
-            mbarrier_init(stage_is_full(stage), 1);
-            mbarrier_init(stage_is_free(stage), USER_WARPS);
-        }
-        mbarrier_init_fence();
-    }
-    block_sync();
-}
-
-// Bring this block's part of a matrix; returns the place behind it. A whole warp comes. A function of
-// its own, as are others of a step: the code of a layer must stay small, as it runs once a layer and
-// what the multiprocessor's cache doesn't hold comes from L2.
-template <bool PAIRS>
-__device__ __noinline__ RingPlace bring_matrix(
-    RingPlace place, const StepMatrix matrix, int tile_inputs) {
-    const StepShare<PAIRS> share(matrix, tile_inputs);
-    constexpr int OUTPUTS = StepShare<PAIRS>::OUTPUTS;
-    const int row = lane_id();
-#pragma unroll 1
-    for (int tile = 0; tile < share.num_tiles; ++tile) {
-        const int first = tile * tile_inputs, end = min(matrix.num_inputs, first + tile_inputs);
-#pragma unroll 1
-        for (int unit = share.first_unit; unit < share.end_unit; ++unit) {
-            const int outputs = min(OUTPUTS, matrix.num_outputs - unit * OUTPUTS);
-            const int rows = PAIRS ? 2 * outputs : outputs;
-            const int output = unit * OUTPUTS + (PAIRS ? row / 2 : row);
-            const int index = PAIRS && row % 2 ? matrix.num_outputs + output : output;
-            const scalar_t* from = matrix.weight + static_cast<int64_t>(index) * matrix.num_inputs;
-#pragma unroll 1
-            for (int k = first; k < end; k += STAGE_INPUTS) {
-                const int bytes = min(STAGE_INPUTS, end - k) * static_cast<int>(sizeof(scalar_t));
-                uint64_t* full = stage_is_full(place.stage);
-                mbarrier_wait(stage_is_free(place.stage), place.phase ^ 1);
-                if (row == 0) mbarrier_arrive_expecting(full, rows * bytes);
-                warp_sync();
-                if (row < rows) {
-                    copy_bulk(ring_stage(place.stage) + row * STAGE_ROW_BYTES, from + k, bytes, full);
-                }
-                place.next();
-            }
-        }
-    }
-    return place;
-}

@@ -1,44 +1,20 @@
 // Products of a persistent decode step: the tokens' inputs in shared memory, the sums of a block's
 // rows of weights, and what becomes of them.
 //
-// Shared memory behind the ring: PARTIAL_BYTES for the warps' sums, NORM_BYTES for a norm's weights,
-// then the work area, where a row of inputs lies for each token. Inputs lie crossed: of eight, pairs 0, 2, 1, 3. So the same four
-// registers are the operand of two tensor-core products, its upper rows for the first half of eight
-// weights, its lower rows for the second, and the sum of a token is in both results.
+// What is read here was written by other blocks a moment ago and comes from L2, so all of it is asked
+// for at once, by copies to shared memory.
 #pragma once
 
-#include "decode_step_pipeline.cuh"
+#include "decode_step_memory.cuh"
 #include "reduce.cuh"
-
-// Units whose sums are merged at one barrier.
-constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : SEQUENCES <= 4 ? 8 : 4;
-constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;
-constexpr int PARTIAL_BYTES = 2 * GROUP_SUMS * 4;  // one is written while the other is read
-static_assert(GROUP_UNITS * UNIT_ROWS * SEQUENCES <= USERS, "a thread for each sum");
-
-#ifndef MAX_NORM_INPUTS
-#define MAX_NORM_INPUTS 4096
-#endif
-constexpr int NORM_BYTES = MAX_NORM_INPUTS * 2;
 
 constexpr int SEQUENCES_POWER = SEQUENCES <= 1 ? 1 : SEQUENCES <= 2 ? 2 : SEQUENCES <= 4 ? 4 : 8;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
-constexpr int SPAN = 8;                               // inputs that a lane takes at a time
-constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;    // inputs that a token's warps take at a time
-constexpr int NORM_HELD = 2;                          // such steps that stay in registers
-static_assert(NORM_HELD == 2, "as load_normed has it");
-
-__device__ __forceinline__ float* step_partials() {
-    return reinterpret_cast<float*>(dynamic_shared() + RING_BYTES + BARRIER_BYTES);
-}
-
-__device__ __forceinline__ unsigned char* step_work() {
-    return dynamic_shared() + RING_BYTES + BARRIER_BYTES + PARTIAL_BYTES + NORM_BYTES;
-}
+constexpr int SPAN = 8;                                    // inputs that a lane takes at a time
+constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
 
 union InputSpan {
     uint4 bits;
-    uint32_t pairs[4];
     Vec<scalar_t, SPAN> values;
 };
 
@@ -56,39 +32,20 @@ struct TileRows {
         : stride((min(num_inputs, tile_inputs) + 63) / 64 * 64 + 32) {}
 
     __device__ __forceinline__ scalar_t* row(int token) const {
-        return reinterpret_cast<scalar_t*>(step_work()) + token * stride;
-    }
-    // Inputs k … k + 7 of the tile.
-    __device__ __forceinline__ void put(int token, int k, const InputSpan& span) const {
-        *reinterpret_cast<uint4*>(row(token) + k) =
-            make_uint4(span.pairs[0], span.pairs[2], span.pairs[1], span.pairs[3]);
+        return step_inputs() + token * stride;
     }
 };
 
-// The norm's weights in shared memory, behind the partial sums: asked for early, as they wait for
-// nobody. Every thread copies what itself will use.
-__device__ __forceinline__ scalar_t* norm_weights() {
-    return reinterpret_cast<scalar_t*>(step_partials() + PARTIAL_BYTES / 4);
-}
+// A norm's weights are asked for early, as they wait for nobody. Every thread copies what itself will
+// use; with several tokens, several warps copy the same.
 __device__ __forceinline__ int first_norm_input() {
     return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
 }
 __device__ __forceinline__ void request_norm(const scalar_t* weight, int num_inputs) {
-    // With several tokens, more than one warp copies the same bytes to the same place.
+#pragma unroll 1
     for (int k = first_norm_input(); k < num_inputs; k += NORM_STEP) {
-        cp_async_16(norm_weights() + k, weight + k);
+        cp_async_16(step_norm() + k, weight + k);
     }
-    cp_async_commit();
-}
-
-__device__ __forceinline__ float sum_of_squares(const InputSpan& span) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < SPAN; ++j) {
-        const float value = to_float(span.values.data[j]);
-        sum += value * value;
-    }
-    return sum;
 }
 
 // The RMS norm of x [SEQUENCES, num_inputs] to the rows, with the weights that were asked for.
@@ -96,26 +53,24 @@ __device__ __noinline__ void load_normed(
     const TileRows rows, const scalar_t* x, float eps, int num_inputs) {
     __shared__ float sums[USER_WARPS];
     const int token = warp_id() / TOKEN_WARPS;
-    const bool has_token = token < SEQUENCES;
+    scalar_t* row = rows.row(token);
     const scalar_t* from = x + static_cast<int64_t>(token) * num_inputs;
-    InputSpan held[NORM_HELD];
+    const int end = token < SEQUENCES ? num_inputs : 0;
+#pragma unroll 1
+    for (int k = first_norm_input(); k < end; k += NORM_STEP) cp_async_16(row + k, from + k);
+    cp_async_commit();
+    cp_async_wait<0>();  // of what this thread has copied, and nobody else uses before the barrier
     float sum = 0.0f;
-    if (has_token) {
+#pragma unroll 1
+    for (int k = first_norm_input(); k < end; k += NORM_STEP) {
+        const InputSpan span = load_span(row + k);
 #pragma unroll
-        for (int i = 0; i < NORM_HELD; ++i) {
-            const int k = first_norm_input() + i * NORM_STEP;
-            held[i].bits = make_uint4(0, 0, 0, 0);
-            if (k < num_inputs) held[i] = load_span(from + k);
-        }
-#pragma unroll
-        for (int i = 0; i < NORM_HELD; ++i) sum += sum_of_squares(held[i]);
-#pragma unroll 2
-        for (int k = first_norm_input() + NORM_HELD * NORM_STEP; k < num_inputs; k += NORM_STEP) {
-            sum += sum_of_squares(load_span(from + k));
+        for (int j = 0; j < SPAN; ++j) {
+            const float value = to_float(span.values.data[j]);
+            sum += value * value;
         }
     }
     sum = warp_sum(sum);
-    cp_async_wait<0>();
     if (TOKEN_WARPS > 1) {
         if (lane_id() == 0) sums[warp_id()] = sum;
         users_sync();
@@ -127,18 +82,15 @@ __device__ __noinline__ void load_normed(
     }
     const float factor = 1.0f / sqrtf(sum / num_inputs + eps);
 #pragma unroll 1
-    for (int i = 0; has_token && first_norm_input() + i * NORM_STEP < num_inputs; ++i) {
-        const int k = first_norm_input() + i * NORM_STEP;
-        const InputSpan span =
-            i == 0 ? held[0] : i < NORM_HELD ? held[NORM_HELD - 1] : load_span(from + k);
-        const InputSpan weight = load_span(norm_weights() + k);
-        InputSpan normed;
+    for (int k = first_norm_input(); k < end; k += NORM_STEP) {
+        InputSpan span = load_span(row + k);
+        const InputSpan weight = load_span(step_norm() + k);
 #pragma unroll
         for (int j = 0; j < SPAN; ++j) {
-            normed.values.data[j] = from_float<scalar_t>(
+            span.values.data[j] = from_float<scalar_t>(
                 to_float(span.values.data[j]) * factor * to_float(weight.values.data[j]));
         }
-        rows.put(token, k, normed);
+        *reinterpret_cast<uint4*>(row + k) = span.bits;
     }
     users_sync();
 }
@@ -154,6 +106,12 @@ struct NormInputs {
     }
 };
 
+// Start to copy `count` inputs to a row. All threads that compute come.
+__device__ __forceinline__ void copy_inputs(scalar_t* row, const scalar_t* from, int count) {
+#pragma unroll 1
+    for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) cp_async_16(row + k, from + k);
+}
+
 // x [SEQUENCES, num_inputs] as it is.
 struct PlainInputs {
     const scalar_t* x;
@@ -164,12 +122,10 @@ struct PlainInputs {
         const int first = tile * tile_inputs, count = min(tile_inputs, num_inputs - first);
 #pragma unroll 1
         for (int token = 0; token < SEQUENCES; ++token) {
-            const scalar_t* from = x + static_cast<int64_t>(token) * num_inputs + first;
-#pragma unroll 4
-            for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
-                rows.put(token, k, load_span(from + k));
-            }
+            copy_inputs(rows.row(token), x + static_cast<int64_t>(token) * num_inputs + first, count);
         }
+        cp_async_commit();
+        cp_async_wait<0>();
         users_sync();
     }
 };
@@ -251,7 +207,11 @@ struct StoreLogits {
 // ------------------------------------------------------------------------------ the product
 
 // This warp's inputs of a stage: four chunks of 32. Lane 4 g + t has, of row g of the weights and of
-// token g, the inputs 8 t … 8 t + 7 of a chunk.
+// token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of them
+// to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they are
+// its lower rows. So the same four registers of a token's inputs serve both. Which input a lane calls
+// first is the same on both sides, so the sum is the same; the other half of each result means
+// nothing.
 __device__ __forceinline__ void multiply_stage(
     float (&sums)[4][4], const unsigned char* stage, const scalar_t* inputs, int num_inputs) {
     const unsigned char* w = stage + lane_id() / 4 * STAGE_ROW_BYTES + warp_id() * 256 +
@@ -269,8 +229,8 @@ __device__ __forceinline__ void multiply_stage(
     for (int c = 0; c < 4; ++c) {
         if (warp_id() * 128 + c * 32 < num_inputs) {
             const uint32_t pairs[4] = {values[c].x, values[c].y, values[c].z, values[c].w};
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, weights[c].x, weights[c].y);
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, weights[c].z, weights[c].w);
+            mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, weights[c].x, weights[c].z);
+            mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, weights[c].y, weights[c].w);
         }
     }
 }
@@ -284,10 +244,10 @@ __device__ __noinline__ RingPlace sum_units(
         float sums[4][4] = {};
 #pragma unroll 1
         for (int k = 0; k < num_inputs; k += STAGE_INPUTS) {
-            mbarrier_wait(stage_is_full(place.stage), place.phase);
-            multiply_stage(sums, ring_stage(place.stage), inputs + k, num_inputs - k);
+            mbarrier_wait(&step_memory().is_full[place.stage], place.phase);
+            multiply_stage(sums, step_memory().stages[place.stage], inputs + k, num_inputs - k);
             warp_sync();
-            if (lane_id() == 0) mbarrier_arrive(stage_is_free(place.stage));
+            if (lane_id() == 0) mbarrier_arrive(&step_memory().is_free[place.stage]);
             place.next();
         }
         if (lane_id() / 4 < SEQUENCES) {

@@ -285,6 +285,8 @@ __device__ __forceinline__ T load_volatile(const T* p) {
 
 // Called in every turn of a loop that waits for another block.
 __device__ __forceinline__ void spin_pause() { __nanosleep(20); }
+// The same where every moment counts and few threads wait.
+__device__ __forceinline__ void spin_wait() {}
 
 // ------------------------------------------------------------------------------ launches
 

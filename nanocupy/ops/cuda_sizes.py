@@ -81,7 +81,7 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
             ):
                 size = max(math.prod(shape), math.prod(plan.get(name, ((0,), ""))[0]))
                 plan[name] = ((size,), "float32")
-            plan["grid_barrier"] = ((1,), "uint32")
+            plan["grid_barrier"] = ((2,), "uint32")
     return plan | {
         "argmax_keys": ((keys,), "uint64"),
         "partial_values": ((values,), "float32"),

@@ -44,7 +44,7 @@ class StepOps(CudaLauncher):
             batch["block_tables"], buffers["x"], buffers["qkv"], buffers["attended"],
             buffers["activated"], self._workspace("step_values", *values),
             self._workspace("step_states", *states), buffers["logits"],
-            self._workspace("grid_barrier", 1), _f32(eps), _f32(scale),
+            self._workspace("grid_barrier", 2), _f32(eps), _f32(scale),
             *(_i32(n) for n in (
                 len(layers), shape.hidden_size, shape.ffn_size, shape.vocab_size,
                 shape.num_kv_heads, shape.num_heads // shape.num_kv_heads,

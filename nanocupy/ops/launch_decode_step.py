@@ -24,7 +24,7 @@ _UNIT_ROWS = 8
 _USER_WARPS = 8
 _STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
 _MAX_STAGES = 12
-_MIN_STAGES = 4  # with fewer, reading stops where blocks meet
+_GOOD_STAGES, _MIN_STAGES = 6, 3  # with fewer, reading stops where blocks meet
 _MAX_HEADS_PER_GROUP = 16
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
@@ -41,7 +41,7 @@ class DecodeStepTuning:
 
     ring_stages: int | None = None
     attend_stages: int = 1
-    part_tokens: int = 128
+    part_tokens: int | None = None
     max_parts: int | None = None
 
 
@@ -96,26 +96,25 @@ def decode_step_launch(
         return None
     if heads_per_group > _MAX_HEADS_PER_GROUP:
         return None
-    # All inputs in one tile where they fit beside the ring, else in several, which a block can do
-    # whose sums of all its outputs are kept meanwhile.
-    padded = -(-shape.hidden_size // STAGE_INPUTS) * STAGE_INPUTS
-    fixed = 16 + partial_bytes(num_sequences) + 2 * shape.hidden_size + _STATIC_BYTES
-    attention = attention_bytes(shape.head_size, heads_per_group, tuning.attend_stages)
+    # All inputs in one tile where the ring has room for enough stages beside it, else in several,
+    # which a block can do whose sums of all its outputs are kept meanwhile.
     units = -(-shape.hidden_size // _UNIT_ROWS)
     can_tile = -(-units // num_multiprocessors) <= group_units(num_sequences)
-    best: tuple[int, int, int] | None = None
-    tile = -(-max(widths) // STAGE_INPUTS) * STAGE_INPUTS
-    while tile >= padded:
-        work = max(attention, num_sequences * 2 * (min(tile, _padded(max(widths))) + 32))
-        stages = (max_shared_bytes - fixed - work) // (_STAGE_BYTES + 16)
-        stages = min(stages, tuning.ring_stages or _MAX_STAGES)
-        is_enough = stages >= _MIN_STAGES and (tile >= max(widths) or can_tile)
-        if is_enough and (best is None or stages > best[1]):
-            best = (tile, stages, work)
-        tile -= STAGE_INPUTS
-    if best is None:
+    fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages)
+    best: tuple[int, int] | None = None
+    for tile in range(_whole(max(widths)), _whole(shape.hidden_size) - 1, -STAGE_INPUTS):
+        if tile < max(widths) and not can_tile:
+            break
+        inputs = input_bytes(num_sequences, min(tile, max(widths)))
+        room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
+        stages = min(room // (_STAGE_BYTES + 16), tuning.ring_stages or _MAX_STAGES)
+        if best is None or stages > best[1]:
+            best = tile, stages
+        if stages >= _GOOD_STAGES:
+            break
+    if best is None or best[1] < _MIN_STAGES:
         return None
-    tile_inputs, stages, work = best
+    tile_inputs, stages = best
     items = num_sequences * shape.num_kv_heads
     max_parts = tuning.max_parts or max(1, min(MAX_PARTS, num_multiprocessors // items))
     return DecodeStepLaunch(
@@ -127,37 +126,41 @@ def decode_step_launch(
         },
         grid=(num_multiprocessors,),
         block=BLOCK_THREADS,
-        shared_bytes=stages * (_STAGE_BYTES + 16)
-        + partial_bytes(num_sequences)
-        + 2 * shape.hidden_size
-        + work,
+        shared_bytes=memory_bytes(shape, num_sequences, stages, tuning.attend_stages)
+        + input_bytes(num_sequences, min(tile_inputs, max(widths))),
         tile_inputs=tile_inputs,
         max_parts=max_parts,
-        part_tokens=tuning.part_tokens,
+        part_tokens=tuning.part_tokens or (128 if num_sequences < 4 else 512),
     )
 
 
 def group_units(num_sequences: int) -> int:
-    """GROUP_UNITS of decode_step_products.cuh."""
+    """GROUP_UNITS of decode_step_memory.cuh."""
     return 16 if num_sequences <= 2 else 8 if num_sequences <= 4 else 4
 
 
-def partial_bytes(num_sequences: int) -> int:
-    """PARTIAL_BYTES of decode_step_products.cuh."""
-    return 2 * 4 * group_units(num_sequences) * _USER_WARPS * num_sequences * _UNIT_ROWS
-
-
-def attention_bytes(head_size: int, heads_per_group: int, stages: int) -> int:
-    """Shared memory of StepTiles in decode_step_attention.cuh."""
-    chunks = head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number of them
+def memory_bytes(
+    shape: DecodeStepShape, num_sequences: int, ring_stages: int, attend_stages: int
+) -> int:
+    """StepMemory of decode_step_memory.cuh."""
+    chunks = shape.head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number
     row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
-    tiles = _USER_WARPS * stages * 2 * 16 * row_bytes
-    sums = _USER_WARPS * heads_per_group * head_size * 4
-    return 16 * row_bytes + 4 * head_size + _USER_WARPS * 16 * 2 * 4 + max(tiles, sums)
+    size = ring_stages * (_STAGE_BYTES + 16)
+    size += 2 * 4 * group_units(num_sequences) * _USER_WARPS * num_sequences * _UNIT_ROWS
+    size += 2 * shape.hidden_size
+    size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
+    size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
+    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 16 * 2 * 4 + 72 + 2 * 32
+    return -(-size // 128) * 128
 
 
-def _padded(num_inputs: int) -> int:
-    return -(-num_inputs // 64) * 64
+def input_bytes(num_sequences: int, num_inputs: int) -> int:
+    """The rows of inputs behind it: TileRows of decode_step_products.cuh."""
+    return num_sequences * 2 * (-(-num_inputs // 64) * 64 + 32)
+
+
+def _whole(num_inputs: int) -> int:
+    return -(-num_inputs // STAGE_INPUTS) * STAGE_INPUTS
 
 
 def part_shapes(

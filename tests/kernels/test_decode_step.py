@@ -124,7 +124,7 @@ class Model:
             "part_values": np.full(values, np.nan, np.float32),
             "part_states": np.full(states, np.nan, np.float32),
             "logits": np.full((n, s.vocab_size), np.nan, np.float32),
-            "barrier": np.zeros(1, np.uint32),
+            "barrier": np.zeros(2, np.uint32),
         }
         i32 = np.int32
         numbers = (

@@ -315,6 +315,7 @@ inline T load_volatile(const T* p) {
     return *const_cast<const volatile T*>(p);
 }
 inline void spin_pause() { shim::pause(); }
+inline void spin_wait() { shim::pause(); }
 
 inline int cluster_size() { return int(shim::cluster_blocks); }
 inline int cluster_rank() { return int(shim::block->index.x % shim::cluster_blocks); }

@@ -1,0 +1,89 @@
+// What a block of a persistent decode step keeps in shared memory, and where.
+//
+// MAX_NORM_INPUTS   D of the model
+#pragma once
+
+#define MAX_QUERY_VALUES 0  // of attention: registers are short here
+#include "attention_decode_mma.cuh"
+#include "decode_step_pipeline.cuh"
+
+#ifndef MAX_NORM_INPUTS
+#define MAX_NORM_INPUTS 4096
+#endif
+
+// Pointers of a layer, a row of the table that the launch is given.
+struct StepLayer {
+    const scalar_t* attention_norm;  // [D]
+    const scalar_t* qkv;             // [(H + 2 * G) * d, D]
+    const scalar_t* qkv_bias;        // [(H + 2 * G) * d], or null; the other biases likewise
+    const scalar_t* q_norm;          // [d], or null
+    const scalar_t* k_norm;          // [d], or null
+    cache_t* key_cache;              // [N, G, P, d]
+    cache_t* value_cache;            // [N, G, P, d]
+    const scalar_t* o;               // [D, H * d]
+    const scalar_t* o_bias;          // [D]
+    const scalar_t* ffn_norm;        // [D]
+    const scalar_t* gate_up;         // [2 * F, D]: rows of gate, then of up
+    const scalar_t* gate_up_bias;    // [2 * F]
+    const scalar_t* down;            // [D, F]
+    const scalar_t* down_bias;       // [D]
+};
+
+// What the step's attention is told, the same for all layers.
+struct StepAttention {
+    const scalar_t* qkv;          // [SEQUENCES, H + 2 * G, d]
+    const int32_t* block_tables;  // [SEQUENCES, table_width]
+    scalar_t* attended;           // [SEQUENCES, H, d], of contexts of one part
+    float* part_values;           // [SEQUENCES, H, max_parts, d], not divided by the sum yet
+    float* part_states;           // [SEQUENCES, H, max_parts, 2], maximum and sum
+    float eps, scale;
+    int num_kv_heads, heads_per_group, block_size, table_width;
+    int max_parts, part_tokens;   // most parts of a context; positions that are worth one
+
+    __device__ __forceinline__ int num_parts(int kv_len) const {
+        return max(1, min(max_parts, (kv_len + part_tokens - 1) / part_tokens));
+    }
+    __device__ __forceinline__ int num_items() const { return SEQUENCES * num_kv_heads * max_parts; }
+    __device__ __forceinline__ int64_t part_row(int sequence, int head, int part) const {
+        const int num_heads = num_kv_heads * heads_per_group;
+        return (static_cast<int64_t>(sequence) * num_heads + head) * max_parts + part;
+    }
+};
+
+// Units of a product whose sums are merged at one barrier.
+constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : SEQUENCES <= 4 ? 8 : 4;
+constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;
+static_assert(GROUP_UNITS * UNIT_ROWS * SEQUENCES <= USERS, "a thread for each sum");
+
+// Everything that is copied to lies at multiples of 16 bytes, as all sizes before it are.
+struct alignas(128) StepMemory {
+    unsigned char stages[RING_STAGES][STAGE_BYTES];  // the ring of weights
+    float partials[2][GROUP_SUMS];   // the warps' sums: one is written while one is read
+    scalar_t norm[MAX_NORM_INPUTS];  // weights of the next norm
+    // Attention: each warp's keys and values, then in their place the warps' sums [heads of a group,
+    // d]; the queries as a tile; the new key and value; weights of the norms of q and k; cosines and
+    // sines.
+    scalar_t positions[USER_WARPS][RING];
+    scalar_t queries[16 * STRIDE];
+    scalar_t fresh[2][HEAD_SIZE];
+    scalar_t head_norms[2][HEAD_SIZE];
+    float rope[SEQUENCES][HEAD_SIZE];
+    StepLayer layers[2];  // this one and the next, in turn
+    uint64_t is_full[RING_STAGES];
+    uint64_t is_free[RING_STAGES];
+    float states[USER_WARPS][16][2];  // maxima and sums of the warps
+    StepAttention attention;
+    int32_t kv_lens[8];
+    int32_t slots[8];
+};
+static_assert(RING * sizeof(scalar_t) >= 16 * HEAD_SIZE * sizeof(float), "room for the sums");
+
+__device__ __forceinline__ StepMemory& step_memory() {
+    return *reinterpret_cast<StepMemory*>(dynamic_shared());
+}
+// The inputs of a product, rows of tokens: as many as the launch has room for.
+__device__ __forceinline__ scalar_t* step_inputs() {
+    return reinterpret_cast<scalar_t*>(dynamic_shared() + sizeof(StepMemory));
+}
+__device__ __forceinline__ scalar_t* step_norm() { return step_memory().norm; }
+__device__ __forceinline__ float* step_partials() { return step_memory().partials[0]; }
