@@ -148,7 +148,8 @@ def plan_skinny(
     macros = {
         "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_M": warps_m,
         "WARPS_K": warps_k, "K_STEP": k_step, "STAGES": stages, "INPUTS_STAY": int(stay),
-        "INBOX_INSIDE": int(room.inside), "NORM_INPUTS": int(fold), "MIN_BLOCKS": tuning.resident_blocks or fit,
+        "INBOX_INSIDE": int(room.inside), "NORM_INPUTS": int(fold),
+        "MIN_BLOCKS": tuning.resident_blocks or fit,
     }  # fmt: skip
     return SkinnyLaunch(
         macros,
