@@ -24,14 +24,16 @@ struct GridBarrier {
     uint32_t* arrived;
     uint32_t expected;
 
-    // Every block has come, and what its threads wrote before is seen after. All threads that compute
-    // come.
-    __device__ __forceinline__ void meet() {
-        expected += gridDim.x;
+    // This block has done its part: what its threads wrote before is seen by all after wait(). What
+    // they ask for between the two waits for nobody. All threads that compute come.
+    __device__ __forceinline__ void arrive() {
         users_sync();
+        if (threadIdx.x == 0) atomic_add_release(arrived, 1u);
+        expected += gridDim.x;
+    }
+    // Every block has done its part.
+    __device__ __forceinline__ void wait() const {
         if (threadIdx.x == 0) {
-            device_fence();
-            atomic_add(arrived, 1u);
             while (static_cast<int32_t>(load_acquire(arrived) - expected) < 0) spin_wait();
         }
         users_sync();
@@ -136,17 +138,21 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
         const StepLayer& layer = step_memory().layers[i % 2];
         multiply_matrix<false>(place, {layer.qkv, qkv_size, hidden_size}, tile_inputs, normed,
                                StoreOutputs{layer.qkv_bias, qkv, qkv_size});
+        grid.arrive();
         request_norm(layer.ffn_norm, hidden_size);
         if (i + 1 < num_layers) request_layer(table, i + 1);
         cp_async_commit();
-        grid.meet();
+        grid.wait();
         attend_items(layer);
-        grid.meet();
+        grid.arrive();
+        grid.wait();
         multiply_matrix<false>(place, {layer.o, hidden_size, q_size}, tile_inputs, results,
                                AddToStream{layer.o_bias, x, hidden_size});
-        grid.meet();
+        grid.arrive();
+        grid.wait();
         multiply_matrix<true>(place, {layer.gate_up, ffn_size, hidden_size}, tile_inputs, normed,
                               StoreSwiglu{layer.gate_up_bias, activated, ffn_size});
+        grid.arrive();
         const StepLayer& next = step_memory().layers[(i + 1) % 2];
         if (i + 1 < num_layers) {
             request_norm(next.attention_norm, hidden_size);
@@ -155,11 +161,12 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
             request_norm(final_norm, hidden_size);
             cp_async_commit();
         }
-        grid.meet();
+        grid.wait();
         multiply_matrix<false>(place, {layer.down, hidden_size, ffn_size}, tile_inputs,
                                PlainInputs{activated, ffn_size},
                                AddToStream{layer.down_bias, x, hidden_size});
-        grid.meet();
+        grid.arrive();
+        grid.wait();
     }
     if (threadIdx.x == 0) grid.leave();
     multiply_matrix<false>(place, {head, vocab_size, hidden_size}, tile_inputs, normed,

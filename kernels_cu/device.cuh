@@ -273,6 +273,12 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
+// Add; what this thread wrote before, or saw others write, is seen by whoever sees the sum.
+__device__ __forceinline__ void atomic_add_release(uint32_t* p, uint32_t x) {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#endif
+}
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }

@@ -309,6 +309,7 @@ inline void device_fence() {}
 inline uint32_t load_acquire(const uint32_t* p) {
     return *const_cast<const volatile uint32_t*>(p);
 }
+inline void atomic_add_release(uint32_t* p, uint32_t x) { *p += x; }
 inline void store_release(uint32_t* p, uint32_t x) { *const_cast<volatile uint32_t*>(p) = x; }
 template <typename T>
 inline T load_volatile(const T* p) {
