@@ -18,6 +18,7 @@
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
 #include "decode_step_weights.cuh"
+#include "hopper.cuh"
 
 // The meetings of all blocks: `arrived` counts who has come, over all meetings of a launch.
 struct GridBarrier {
@@ -69,7 +70,7 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
 #endif
 
 // decode_step: logits of SEQUENCES tokens, the next of SEQUENCES sequences, from their embeddings
-// grid (blocks), all resident at once: at most one for each multiprocessor; block 288; from 9.0;
+// grid (blocks), all resident at once: at most one for each multiprocessor; block 384; from 9.0;
 //   shared: StepMemory of decode_step_memory.cuh and, behind it, SEQUENCES * 2 * (min(tile_inputs,
 //   the most inputs of a product, up to 64s) + 32)
 // layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes
@@ -86,7 +87,7 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
 //   numpy_ops.linear_add for every layer, then numpy_ops.lm_head
 // COST: bytes of all weights, and of the contexts' keys and values; 2 flops a weight and token
-extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
+extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const uint64_t* layers, const scalar_t* final_norm, const scalar_t* head, const float* rope,
     const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, scalar_t* x,
     scalar_t* qkv, scalar_t* attended, scalar_t* activated, float* part_values, float* part_states,
@@ -97,30 +98,24 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
     grid_dependency_launch();
     const StepLayer* table = reinterpret_cast<const StepLayer*>(layers);
     const int q_size = num_kv_heads * heads_per_group * HEAD_SIZE;
-    const int qkv_size = q_size + 2 * num_kv_heads * HEAD_SIZE;
+    const StepSizes sizes = {num_layers, hidden_size, ffn_size, vocab_size, q_size,
+                             q_size + 2 * num_kv_heads * HEAD_SIZE, tile_inputs};
     make_ring();
-    RingPlace place;
-
-    if (warp_id() == USER_WARPS) {  // weights wait for nobody
-#pragma unroll 1
-        for (int i = 0; i < num_layers; ++i) {
-            const StepLayer& layer = table[i];
-            place = bring_matrix<false>(place, {layer.qkv, qkv_size, hidden_size}, tile_inputs);
-            place = bring_matrix<false>(place, {layer.o, hidden_size, q_size}, tile_inputs);
-            place = bring_matrix<true>(place, {layer.gate_up, ffn_size, hidden_size}, tile_inputs);
-            place = bring_matrix<false>(place, {layer.down, hidden_size, ffn_size}, tile_inputs);
-        }
-        place = bring_matrix<false>(place, {head, vocab_size, hidden_size}, tile_inputs);
+    if (warp_id() >= USER_WARPS) {
+#if HAS_WGMMA
+        give_registers<40>();
+#endif
+        if (warp_id() == USER_WARPS) bring_weights(sizes, table, head);  // which wait for nobody
         grid_dependency_wait();
         return;
     }
+#if HAS_WGMMA
+    take_registers<232>();
+#endif
 
     request_layer(table, 0);
     request_norm(table[0].attention_norm, hidden_size);
     cp_async_commit();
-    const NormInputs normed = {x, eps, hidden_size};
-    const AttendedInputs results = {q_size};
-    GridBarrier grid = {barrier, 0};
     grid_dependency_wait();
     cp_async_wait<0>();
     load_batch({qkv, block_tables, attended, part_values, part_states, eps, scale, num_kv_heads,
@@ -131,45 +126,51 @@ extern "C" __global__ void __launch_bounds__(288, 1) decode_step(
     if (static_cast<int>(blockIdx.x) < step_memory().attention.num_items()) {
         row = row_of_lane(StepItem(blockIdx.x), 0);
     }
-    request_attention(step_memory().layers[0], row);
-
+    const StepResults results = {x, qkv, activated, logits};
+    GridBarrier grid = {barrier, 0};
+    RingPlace place;
 #pragma unroll 1
-    for (int i = 0; i < num_layers; ++i) {
-        const StepLayer& layer = step_memory().layers[i % 2];
-        multiply_matrix<false>(place, {layer.qkv, qkv_size, hidden_size}, tile_inputs, normed,
-                               StoreOutputs{layer.qkv_bias, qkv, qkv_size});
+    for (int i = 0; i <= 4 * num_layers; ++i) {
+        const int kind = i < 4 * num_layers ? i % 4 : HEAD, number = i / 4;
+        StepProduct product = sizes.product(kind);
+        if (kind != HEAD) set_pointers(product, step_memory().layers[number % 2]);
+        if (i == 0) request_attention(step_memory().layers[0], row);
+        const auto load = [&](const TileRows& rows, int first, int count) {
+            if (kind == OUTPUT) {
+                load_attended(rows, q_size, first, count);
+            } else if (kind == DOWN) {
+                for (int token = 0; token < SEQUENCES; ++token) {
+                    copy_inputs(rows.row(token), activated + token * ffn_size + first, count);
+                }
+            } else {
+                load_normed(rows, x, eps, hidden_size);
+                return;
+            }
+            cp_async_commit();
+            cp_async_wait<0>();
+            users_sync();
+        };
+        run_product(place, product, results, tile_inputs, load);
+        if (kind == HEAD) break;
+
         grid.arrive();
-        request_norm(layer.ffn_norm, hidden_size);
-        if (i + 1 < num_layers) request_layer(table, i + 1);
+        const bool is_last = number + 1 == num_layers;
+        const StepLayer& next = step_memory().layers[(number + 1) % 2];
+        if (kind == QKV) {
+            request_norm(step_memory().layers[number % 2].ffn_norm, hidden_size);
+            if (!is_last) request_layer(table, number + 1);
+        } else if (kind == GATE_UP) {
+            request_norm(is_last ? final_norm : next.attention_norm, hidden_size);
+            if (!is_last) request_attention(next, row);
+        }
         cp_async_commit();
         grid.wait();
-        attend_items(layer);
-        grid.arrive();
-        grid.wait();
-        multiply_matrix<false>(place, {layer.o, hidden_size, q_size}, tile_inputs, results,
-                               AddToStream{layer.o_bias, x, hidden_size});
-        grid.arrive();
-        grid.wait();
-        multiply_matrix<true>(place, {layer.gate_up, ffn_size, hidden_size}, tile_inputs, normed,
-                              StoreSwiglu{layer.gate_up_bias, activated, ffn_size});
-        grid.arrive();
-        const StepLayer& next = step_memory().layers[(i + 1) % 2];
-        if (i + 1 < num_layers) {
-            request_norm(next.attention_norm, hidden_size);
-            request_attention(next, row);
-        } else {
-            request_norm(final_norm, hidden_size);
-            cp_async_commit();
+        if (kind == QKV) {
+            attend_items(step_memory().layers[number % 2]);
+            grid.arrive();
+            grid.wait();
         }
-        grid.wait();
-        multiply_matrix<false>(place, {layer.down, hidden_size, ffn_size}, tile_inputs,
-                               PlainInputs{activated, ffn_size},
-                               AddToStream{layer.down_bias, x, hidden_size});
-        grid.arrive();
-        grid.wait();
     }
     if (threadIdx.x == 0) grid.leave();
-    multiply_matrix<false>(place, {head, vocab_size, hidden_size}, tile_inputs, normed,
-                           StoreLogits{logits, vocab_size});
 #endif
 }

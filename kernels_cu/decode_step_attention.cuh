@@ -49,9 +49,9 @@ __device__ __forceinline__ uint32_t row_of_lane(const StepItem& item, int step) 
 
 // Start to copy the keys and values of a step to this warp's stage of it. `row`: of this lane; left:
 // positions from the step's first one on that are in the cache.
-__device__ __noinline__ void copy_step(int step, int left, uint32_t row, const StepLayer& layer) {
+__device__ __forceinline__ void copy_step(int step, int left, uint32_t row, const StepLayer& layer) {
     scalar_t* keys = step_memory().positions[warp_id()] + step % STAGES * 2 * TILE;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < STEP_TOKENS * ROW_CHUNKS / WARP_SIZE; ++i) {
         const int token = (i * WARP_SIZE + lane_id()) / ROW_CHUNKS;
         const int chunk = (i * WARP_SIZE + lane_id()) % ROW_CHUNKS;
@@ -64,7 +64,7 @@ __device__ __noinline__ void copy_step(int step, int left, uint32_t row, const S
 
 // Ask for what a layer's attention needs and waits for nobody: the first step of this block's first
 // item (whose row `row` is), and the norms of q and k. All threads that compute come.
-__device__ __noinline__ void request_attention(const StepLayer& layer, uint32_t row) {
+__device__ __forceinline__ void request_attention(const StepLayer& layer, uint32_t row) {
     constexpr int VECTORS = HEAD_SIZE / 8;
     const int vector = threadIdx.x - (USERS - 2 * VECTORS);  // by the last threads
     if (vector >= 0) {
@@ -229,7 +229,7 @@ __device__ __forceinline__ void attend_item(
 }
 
 // All items of this block, in a layer. All threads that compute come, after request_attention.
-__device__ __noinline__ void attend_items(const StepLayer& layer) {
+__device__ __forceinline__ void attend_items(const StepLayer& layer) {
     const StepAttention& a = step_memory().attention;
 #pragma unroll 1
     for (int i = blockIdx.x; i < a.num_items(); i += gridDim.x) {
@@ -241,67 +241,75 @@ __device__ __noinline__ void attend_items(const StepLayer& layer) {
     }
 }
 
-// The results of attention as the inputs of a product.
-struct AttendedInputs {
-    int num_inputs;  // H * d
-
-    __device__ __forceinline__ void load(int tile, int tile_inputs) const {
-        const StepAttention& a = step_memory().attention;
-        const TileRows rows(num_inputs, tile_inputs);
-        const int first = tile * tile_inputs, count = min(tile_inputs, num_inputs - first);
-#pragma unroll 1
-        for (int token = 0; token < SEQUENCES; ++token) {
-            const int parts = a.num_parts(step_memory().kv_lens[token]);
-            scalar_t* row = rows.row(token);
-            if (parts == 1) {
-                copy_inputs(row, a.attended + static_cast<int64_t>(token) * num_inputs + first, count);
-            } else {
-#pragma unroll 1
-                for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
-                    *reinterpret_cast<uint4*>(row + k) = merged(token, first + k, parts).bits;
-                }
-            }
-        }
-        cp_async_commit();
-        cp_async_wait<0>();
-        users_sync();
+__device__ __forceinline__ void load_eight(const float* p, float (&out)[SPAN]) {
+#pragma unroll
+    for (int i = 0; i < SPAN; i += 4) {
+        const Vec<float, 4> half = load_vec<float, 4>(p + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[i + j] = half.data[j];
     }
+}
 
-    // Values k … k + 7 of a token, of one head. Parts are read four at a time.
-    static __device__ __forceinline__ InputSpan merged(int token, int k, int parts) {
-        const StepAttention& a = step_memory().attention;
-        const int64_t at = a.part_row(token, k / HEAD_SIZE, 0);
-        const float* values = a.part_values + at * HEAD_SIZE + k % HEAD_SIZE;
-        SoftmaxState state = softmax_start();
-        float summed[SPAN] = {};
+// Values k … k + 7 of a token, of one head, from its parts, which are read four at a time.
+__device__ __forceinline__ InputSpan merge_parts(int token, int k, int parts) {
+    const StepAttention& a = step_memory().attention;
+    const int64_t at = a.part_row(token, k / HEAD_SIZE, 0);
+    const float* states = a.part_states + at * 2;
+    const float* values = a.part_values + at * HEAD_SIZE + k % HEAD_SIZE;
+    float highest = -infinity(), sum = 0.0f, summed[SPAN] = {};
 #pragma unroll 1
-        for (int first = 0; first < parts; first += 4) {
-            float states[4][2], low[4][4], high[4][4];
+    for (int first = 0; first < parts; first += 4) {
+        float state[4][2], value[4][SPAN], weight[4];
 #pragma unroll
-            for (int s = 0; s < 4; ++s) {
-                const int part = min(first + s, parts - 1);
-                load_floats<float, 2>(a.part_states + (at + part) * 2, states[s]);
-                load_floats<float, 4>(values + part * HEAD_SIZE, low[s]);
-                load_floats<float, 4>(values + part * HEAD_SIZE + 4, high[s]);
-            }
+        for (int s = 0; s < 4; ++s) {
+            state[s][0] = -infinity();
+            state[s][1] = 0.0f;
 #pragma unroll
-            for (int s = 0; s < 4; ++s) {
-                if (first + s >= parts) break;
-                const SoftmaxState other = {states[s][0], states[s][1]};
-                float scale, other_scale;
-                softmax_merge(state, other, scale, other_scale);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    summed[j] = summed[j] * scale + other_scale * low[s][j];
-                    summed[4 + j] = summed[4 + j] * scale + other_scale * high[s][j];
-                }
+            for (int j = 0; j < SPAN; ++j) value[s][j] = 0.0f;
+            if (first + s < parts) {
+                load_floats<float, 2>(states + (first + s) * 2, state[s]);
+                load_eight(values + (first + s) * HEAD_SIZE, value[s]);
             }
         }
-        InputSpan span;
+        const float before = highest;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) highest = fmaxf(highest, state[s][0]);
+        const float scale = softmax_weight(before, highest);
+        sum *= scale;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            weight[s] = softmax_weight(state[s][0], highest);
+            sum += weight[s] * state[s][1];
+        }
 #pragma unroll
         for (int j = 0; j < SPAN; ++j) {
-            span.values.data[j] = from_float<scalar_t>(divided(summed[j], state.sum));
+            summed[j] *= scale;
+#pragma unroll
+            for (int s = 0; s < 4; ++s) summed[j] += weight[s] * value[s][j];
         }
-        return span;
     }
-};
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    InputSpan span;
+#pragma unroll
+    for (int j = 0; j < SPAN; ++j) span.values.data[j] = from_float<scalar_t>(summed[j] * inverse);
+    return span;
+}
+
+// Inputs first … first + count - 1 of what attention gives, to the rows: started, not waited for.
+__device__ __forceinline__ void load_attended(
+    const TileRows& rows, int num_inputs, int first, int count) {
+    const StepAttention& a = step_memory().attention;
+#pragma unroll 1
+    for (int token = 0; token < SEQUENCES; ++token) {
+        const int parts = a.num_parts(step_memory().kv_lens[token]);
+        scalar_t* row = rows.row(token);
+        if (parts == 1) {
+            copy_inputs(row, a.attended + static_cast<int64_t>(token) * num_inputs + first, count);
+        } else {
+#pragma unroll 1
+            for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
+                *reinterpret_cast<uint4*>(row + k) = merge_parts(token, first + k, parts).bits;
+            }
+        }
+    }
+}

@@ -50,6 +50,38 @@ struct StepAttention {
     }
 };
 
+// The model and the step, as every part of the kernel is told; the same for all layers.
+struct StepSizes {
+    int num_layers, hidden_size, ffn_size, vocab_size, q_size, qkv_size;
+    int tile_inputs;  // inputs of a product that shared memory has room for
+
+    // Product `kind` of a layer, or that of the head, without its pointers.
+    __device__ __forceinline__ StepProduct product(int kind) const {
+        StepProduct product;
+        product.kind = kind;
+        product.num_outputs = kind == QKV       ? qkv_size
+                              : kind == GATE_UP ? ffn_size
+                              : kind == HEAD    ? vocab_size
+                                                : hidden_size;
+        product.num_inputs = kind == OUTPUT ? q_size : kind == DOWN ? ffn_size : hidden_size;
+        product.weight = product.bias = nullptr;
+        return product;
+    }
+};
+
+// The weights of a product, and its bias.
+__device__ __forceinline__ void set_pointers(StepProduct& product, const StepLayer& layer) {
+    const int kind = product.kind;
+    product.weight = kind == QKV       ? layer.qkv
+                     : kind == OUTPUT  ? layer.o
+                     : kind == GATE_UP ? layer.gate_up
+                                       : layer.down;
+    product.bias = kind == QKV       ? layer.qkv_bias
+                   : kind == OUTPUT  ? layer.o_bias
+                   : kind == GATE_UP ? layer.gate_up_bias
+                                     : layer.down_bias;
+}
+
 // Units of a product whose sums are merged at one barrier.
 constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : SEQUENCES <= 4 ? 8 : 4;
 constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;

@@ -1,7 +1,7 @@
 // The stream of weights through a persistent decode step: one warp brings them, the others use them.
 //
-// SEQUENCES         tokens of the step, 1 to 8
-// RING_STAGES  stages of the ring
+// SEQUENCES     tokens of the step, 1 to 8
+// RING_STAGES   stages of the ring
 //
 // A stage holds the same 1024 inputs, or fewer, of 8 rows of weights. Every matrix is cut into units
 // of 8 rows; a block has some of them in a row, so that what it reads lies in one piece, and takes
@@ -9,7 +9,7 @@
 // through the same matrices, units and stages as those that use them, but waits for nothing but room
 // in the ring: while these wait for other blocks, it fills the ring for what comes next.
 //
-// With PAIRS, rows of a unit alternate between the matrix's first and second half.
+// Where gate and up are one matrix, the rows of a unit alternate between its halves.
 #pragma once
 
 #include "bulk_copy.cuh"
@@ -24,7 +24,8 @@
 
 constexpr int USER_WARPS = 8;
 constexpr int USERS = USER_WARPS * 32;       // threads that compute
-constexpr int STEP_THREADS = USERS + 32;     // and a warp that brings weights
+// And a warpgroup of which one warp brings weights: registers move between whole warpgroups.
+constexpr int STEP_THREADS = USERS + 128;
 constexpr int UNIT_ROWS = 8;
 constexpr int STAGE_INPUTS = 1024;
 // Rows lie 64 bytes off a multiple of 128, so that eight lanes that read 16 bytes each, of two rows,
@@ -38,28 +39,37 @@ static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
 // All threads that compute meet; those that bring weights do not come.
 __device__ __forceinline__ void users_sync() { barrier_sync(1, USERS); }
 
-// A matrix, [num_outputs, num_inputs], with PAIRS [2 * num_outputs, num_inputs]; num_inputs is a
-// multiple of 32.
-struct StepMatrix {
-    const scalar_t* weight;
+// The products of a layer, in order, and that behind the last one. What differs between them is
+// decided as they run, so that their code is there once: it must stay small, as all of it runs once a
+// layer, and what the multiprocessor's caches don't hold comes from L2.
+enum ProductKind { QKV, OUTPUT, GATE_UP, DOWN, HEAD };
+
+// One of them: weights [num_outputs, num_inputs], of GATE_UP [2 * num_outputs, num_inputs];
+// num_inputs is a multiple of 32.
+struct StepProduct {
+    int kind;
     int num_outputs;
     int num_inputs;
+    const scalar_t* weight;
+    const scalar_t* bias;  // or null
+
+    __device__ __forceinline__ bool has_pairs() const { return kind == GATE_UP; }
+    __device__ __forceinline__ int unit_outputs() const {
+        return has_pairs() ? UNIT_ROWS / 2 : UNIT_ROWS;
+    }
 };
 
-// What of a matrix is this block's: units first_unit … end_unit - 1, and the inputs in tiles.
-template <bool PAIRS>
+// What of a product is this block's: units first_unit … end_unit - 1.
 struct StepShare {
-    static constexpr int OUTPUTS = PAIRS ? UNIT_ROWS / 2 : UNIT_ROWS;  // of a unit
+    int first_unit, end_unit;
 
-    int first_unit, end_unit, num_tiles;
-
-    __device__ __forceinline__ StepShare(const StepMatrix& matrix, int tile_inputs) {
+    __device__ __forceinline__ explicit StepShare(const StepProduct& product) {
         const int block = blockIdx.x, blocks = gridDim.x;
-        const int num_units = (matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
+        const int outputs = product.unit_outputs();
+        const int num_units = (product.num_outputs + outputs - 1) / outputs;
         const int each = num_units / blocks, over = num_units - each * blocks;
         first_unit = each * block + min(block, over);
         end_unit = first_unit + each + (block < over ? 1 : 0);
-        num_tiles = (matrix.num_inputs + tile_inputs - 1) / tile_inputs;
     }
 };
 

@@ -49,8 +49,8 @@ __device__ __forceinline__ void request_norm(const scalar_t* weight, int num_inp
 }
 
 // The RMS norm of x [SEQUENCES, num_inputs] to the rows, with the weights that were asked for.
-__device__ __noinline__ void load_normed(
-    const TileRows rows, const scalar_t* x, float eps, int num_inputs) {
+__device__ __forceinline__ void load_normed(
+    const TileRows& rows, const scalar_t* x, float eps, int num_inputs) {
     __shared__ float sums[USER_WARPS];
     const int token = warp_id() / TOKEN_WARPS;
     scalar_t* row = rows.row(token);
@@ -80,7 +80,7 @@ __device__ __noinline__ void load_normed(
             sum += sums[warp_id() / TOKEN_WARPS * TOKEN_WARPS + w];
         }
     }
-    const float factor = 1.0f / sqrtf(sum / num_inputs + eps);
+    const float factor = rsqrtf(sum / num_inputs + eps);
 #pragma unroll 1
     for (int k = first_norm_input(); k < end; k += NORM_STEP) {
         InputSpan span = load_span(row + k);
@@ -95,161 +95,126 @@ __device__ __noinline__ void load_normed(
     users_sync();
 }
 
-// The RMS norm of x [SEQUENCES, num_inputs], one tile.
-struct NormInputs {
-    const scalar_t* x;
-    float eps;
-    int num_inputs;
-
-    __device__ __forceinline__ void load(int, int tile_inputs) const {
-        load_normed(TileRows(num_inputs, tile_inputs), x, eps, num_inputs);
-    }
-};
-
 // Start to copy `count` inputs to a row. All threads that compute come.
 __device__ __forceinline__ void copy_inputs(scalar_t* row, const scalar_t* from, int count) {
 #pragma unroll 1
     for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) cp_async_16(row + k, from + k);
 }
 
-// x [SEQUENCES, num_inputs] as it is.
-struct PlainInputs {
-    const scalar_t* x;
-    int num_inputs;
-
-    __device__ __forceinline__ void load(int tile, int tile_inputs) const {
-        const TileRows rows(num_inputs, tile_inputs);
-        const int first = tile * tile_inputs, count = min(tile_inputs, num_inputs - first);
-#pragma unroll 1
-        for (int token = 0; token < SEQUENCES; ++token) {
-            copy_inputs(rows.row(token), x + static_cast<int64_t>(token) * num_inputs + first, count);
-        }
-        cp_async_commit();
-        cp_async_wait<0>();
-        users_sync();
-    }
-};
-
 // ------------------------------------------------------------------------------ what becomes of a sum
 
-struct StoreOutputs {  // out = sum + bias
-    typedef float Addend;
-    const scalar_t* bias;
-    scalar_t* out;
-    int num_outputs;
-
-    __device__ __forceinline__ float fetch(int output, int) const {
-        return bias == nullptr ? 0.0f : to_float(bias[output]);
-    }
-    __device__ __forceinline__ void store(int output, int token, const float* sum, float bias) const {
-        out[static_cast<int64_t>(token) * num_outputs + output] =
-            from_float<scalar_t>(sum[0] + bias);
-    }
+// Where the results of the products go, [SEQUENCES, num_outputs] each.
+struct StepResults {
+    scalar_t* x;  // of OUTPUT and DOWN, which are added to it
+    scalar_t* qkv;
+    scalar_t* activated;  // silu(gate) * up
+    float* logits;
 };
 
-struct AddToStream {  // residual += sum + bias
-    struct Addend {
-        float bias;
-        float residual;
-    };
-    const scalar_t* bias;
-    scalar_t* residual;
-    int num_outputs;
-
-    __device__ __forceinline__ Addend fetch(int output, int token) const {
-        Addend addend;
-        addend.bias = bias == nullptr ? 0.0f : to_float(bias[output]);
-        addend.residual = to_float(residual[static_cast<int64_t>(token) * num_outputs + output]);
-        return addend;
-    }
-    __device__ __forceinline__ void store(
-        int output, int token, const float* sum, const Addend& addend) const {
-        residual[static_cast<int64_t>(token) * num_outputs + output] =
-            from_float<scalar_t>(addend.residual + (sum[0] + addend.bias));
-    }
+// What a sum is added to: a bias; of GATE_UP that of gate, then of up; the residual stream.
+struct Addends {
+    float bias, second;
 };
 
-struct StoreSwiglu {  // out = silu(gate) * up, of a pair of sums
-    struct Addend {
-        float gate;
-        float up;
-    };
-    const scalar_t* bias;
-    scalar_t* out;
-    int num_outputs;
-
-    __device__ __forceinline__ Addend fetch(int output, int) const {
-        Addend addend;
-        addend.gate = bias == nullptr ? 0.0f : to_float(bias[output]);
-        addend.up = bias == nullptr ? 0.0f : to_float(bias[num_outputs + output]);
-        return addend;
-    }
-    __device__ __forceinline__ void store(
-        int output, int token, const float* sum, const Addend& addend) const {
-        const float gate = rounded<scalar_t>(sum[0] + addend.gate);
-        const float up = rounded<scalar_t>(sum[1] + addend.up);
-        out[static_cast<int64_t>(token) * num_outputs + output] =
-            from_float<scalar_t>(gate / (1.0f + expf(-gate)) * up);
-    }
-};
-
-struct StoreLogits {
-    struct Addend {};
-    float* out;
-    int num_outputs;
-
-    __device__ __forceinline__ Addend fetch(int, int) const { return Addend(); }
-    __device__ __forceinline__ void store(int output, int token, const float* sum, Addend) const {
-        out[static_cast<int64_t>(token) * num_outputs + output] = sum[0];
-    }
-};
-
-// ------------------------------------------------------------------------------ the product
-
-// This warp's inputs of a stage: four chunks of 32. Lane 4 g + t has, of row g of the weights and of
-// token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of them
-// to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they are
-// its lower rows. So the same four registers of a token's inputs serve both. Which input a lane calls
-// first is the same on both sides, so the sum is the same; the other half of each result means
-// nothing.
-__device__ __forceinline__ void multiply_stage(
-    float (&sums)[4][4], const unsigned char* stage, const scalar_t* inputs, int num_inputs) {
-    const unsigned char* w = stage + lane_id() / 4 * STAGE_ROW_BYTES + warp_id() * 256 +
-                             lane_id() % 4 * 16;
-    const scalar_t* x = inputs + warp_id() * 128;
-    uint4 weights[4], values[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        if (warp_id() * 128 + c * 32 < num_inputs) {
-            weights[c] = ld_shared_16(w + c * 64);
-            values[c] = ld_shared_16(x + c * 32);
+__device__ __forceinline__ Addends fetch_addends(
+    const StepProduct& product, const StepResults& results, int output, int token) {
+    Addends addends = {0.0f, 0.0f};
+    if (product.bias != nullptr) {
+        addends.bias = to_float(product.bias[output]);
+        if (product.has_pairs()) {
+            addends.second = to_float(product.bias[product.num_outputs + output]);
         }
     }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        if (warp_id() * 128 + c * 32 < num_inputs) {
-            const uint32_t pairs[4] = {values[c].x, values[c].y, values[c].z, values[c].w};
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, weights[c].x, weights[c].z);
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, weights[c].y, weights[c].w);
-        }
+    if (product.kind == OUTPUT || product.kind == DOWN) {
+        addends.second =
+            to_float(results.x[static_cast<int64_t>(token) * product.num_outputs + output]);
+    }
+    return addends;
+}
+
+// `second`: of GATE_UP, the sum for up.
+__device__ __forceinline__ void store_result(
+    const StepProduct& product, const StepResults& results, int output, int token, float sum,
+    float second, const Addends& addends) {
+    const int64_t at = static_cast<int64_t>(token) * product.num_outputs + output;
+    const float biased = sum + addends.bias;
+    if (product.kind == HEAD) {
+        results.logits[at] = sum;
+    } else if (product.kind == QKV) {
+        results.qkv[at] = from_float<scalar_t>(biased);
+    } else if (product.kind == GATE_UP) {
+        const float gate = rounded<scalar_t>(biased);
+        const float up = rounded<scalar_t>(second + addends.second);
+        results.activated[at] = from_float<scalar_t>(gate / (1.0f + expf(-gate)) * up);
+    } else {
+        results.x[at] = from_float<scalar_t>(addends.second + biased);
     }
 }
 
-// The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
-// SEQUENCES, UNIT_ROWS], or added to what is there. Returns the place in the ring behind them.
-__device__ __noinline__ RingPlace sum_units(
-    RingPlace place, int units, int num_inputs, const scalar_t* inputs, float* partials, bool adds) {
-#pragma unroll 1
-    for (int unit = 0; unit < units; ++unit) {
-        float sums[4][4] = {};
-#pragma unroll 1
-        for (int k = 0; k < num_inputs; k += STAGE_INPUTS) {
-            mbarrier_wait(&step_memory().is_full[place.stage], place.phase);
-            multiply_stage(sums, step_memory().stages[place.stage], inputs + k, num_inputs - k);
-            warp_sync();
-            if (lane_id() == 0) mbarrier_arrive(&step_memory().is_free[place.stage]);
-            place.next();
+// ------------------------------------------------------------------------------ the product
+
+// What a warp has of a stage: four chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and
+// of token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of
+// them to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they
+// are its lower rows. So the same four registers of a token's inputs serve both. Which input a lane
+// calls first is the same on both sides, so the sum is the same; the other half of each result means
+// nothing.
+struct StageChunks {
+    uint4 data[4];
+
+    // first: this lane's of chunk 0 of this warp; of the inputs, `left` exist from the stage's first
+    // on.
+    __device__ __forceinline__ void load(const void* first, int chunk_bytes, int left) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (warp_id() * 128 + c * 32 < left) {
+                data[c] = ld_shared_16(static_cast<const unsigned char*>(first) + c * chunk_bytes);
+            }
         }
+    }
+};
+
+// The weights of the next stage, which may then be filled again.
+__device__ __forceinline__ void take_stage(StageChunks& weights, RingPlace& place, int left) {
+    StepMemory& memory = step_memory();
+    mbarrier_wait(&memory.is_full[place.stage], place.phase);
+    weights.load(memory.stages[place.stage] + lane_id() / 4 * STAGE_ROW_BYTES + warp_id() * 256 +
+                     lane_id() % 4 * 16, 64, left);
+    warp_sync();
+    if (lane_id() == 0) mbarrier_arrive(&memory.is_free[place.stage]);
+    place.next();
+}
+
+// The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
+// SEQUENCES, UNIT_ROWS], or added to what is there. While a stage is multiplied the next one comes to
+// registers.
+__device__ __forceinline__ void sum_units(
+    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, float* partials,
+    bool adds) {
+    const scalar_t* own_inputs = inputs + warp_id() * 128;
+    StageChunks next, values;
+    take_stage(next, place, num_inputs);
+    values.load(own_inputs, 64, num_inputs);
+    float sums[4][4] = {};
+    int k = 0;
+#pragma unroll 1
+    for (int unit = 0; unit < units;) {
+        const StageChunks weights = next;
+        const int left = num_inputs - k;
+        const bool ends = left <= STAGE_INPUTS;  // the unit
+        if (!ends || unit + 1 < units) take_stage(next, place, ends ? num_inputs : left - STAGE_INPUTS);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (warp_id() * 128 + c * 32 < left) {
+                const uint4 v = values.data[c], w = weights.data[c];
+                const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+                mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, w.x, w.z);
+                mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, w.y, w.w);
+            }
+        }
+        k = ends ? 0 : k + STAGE_INPUTS;
+        if (num_inputs > STAGE_INPUTS) values.load(own_inputs + k, 64, num_inputs - k);
+        if (!ends) continue;
         if (lane_id() / 4 < SEQUENCES) {
             float* own = partials + ((unit * USER_WARPS + warp_id()) * SEQUENCES + lane_id() / 4) *
                                         UNIT_ROWS + lane_id() % 4 * 2;
@@ -261,53 +226,61 @@ __device__ __noinline__ RingPlace sum_units(
             }
             store_floats<float, 2>(own, pair);
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[i][j] = 0.0f;
+        }
+        ++unit;
     }
-    return place;
 }
 
-// Outputs of this block's part of a matrix. All threads that compute come. Where the inputs have
-// several tiles, a block must have GROUP_UNITS units at most.
-template <bool PAIRS, typename Inputs, typename Epilogue>
-__device__ __forceinline__ void multiply_matrix(
-    RingPlace& place, const StepMatrix& matrix, int tile_inputs, const Inputs& inputs,
-    const Epilogue& epilogue) {
-    constexpr int OUTPUTS = StepShare<PAIRS>::OUTPUTS;
-    const StepShare<PAIRS> share(matrix, tile_inputs);
-    const TileRows rows(matrix.num_inputs, tile_inputs);
+// Outputs of this block's part of a product. load(tile) puts a tile of its inputs to the rows; all
+// threads that compute come. Where there are several tiles, a block must have GROUP_UNITS units at
+// most.
+template <typename Load>
+__device__ __forceinline__ void run_product(
+    RingPlace& place, const StepProduct& product, const StepResults& results, int tile_inputs,
+    const Load& load) {
+    const StepShare share(product);
+    const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(min(lane_id() / 4, SEQUENCES - 1)) + lane_id() % 4 * SPAN;
-    const int group_output = threadIdx.x % (GROUP_UNITS * OUTPUTS);
-    const int token = threadIdx.x / (GROUP_UNITS * OUTPUTS);
+    // Thread i finishes output i % group_outputs of a group, of token i / group_outputs.
+    const int outputs = product.unit_outputs(), group_outputs = GROUP_UNITS * outputs;
+    const int width = UNIT_ROWS / outputs;  // sums of an output
+    const int own_output = threadIdx.x & (group_outputs - 1);
+    const int token = threadIdx.x >> lowest_bit(group_outputs);
+    const int own_sum = (own_output >> lowest_bit(outputs)) * USER_WARPS * SEQUENCES * UNIT_ROWS +
+                        token * UNIT_ROWS + (own_output & (outputs - 1)) * width;
     int buffer = 0;
 #pragma unroll 1
     for (int first = share.first_unit; first < share.end_unit; first += GROUP_UNITS) {
         const int units = min(GROUP_UNITS, share.end_unit - first);
-        const int output = first * OUTPUTS + group_output;
-        const bool finishes =
-            token < SEQUENCES && group_output < units * OUTPUTS && output < matrix.num_outputs;
-        typename Epilogue::Addend addend;
-        if (finishes) addend = epilogue.fetch(output, token);  // early, as it comes from far
+        const int output = first * outputs + own_output;
+        const bool finishes = token < SEQUENCES && own_output < units * outputs &&
+                              output < product.num_outputs;
+        Addends addends;
+        if (finishes) addends = fetch_addends(product, results, output, token);  // from far: early
         float* partials = step_partials() + buffer * GROUP_SUMS;
 #pragma unroll 1
-        for (int tile = 0; tile < share.num_tiles; ++tile) {
+        for (int start = 0; start < product.num_inputs; start += tile_inputs) {
             if (first == share.first_unit) {
-                if (tile > 0) users_sync();  // nobody uses the tile before
-                inputs.load(tile, tile_inputs);
+                if (start > 0) users_sync();  // nobody uses the tile before
+                load(rows, start, min(tile_inputs, product.num_inputs - start));
             }
-            const int count = min(tile_inputs, matrix.num_inputs - tile * tile_inputs);
-            place = sum_units(place, units, count, own_inputs, partials, tile > 0);
+            sum_units(place, units, min(tile_inputs, product.num_inputs - start), own_inputs, partials,
+                      start > 0);
         }
         users_sync();
         if (finishes) {
-            constexpr int WIDTH = UNIT_ROWS / OUTPUTS;
-            const float* own = partials + (group_output / OUTPUTS * USER_WARPS * SEQUENCES + token) *
-                                              UNIT_ROWS + group_output % OUTPUTS * WIDTH;
-            float sum[WIDTH] = {};
+            float sum = 0.0f, second = 0.0f;
 #pragma unroll
             for (int w = 0; w < USER_WARPS; ++w) {
-#pragma unroll
-                for (int i = 0; i < WIDTH; ++i) sum[i] += own[w * SEQUENCES * UNIT_ROWS + i];
+                const float* parts = partials + own_sum + w * SEQUENCES * UNIT_ROWS;
+                sum += parts[0];
+                if (width > 1) second += parts[1];
             }
-            epilogue.store(output, token, sum, addend);
+            store_result(product, results, output, token, sum, second, addends);
         }
         buffer ^= 1;
     }

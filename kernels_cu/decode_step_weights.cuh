@@ -1,7 +1,16 @@
 // The warp of a persistent decode step that brings weights, and nothing else.
+//
+// PACE   cycles from a stage to the next, at least: more than the memory needs for a block's share, so
+//        that copies are never the slower for it. Without a pace all blocks would ask for many stages
+//        at once whenever they have used some, and what they then write, read and wait for would have
+//        to queue behind these.
 #pragma once
 
 #include "decode_step_memory.cuh"
+
+#ifndef PACE
+#define PACE 1000
+#endif
 
 // Before anything else; the whole block must come.
 __device__ __forceinline__ void make_ring() {
@@ -15,38 +24,48 @@ __device__ __forceinline__ void make_ring() {
     block_sync();
 }
 
-// Bring this block's part of a matrix; returns the place behind it. A whole warp comes. A function of
-// its own, as are others of a step: the code of a layer must stay small, as it runs once a layer and
-// what the multiprocessor's cache doesn't hold comes from L2.
-template <bool PAIRS>
-__device__ __noinline__ RingPlace bring_matrix(
-    RingPlace place, const StepMatrix matrix, int tile_inputs) {
-    const StepShare<PAIRS> share(matrix, tile_inputs);
-    constexpr int OUTPUTS = StepShare<PAIRS>::OUTPUTS;
+// All weights of a step, in the order of their use. A whole warp comes.
+__device__ __forceinline__ void bring_weights(
+    const StepSizes& sizes, const StepLayer* layers, const scalar_t* head) {
+    StepMemory& memory = step_memory();
     const int row = lane_id();
+    RingPlace place;
+    uint32_t last = clock_cycles() - PACE;
 #pragma unroll 1
-    for (int tile = 0; tile < share.num_tiles; ++tile) {
-        const int first = tile * tile_inputs, end = min(matrix.num_inputs, first + tile_inputs);
+    for (int i = 0; i <= 4 * sizes.num_layers; ++i) {
+        StepProduct product = sizes.product(i < 4 * sizes.num_layers ? i % 4 : HEAD);
+        product.weight = head;
+        if (product.kind != HEAD) set_pointers(product, layers[i / 4]);
+        const StepShare share(product);
+        const int outputs = product.unit_outputs(), num_inputs = product.num_inputs;
 #pragma unroll 1
-        for (int unit = share.first_unit; unit < share.end_unit; ++unit) {
-            const int outputs = min(OUTPUTS, matrix.num_outputs - unit * OUTPUTS);
-            const int rows = PAIRS ? 2 * outputs : outputs;
-            const int output = unit * OUTPUTS + (PAIRS ? row / 2 : row);
-            const int index = PAIRS && row % 2 ? matrix.num_outputs + output : output;
-            const scalar_t* from = matrix.weight + static_cast<int64_t>(index) * matrix.num_inputs;
+        for (int first = 0; first < num_inputs; first += sizes.tile_inputs) {
+            const int end = min(num_inputs, first + sizes.tile_inputs);
 #pragma unroll 1
-            for (int k = first; k < end; k += STAGE_INPUTS) {
-                const int bytes = min(STAGE_INPUTS, end - k) * static_cast<int>(sizeof(scalar_t));
-                uint64_t* full = &step_memory().is_full[place.stage];
-                mbarrier_wait(&step_memory().is_free[place.stage], place.phase ^ 1);
-                if (row == 0) mbarrier_arrive_expecting(full, rows * bytes);
-                warp_sync();
-                if (row < rows) {
-                    copy_bulk(step_memory().stages[place.stage] + row * STAGE_ROW_BYTES, from + k, bytes, full);
+            for (int unit = share.first_unit; unit < share.end_unit; ++unit) {
+                int rows = min(outputs, product.num_outputs - unit * outputs);
+                int index = unit * outputs + row;
+                if (product.has_pairs()) {
+                    rows *= 2;
+                    index = unit * outputs + row / 2 + row % 2 * product.num_outputs;
                 }
-                place.next();
+                const scalar_t* from = product.weight + static_cast<int64_t>(index) * num_inputs;
+#pragma unroll 1
+                for (int k = first; k < end; k += STAGE_INPUTS) {
+                    const int bytes = min(STAGE_INPUTS, end - k) * static_cast<int>(sizeof(scalar_t));
+                    uint64_t* full = &memory.is_full[place.stage];
+                    mbarrier_wait(&memory.is_free[place.stage], place.phase ^ 1);
+                    while (clock_cycles() - last < PACE) {}
+                    last = clock_cycles();
+                    if (row == 0) mbarrier_arrive_expecting(full, rows * bytes);
+                    warp_sync();
+                    if (row < rows) {
+                        copy_bulk(memory.stages[place.stage] + row * STAGE_ROW_BYTES, from + k, bytes,
+                                  full);
+                    }
+                    place.next();
+                }
             }
         }
     }
-    return place;
 }

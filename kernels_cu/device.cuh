@@ -309,6 +309,13 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #endif
 }
 
+// Cycles of the multiprocessor's clock, which wrap.
+__device__ __forceinline__ uint32_t clock_cycles() {
+    uint32_t t;
+    asm volatile("mov.u32 %0, %clock;" : "=r"(t));
+    return t;
+}
+
 // Nanoseconds of a clock that all multiprocessors share.
 __device__ __forceinline__ uint64_t globaltimer_ns() {
     uint64_t t;
