@@ -1,13 +1,12 @@
 // A whole decode step of few sequences in one launch: all layers and the logits.
 //
-// The blocks, one on every multiprocessor, go through the layers together and meet at a barrier of
-// the grid where one part needs what others have made: five times a layer. The time of a step is that
-// of reading the weights, as long as the reading never stops; so a warp of each block does nothing
-// else, and fills a ring of shared memory with the weights of the parts to come while the others meet
-// (decode_step_pipeline.cuh). Of what stands between two meetings, everything that waits for nobody is
-// asked for before the first of them.
+// The blocks, one on every multiprocessor, go through the layers together; five times a layer each
+// needs what others have made, and waits for just that (decode_step_words.cuh). The time of a step is
+// that of reading the weights, as long as the reading never stops; so a warp of each block does
+// nothing else, and fills a ring of shared memory with the weights of the parts to come while the
+// others wait (decode_step_pipeline.cuh). Everything that waits for nobody is asked for early.
 //
-// SEQUENCES         sequences, 1 to 8, one token each
+// SEQUENCES    sequences, 1 to 8, one token each
 // RING_STAGES  stages of weights; STAGES: steps of 16 positions that a warp has under way
 // SCALAR       1, 2: the types of weights, residual stream and cache are the same, of 16 bits
 // HEAD_SIZE    d, a multiple of 16. nanocupy/ops/launch_decode_step.py chooses the launch.
@@ -20,39 +19,17 @@
 #include "decode_step_weights.cuh"
 #include "hopper.cuh"
 
-// The meetings of all blocks: `arrived` counts who has come, over all meetings of a launch.
-struct GridBarrier {
-    uint32_t* arrived;
-    uint32_t expected;
-
-    // This block has done its part: what its threads wrote before is seen by all after wait(). What
-    // they ask for between the two waits for nobody. All threads that compute come.
-    __device__ __forceinline__ void arrive() {
-        users_sync();
-        if (threadIdx.x == 0) atomic_add_release(arrived, 1u);
-        expected += gridDim.x;
-    }
-    // Every block has done its part.
-    __device__ __forceinline__ void wait() const {
-        if (threadIdx.x == 0) {
-            while (static_cast<int32_t>(load_acquire(arrived) - expected) < 0) spin_wait();
-        }
-        users_sync();
-    }
-    // After the last meeting: whoever is the last to leave makes it ready for the next launch. One
-    // thread comes.
-    __device__ __forceinline__ void leave() {
-        if (atomic_count_to(arrived + 1, gridDim.x - 1) == gridDim.x - 1) *arrived = 0;
-    }
-};
-
 // What of a step is the same for all layers, to shared memory. All threads that compute come.
 __device__ __forceinline__ void load_batch(
-    const StepAttention& attention, const float* rope, const int32_t* kv_lens, const int32_t* slots) {
+    const StepAttention& attention, const StepWords& words, const float* rope,
+    const int32_t* kv_lens, const int32_t* slots) {
     StepMemory& memory = step_memory();
 #pragma unroll 1
     for (int i = threadIdx.x; i < SEQUENCES * HEAD_SIZE; i += USERS) memory.rope[0][i] = rope[i];
-    if (threadIdx.x == 0) memory.attention = attention;
+    if (threadIdx.x == 0) {
+        memory.attention = attention;
+        memory.words = words;
+    }
     if (threadIdx.x < SEQUENCES) {
         memory.kv_lens[threadIdx.x] = kv_lens[threadIdx.x];
         memory.slots[threadIdx.x] = slots[threadIdx.x];
@@ -67,6 +44,20 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
                     reinterpret_cast<const uint4*>(table + i) + threadIdx.x);
     }
 }
+
+// The words of all buffers, one behind the other.
+__device__ __forceinline__ StepWords words_from(
+    uint64_t* words, const StepSizes& sizes, int num_heads, int max_parts) {
+    StepWords found;
+    found.x = words;
+    found.qkv = found.x + SEQUENCES * sizes.hidden_size / 2;
+    found.attended = found.qkv + SEQUENCES * sizes.qkv_size / 2;
+    found.activated = found.attended + SEQUENCES * sizes.q_size / 2;
+    found.part_values = found.activated + SEQUENCES * sizes.ffn_size / 2;
+    found.part_states =
+        found.part_values + static_cast<int64_t>(SEQUENCES) * num_heads * max_parts * HEAD_SIZE;
+    return found;
+}
 #endif
 
 // decode_step: logits of SEQUENCES tokens, the next of SEQUENCES sequences, from their embeddings
@@ -75,13 +66,15 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
 //   the most inputs of a product, up to 64s) + 32)
 // layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes
 // final_norm    scalar_t [D]; head scalar_t [V, D]
-// rope          float [SEQUENCES, 2, d / 2]; slots int32 [SEQUENCES]; kv_lens int32 [SEQUENCES], with the new
-//               token; 0 marks a place without a sequence; block_tables int32 [SEQUENCES, M]
-// x             scalar_t [SEQUENCES, D], the embeddings; the residual stream is left there
-// qkv, attended, activated   scalar_t [SEQUENCES, (H + 2 * G) * d], [SEQUENCES, H * d], [SEQUENCES, F]
-// part_values   float [SEQUENCES, H, max_parts, d]; part_states float [SEQUENCES, H, max_parts, 2]
+// rope          float [SEQUENCES, 2, d / 2]; slots int32 [SEQUENCES]; kv_lens int32 [SEQUENCES], with
+//               the new token; 0 marks a place without a sequence
+// block_tables  int32 [SEQUENCES, M]
+// x             scalar_t [SEQUENCES, D], the embeddings
 // logits        float [SEQUENCES, V]
-// barrier       uint32 [2], 0 before the first launch, and after each
+// words         uint64, aligned to 16 bytes: SEQUENCES * ((D + (H + 2 * G) * d + H * d + F) / 2 +
+//               H * max_parts * (d + 2)); 0 before the first launch, then left to the next ones,
+//               whatever their number of sequences
+// moments       uint32 [2], likewise: the last moment of the launches before, and who has left
 // widths D, F, H * d multiples of 32, H / G at most 16; tile_inputs a multiple of 1024, at least D;
 //   where it is less than H * d or F, a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
@@ -89,11 +82,10 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
 // COST: bytes of all weights, and of the contexts' keys and values; 2 flops a weight and token
 extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const uint64_t* layers, const scalar_t* final_norm, const scalar_t* head, const float* rope,
-    const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, scalar_t* x,
-    scalar_t* qkv, scalar_t* attended, scalar_t* activated, float* part_values, float* part_states,
-    float* logits, uint32_t* barrier, float eps, float scale, int num_layers, int hidden_size,
-    int ffn_size, int vocab_size, int num_kv_heads, int heads_per_group, int block_size,
-    int table_width, int tile_inputs, int max_parts, int part_tokens) {
+    const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, const scalar_t* x,
+    float* logits, uint64_t* words, uint32_t* moments, float eps, float scale, int num_layers,
+    int hidden_size, int ffn_size, int vocab_size, int num_kv_heads, int heads_per_group,
+    int block_size, int table_width, int tile_inputs, int max_parts, int part_tokens) {
 #if HAS_DECODE_STEP
     grid_dependency_launch();
     const StepLayer* table = reinterpret_cast<const StepLayer*>(layers);
@@ -118,59 +110,65 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     cp_async_commit();
     grid_dependency_wait();
     cp_async_wait<0>();
-    load_batch({qkv, block_tables, attended, part_values, part_states, eps, scale, num_kv_heads,
-                heads_per_group, block_size, table_width, max_parts, part_tokens},
-               rope, kv_lens, slots);
+    load_batch({block_tables, eps, scale, num_kv_heads, heads_per_group, block_size, table_width,
+                max_parts, part_tokens},
+               words_from(words, sizes, num_kv_heads * heads_per_group, max_parts), rope, kv_lens, slots);
     // The keys and values of this block's first item lie in the same rows of every layer's cache.
     uint32_t row = 0;
     if (static_cast<int>(blockIdx.x) < step_memory().attention.num_items()) {
         row = row_of_lane(StepItem(blockIdx.x), 0);
     }
-    const StepResults results = {x, qkv, activated, logits};
-    GridBarrier grid = {barrier, 0};
+    // Every product has a moment, and attention one behind that of QKV; none is 0.
+    const Moment start = load_volatile(moments) + 1;
+    const StepWords& buffers = step_memory().words;
     RingPlace place;
 #pragma unroll 1
     for (int i = 0; i <= 4 * num_layers; ++i) {
         const int kind = i < 4 * num_layers ? i % 4 : HEAD, number = i / 4;
+        const bool is_last = number + 1 >= num_layers;
+        const Moment moment = start + 2 * i;
+        // The residual stream's is that of the DOWN or OUTPUT product before.
+        const Moment stream = i < 2 ? 0 : start + 2 * (i - 1 - i % 2);
         StepProduct product = sizes.product(kind);
+        product.weight = head;
         if (kind != HEAD) set_pointers(product, step_memory().layers[number % 2]);
-        if (i == 0) request_attention(step_memory().layers[0], row);
+        if (i == 0) {
+            request_attention(step_memory().layers[0], row);
+            cp_async_commit();
+        }
         const auto load = [&](const TileRows& rows, int first, int count) {
             if (kind == OUTPUT) {
-                load_attended(rows, q_size, first, count);
+                load_attended(rows, start + 2 * (i - 1) + 1, q_size, first, count);
+                users_sync();
             } else if (kind == DOWN) {
-                for (int token = 0; token < SEQUENCES; ++token) {
-                    copy_inputs(rows.row(token), activated + token * ffn_size + first, count);
-                }
+                load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count);
+                users_sync();
             } else {
-                load_normed(rows, x, eps, hidden_size);
-                return;
+                load_normed(rows, x, stream, eps, hidden_size);
             }
-            cp_async_commit();
-            cp_async_wait<0>();
-            users_sync();
         };
-        run_product(place, product, results, tile_inputs, load);
-        if (kind == HEAD) break;
+        uint64_t* out = kind == QKV       ? buffers.qkv
+                        : kind == GATE_UP ? buffers.activated
+                                          : buffers.x;
+        run_product(place, product, x, stream, moment, out, logits, tile_inputs, load);
 
-        grid.arrive();
-        const bool is_last = number + 1 == num_layers;
+        // What the next parts need and waits for nobody.
         const StepLayer& next = step_memory().layers[(number + 1) % 2];
         if (kind == QKV) {
             request_norm(step_memory().layers[number % 2].ffn_norm, hidden_size);
             if (!is_last) request_layer(table, number + 1);
+            cp_async_commit();
+            attend_items(step_memory().layers[number % 2], moment, moment + 1);
         } else if (kind == GATE_UP) {
             request_norm(is_last ? final_norm : next.attention_norm, hidden_size);
             if (!is_last) request_attention(next, row);
-        }
-        cp_async_commit();
-        grid.wait();
-        if (kind == QKV) {
-            attend_items(step_memory().layers[number % 2]);
-            grid.arrive();
-            grid.wait();
+            cp_async_commit();
         }
     }
-    if (threadIdx.x == 0) grid.leave();
+    // Whoever is the last to leave says from which moment on the next launch may count.
+    users_sync();
+    if (threadIdx.x == 0 && atomic_count_to(moments + 1, gridDim.x - 1) == gridDim.x - 1) {
+        *moments = start + 8 * num_layers + 2;
+    }
 #endif
 }

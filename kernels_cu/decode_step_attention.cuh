@@ -3,8 +3,8 @@
 //
 // An item is a part of the context of a sequence and key/value head; the blocks take items in turn.
 // A context has as many parts as its length asks for and the grid has blocks for. One that has
-// several leaves their sums in memory, and the product that follows merges them as it reads its
-// inputs: that costs it a few loads, and saves a barrier of the whole grid.
+// several leaves the parts' sums, and the product that follows merges them as it reads its inputs: that
+// costs it a few loads, and saves blocks from waiting for each other once more.
 #pragma once
 
 #include "decode_step_products.cuh"
@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_step(int step, int left, uint32_t row, cons
 
 // Ask for what a layer's attention needs and waits for nobody: the first step of this block's first
 // item (whose row `row` is), and the norms of q and k. All threads that compute come.
-__device__ __forceinline__ void request_attention(const StepLayer& layer, uint32_t row) {
+__device__ __noinline__ void request_attention(const StepLayer& layer, uint32_t row) {
     constexpr int VECTORS = HEAD_SIZE / 8;
     const int vector = threadIdx.x - (USERS - 2 * VECTORS);  // by the last threads
     if (vector >= 0) {
@@ -93,22 +93,51 @@ __device__ __forceinline__ void put_tile_row(scalar_t* tile, int row, const Head
     }
 }
 
+// HEAD_SIZE values of the QKV product, from words.
+__device__ __forceinline__ HeadPairs load_head(const uint64_t* words, Moment moment) {
+    HeadPairs x = {};
+    uint32_t low[PAIR_ROUNDS], high[PAIR_ROUNDS];
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int r = 0; r < PAIR_ROUNDS; ++r) {
+            const int i = pair_index(r);
+            if (i >= HALF) break;
+            const uint64_t a = load_word(words + i / 2), b = load_word(words + (HALF + i) / 2);
+            all = all && is_of(a, moment) && is_of(b, moment);
+            low[r] = static_cast<uint32_t>(a);
+            high[r] = static_cast<uint32_t>(b);
+        }
+        if (!all) spin_wait();
+    } while (!all);
+#pragma unroll
+    for (int r = 0; r < PAIR_ROUNDS; ++r) {
+        if (pair_index(r) >= HALF) break;
+        unpack_pair(low[r], x.low[r]);
+        unpack_pair(high[r], x.high[r]);
+    }
+    warp_sync();
+    return x;
+}
+
 // The heads of q to their tile; where the newest position is this part's, those of k and v to `fresh`
 // and the cache. A warp a head.
-__device__ __forceinline__ void rotate_heads(const StepItem& item, const StepLayer& layer) {
+__device__ __forceinline__ void rotate_heads(
+    const StepItem& item, const StepLayer& layer, Moment moment) {
     StepMemory& memory = step_memory();
     const StepAttention& a = memory.attention;
     const int newest = item.kv_len - 1, heads = a.heads_per_group;
     const bool has_newest = newest / STEP_TOKENS % item.parts == item.part;
     const int num_heads = a.num_kv_heads * heads, num_tasks = heads + (has_newest ? 2 : 0);
-    const scalar_t* from = a.qkv + static_cast<int64_t>(item.sequence) *
-                                       (num_heads + 2 * a.num_kv_heads) * HEAD_SIZE;
+    const uint64_t* from = memory.words.qkv + static_cast<int64_t>(item.sequence) *
+                                                  (num_heads + 2 * a.num_kv_heads) * HALF;
 #pragma unroll 1
     for (int task = warp_id(); task < num_tasks; task += USER_WARPS) {
         const int kind = max(0, task - heads + 1);  // 0 q, 1 k, 2 v
         const int head = kind == 0 ? item.group * heads + task
                                    : num_heads + (kind - 1) * a.num_kv_heads + item.group;
-        HeadPairs x = load_pairs(from + head * HEAD_SIZE);
+        HeadPairs x = load_head(from + head * HALF, moment);
         if (kind != 2) {
             if ((kind == 0 ? layer.q_norm : layer.k_norm) != nullptr) {
                 normalize_pairs(x, load_pairs(memory.head_norms[kind]), a.eps);
@@ -126,45 +155,53 @@ __device__ __forceinline__ void rotate_heads(const StepItem& item, const StepLay
     }
 }
 
-// What the warps have summed, to the result where the context has one part, else to its parts.
-__device__ __forceinline__ void merge_warps(const StepItem& item, int sources) {
+// What the warps have summed, to the result where the context has one part, else to its parts. A
+// thread has two columns.
+__device__ __forceinline__ void merge_warps(const StepItem& item, int sources, Moment moment) {
     const StepMemory& memory = step_memory();
     const StepAttention& a = memory.attention;
     const int heads = a.heads_per_group, num_heads = a.num_kv_heads * heads;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < heads * HEAD_SIZE; i += USERS) {
-        const int row = i / HEAD_SIZE, column = i % HEAD_SIZE;
-        float highest = -infinity(), sum = 0.0f, value = 0.0f;
+    for (int i = threadIdx.x; i < heads * HALF; i += USERS) {
+        const int row = i / HALF, column = i % HALF * 2;
+        float maxima[USER_WARPS], highest = -infinity(), sum = 0.0f, value[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int s = 0; s < USER_WARPS; ++s) {
-            if (s < sources) highest = fmaxf(highest, memory.states[s][row][0]);
+            maxima[s] = s < sources ? memory.states[s][row][0] : -infinity();
+            highest = fmaxf(highest, maxima[s]);
         }
 #pragma unroll
         for (int s = 0; s < USER_WARPS; ++s) {
-            if (s >= sources) break;
-            const float weight = softmax_weight(memory.states[s][row][0], highest);
+            const float weight = softmax_weight(maxima[s], highest);
             const float* values = reinterpret_cast<const float*>(memory.positions[s]);
-            sum += weight * memory.states[s][row][1];
-            value += weight * values[row * HEAD_SIZE + column];
+            float own[2];
+            load_floats<float, 2>(values + row * HEAD_SIZE + column, own);
+            sum += s < sources ? weight * memory.states[s][row][1] : 0.0f;
+            value[0] += s < sources ? weight * own[0] : 0.0f;
+            value[1] += s < sources ? weight * own[1] : 0.0f;
         }
         const int head = item.group * heads + row;
         if (item.parts == 1) {
-            a.attended[(static_cast<int64_t>(item.sequence) * num_heads + head) * HEAD_SIZE +
-                       column] = from_float<scalar_t>(divided(value, sum));
+            const int64_t at = (static_cast<int64_t>(item.sequence) * num_heads + head) * HEAD_SIZE;
+            store_pair(memory.words.attended + (at + column) / 2, divided(value[0], sum),
+                       divided(value[1], sum), moment);
         } else {
             const int64_t at = a.part_row(item.sequence, head, item.part);
-            a.part_values[at * HEAD_SIZE + column] = value;
+            uint64_t* words = memory.words.part_values + at * HEAD_SIZE + column;
+            store_float(words, value[0], moment);
+            store_float(words + 1, value[1], moment);
             if (column == 0) {
-                a.part_states[at * 2] = highest;
-                a.part_states[at * 2 + 1] = sum;
+                store_float(memory.words.part_states + at * 2, highest, moment);
+                store_float(memory.words.part_states + at * 2 + 1, sum, moment);
             }
         }
     }
 }
 
-// One item. `is_requested`: its first step is under way; `row`: of the first step, else.
+// One item, from the QKV product's words of the moment `before`. is_requested: its first step is under
+// way.
 __device__ __forceinline__ void attend_item(
-    const StepItem& item, const StepLayer& layer, bool is_requested) {
+    const StepItem& item, const StepLayer& layer, bool is_requested, Moment before, Moment moment) {
     StepMemory& memory = step_memory();
     const StepAttention& a = memory.attention;
     const int kv_len = item.kv_len, newest = kv_len - 1, num_steps = item.num_steps();
@@ -196,7 +233,7 @@ __device__ __forceinline__ void attend_item(
         }
         cp_async_commit();
         if (step == -1) {
-            if (kv_len > 0) rotate_heads(item, layer);
+            if (kv_len > 0) rotate_heads(item, layer, before);
             users_sync();
             rows.start(memory.queries);
             rows.limit[0][0] = rows.limit[0][1] = newest;
@@ -225,11 +262,14 @@ __device__ __forceinline__ void attend_item(
     }
     users_sync();
     const int steps = (kv_len + STEP_TOKENS - 1) / STEP_TOKENS;  // of the whole context
-    merge_warps(item, max(0, min(USER_WARPS, (steps - item.part + item.parts - 1) / item.parts)));
+    const int sources = (steps - item.part + item.parts - 1) / item.parts;
+    merge_warps(item, max(0, min(USER_WARPS, sources)), moment);
 }
 
-// All items of this block, in a layer. All threads that compute come, after request_attention.
-__device__ __forceinline__ void attend_items(const StepLayer& layer) {
+// All items of this block, in a layer. A function of its own, as are others here, so that what the rest
+// of a step keeps in registers is not in the way. All threads that compute come, after request_attention.
+__device__ __noinline__ void attend_items(
+    const StepLayer& layer, Moment before, Moment moment) {
     const StepAttention& a = step_memory().attention;
 #pragma unroll 1
     for (int i = blockIdx.x; i < a.num_items(); i += gridDim.x) {
@@ -237,55 +277,51 @@ __device__ __forceinline__ void attend_items(const StepLayer& layer) {
         if (item.part >= item.parts) continue;
         const bool is_first = i == static_cast<int>(blockIdx.x);
         if (!is_first) users_sync();  // nobody reads the sums of the item before
-        attend_item(item, layer, is_first);
+        attend_item(item, layer, is_first, before, moment);
     }
 }
 
-__device__ __forceinline__ void load_eight(const float* p, float (&out)[SPAN]) {
-#pragma unroll
-    for (int i = 0; i < SPAN; i += 4) {
-        const Vec<float, 4> half = load_vec<float, 4>(p + i);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[i + j] = half.data[j];
-    }
-}
-
-// Values k … k + 7 of a token, of one head, from its parts, which are read four at a time.
-__device__ __forceinline__ InputSpan merge_parts(int token, int k, int parts) {
-    const StepAttention& a = step_memory().attention;
-    const int64_t at = a.part_row(token, k / HEAD_SIZE, 0);
-    const float* states = a.part_states + at * 2;
-    const float* values = a.part_values + at * HEAD_SIZE + k % HEAD_SIZE;
+// Values k … k + 7 of a token, of one head, from its parts, which are read two at a time.
+__device__ __forceinline__ InputSpan merge_parts(int token, int k, int parts, Moment moment) {
+    constexpr int AHEAD = 2;
+    const StepMemory& memory = step_memory();
+    const int64_t at = memory.attention.part_row(token, k / HEAD_SIZE, 0);
+    const uint64_t* states = memory.words.part_states + at * 2;
+    const uint64_t* values = memory.words.part_values + at * HEAD_SIZE + k % HEAD_SIZE;
     float highest = -infinity(), sum = 0.0f, summed[SPAN] = {};
 #pragma unroll 1
-    for (int first = 0; first < parts; first += 4) {
-        float state[4][2], value[4][SPAN], weight[4];
+    for (int first = 0; first < parts; first += AHEAD) {
+        uint32_t state[AHEAD][2], value[AHEAD][SPAN];
+        bool all;
+        do {
+            all = true;
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            state[s][0] = -infinity();
-            state[s][1] = 0.0f;
-#pragma unroll
-            for (int j = 0; j < SPAN; ++j) value[s][j] = 0.0f;
-            if (first + s < parts) {
-                load_floats<float, 2>(states + (first + s) * 2, state[s]);
-                load_eight(values + (first + s) * HEAD_SIZE, value[s]);
+            for (int s = 0; s < AHEAD; ++s) {
+                if (first + s < parts) {
+                    all = try_words(states + (first + s) * 2, moment, state[s]) && all;
+                    all = try_words(values + (first + s) * HEAD_SIZE, moment, value[s]) && all;
+                }
             }
-        }
+            if (!all) spin_wait();
+        } while (!all);
         const float before = highest;
+        float own[AHEAD], weight;
 #pragma unroll
-        for (int s = 0; s < 4; ++s) highest = fmaxf(highest, state[s][0]);
-        const float scale = softmax_weight(before, highest);
-        sum *= scale;
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            weight[s] = softmax_weight(state[s][0], highest);
-            sum += weight[s] * state[s][1];
+        for (int s = 0; s < AHEAD; ++s) {
+            own[s] = first + s < parts ? float_of(state[s][0]) : -infinity();
+            highest = fmaxf(highest, own[s]);
         }
+        weight = softmax_weight(before, highest);
+        sum *= weight;
 #pragma unroll
-        for (int j = 0; j < SPAN; ++j) {
-            summed[j] *= scale;
+        for (int j = 0; j < SPAN; ++j) summed[j] *= weight;
 #pragma unroll
-            for (int s = 0; s < 4; ++s) summed[j] += weight[s] * value[s][j];
+        for (int s = 0; s < AHEAD; ++s) {
+            if (first + s >= parts) break;
+            weight = softmax_weight(own[s], highest);
+            sum += weight * float_of(state[s][1]);
+#pragma unroll
+            for (int j = 0; j < SPAN; ++j) summed[j] += weight * float_of(value[s][j]);
         }
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
@@ -295,21 +331,31 @@ __device__ __forceinline__ InputSpan merge_parts(int token, int k, int parts) {
     return span;
 }
 
-// Inputs first … first + count - 1 of what attention gives, to the rows: started, not waited for.
-__device__ __forceinline__ void load_attended(
-    const TileRows& rows, int num_inputs, int first, int count) {
-    const StepAttention& a = step_memory().attention;
-#pragma unroll 1
+// Inputs first … first + count - 1 of what attention gives, to the rows.
+__device__ __noinline__ void load_attended(
+    const TileRows rows, Moment moment, int num_inputs, int first, int count) {
+    const StepMemory& memory = step_memory();
+    bool has_parts = false;
+#pragma unroll
     for (int token = 0; token < SEQUENCES; ++token) {
-        const int parts = a.num_parts(step_memory().kv_lens[token]);
-        scalar_t* row = rows.row(token);
-        if (parts == 1) {
-            copy_inputs(row, a.attended + static_cast<int64_t>(token) * num_inputs + first, count);
-        } else {
+        has_parts = has_parts || memory.attention.num_parts(memory.kv_lens[token]) > 1;
+    }
+    if (!has_parts) {
+        load_words(rows, memory.words.attended, moment, num_inputs, first, count);
+        return;
+    }
+    const int spans = count / SPAN;  // of a token
 #pragma unroll 1
-            for (int k = threadIdx.x * SPAN; k < count; k += USERS * SPAN) {
-                *reinterpret_cast<uint4*>(row + k) = merge_parts(token, first + k, parts).bits;
-            }
+    for (int i = threadIdx.x; i < SEQUENCES * spans; i += USERS) {
+        const int token = i / spans, k = (i - token * spans) * SPAN;
+        const int parts = memory.attention.num_parts(memory.kv_lens[token]);
+        InputSpan span;
+        if (parts > 1) {
+            span = merge_parts(token, first + k, parts, moment);
+        } else {
+            const int64_t at = (static_cast<int64_t>(token) * num_inputs + first + k) / 2;
+            wait_for_words(memory.words.attended + at, moment, span.pairs);
         }
+        *reinterpret_cast<uint4*>(rows.row(token) + k) = span.bits;
     }
 }

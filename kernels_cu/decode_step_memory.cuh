@@ -31,23 +31,31 @@ struct StepLayer {
 
 // What the step's attention is told, the same for all layers.
 struct StepAttention {
-    const scalar_t* qkv;          // [SEQUENCES, H + 2 * G, d]
     const int32_t* block_tables;  // [SEQUENCES, table_width]
-    scalar_t* attended;           // [SEQUENCES, H, d], of contexts of one part
-    float* part_values;           // [SEQUENCES, H, max_parts, d], not divided by the sum yet
-    float* part_states;           // [SEQUENCES, H, max_parts, 2], maximum and sum
     float eps, scale;
     int num_kv_heads, heads_per_group, block_size, table_width;
-    int max_parts, part_tokens;   // most parts of a context; positions that are worth one
+    int max_parts, part_tokens;  // most parts of a context; positions that are worth one
 
     __device__ __forceinline__ int num_parts(int kv_len) const {
         return max(1, min(max_parts, (kv_len + part_tokens - 1) / part_tokens));
     }
-    __device__ __forceinline__ int num_items() const { return SEQUENCES * num_kv_heads * max_parts; }
+    __device__ __forceinline__ int num_items() const {
+        return SEQUENCES * num_kv_heads * max_parts;
+    }
     __device__ __forceinline__ int64_t part_row(int sequence, int head, int part) const {
         const int num_heads = num_kv_heads * heads_per_group;
         return (static_cast<int64_t>(sequence) * num_heads + head) * max_parts + part;
     }
+};
+
+// Where the words are that blocks hand to each other, one behind the other.
+struct StepWords {
+    uint64_t* x;           // [SEQUENCES, D / 2], the residual stream
+    uint64_t* qkv;         // [SEQUENCES, (H + 2 * G) * d / 2]
+    uint64_t* attended;    // [SEQUENCES, H * d / 2], of contexts of one part
+    uint64_t* activated;   // [SEQUENCES, F / 2]
+    uint64_t* part_values; // [SEQUENCES, H, max_parts, d] floats, not divided by the sum yet
+    uint64_t* part_states; // [SEQUENCES, H, max_parts, 2], maximum and sum
 };
 
 // The model and the step, as every part of the kernel is told; the same for all layers.
@@ -105,6 +113,7 @@ struct alignas(128) StepMemory {
     uint64_t is_free[RING_STAGES];
     float states[USER_WARPS][16][2];  // maxima and sums of the warps
     StepAttention attention;
+    StepWords words;
     int32_t kv_lens[8];
     int32_t slots[8];
 };

@@ -54,6 +54,9 @@ struct StepProduct {
     const scalar_t* bias;  // or null
 
     __device__ __forceinline__ bool has_pairs() const { return kind == GATE_UP; }
+    __device__ __forceinline__ bool adds_to_stream() const {
+        return kind == OUTPUT || kind == DOWN;
+    }
     __device__ __forceinline__ int unit_outputs() const {
         return has_pairs() ? UNIT_ROWS / 2 : UNIT_ROWS;
     }

@@ -9,7 +9,7 @@
 #include "decode_step_memory.cuh"
 
 #ifndef PACE
-#define PACE 1000
+#define PACE 1300
 #endif
 
 // Before anything else; the whole block must come.

@@ -273,10 +273,23 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
-// Add; what this thread wrote before, or saw others write, is seen by whoever sees the sum.
-__device__ __forceinline__ void atomic_add_release(uint32_t* p, uint32_t x) {
+// 8 bytes that others may write or read meanwhile: each is seen whole, old or new, and nothing is said
+// of other memory. Two of them in a row, the first aligned to 16.
+__device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
 #if __CUDA_ARCH__ >= 700
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+#endif
+}
+__device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
+    uint64_t x = 0;
+#if __CUDA_ARCH__ >= 700
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+#endif
+    return x;
+}
+__device__ __forceinline__ void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b) {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 #endif
 }
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {

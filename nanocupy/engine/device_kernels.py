@@ -69,8 +69,7 @@ def kernel_variants(
             # One launch; the first ops of it have been seen above.
             rows, vector = Outline(num, 1), Outline(num)
             batch = {"angles": rows, "slots": vector, "kv_lens": vector, "block_tables": rows}
-            names = ("x", "qkv", "attended", "activated", "logits")
-            buffers = dict.fromkeys(names, rows) | {"key_cache": Outline(1, 1, 1)}
+            buffers = {"x": rows, "logits": rows, "key_cache": Outline(1, 1, 1)}
             ops.decode_step(Outline(1, 14), row, row, batch, buffers, 0.0, 0.0)
             continue
         for bound in (*fused_bounds(sizes, traits, num), limits.max_context + 1):

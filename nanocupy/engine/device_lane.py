@@ -51,7 +51,7 @@ class Lane:
         self._vocab_size = sizes.vocab_size
         self.first_row = limits.max_num_seqs if own else 0
         workspaces = {name: self.view(name) for name in workspace_plan(sizes, device.traits)}
-        for name in ("counters", "grid_barrier"):
+        for name in ("counters", "step_words", "step_moments"):
             if name in workspaces:
                 device.fill(workspaces[name], 0)
         self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)

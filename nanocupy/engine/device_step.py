@@ -39,10 +39,9 @@ class WholeStep:
             shape = tuple(widths.get(n, n) if isinstance(n, str) else n for n in buffer.shape)
             return lane.view(buffer.name, shape)
 
-        x, attend = head["x"], self._attend
+        attend = self._attend
         buffers = {
-            "x": view(x), "qkv": view(attend["qkv"]), "attended": view(attend["out"]),
-            "activated": lane.view("activated"), "logits": view(head["out"]),
+            "x": view(head["x"]), "logits": view(head["out"]),
             "key_cache": lane.view(attend["key_cache"].name),
         }  # fmt: skip
         batch = {name: inputs[name] for name in ("slots", "kv_lens", "block_tables")}

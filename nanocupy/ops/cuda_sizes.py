@@ -48,7 +48,8 @@ class OpSizes:
 
 
 def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every workspace the ops need; `counters` must be zero at first."""
+    """name -> (shape, dtype) of every workspace the ops need; `counters`, `step_words` and
+    `step_moments` must be zero at first."""
     plan: dict[str, tuple[tuple[int, ...], str]] = {
         "normed": ((sizes.max_tokens * sizes.hidden_size,), sizes.dtype),
         "gate_up": ((sizes.max_tokens * 2 * sizes.intermediate_size,), sizes.dtype),
@@ -74,14 +75,9 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
     for num_seqs in range(1, min(whole.MAX_SEQUENCES, sizes.max_num_seqs) + 1):
         launch = step_launch(sizes, traits, num_seqs)
         if launch is not None:
-            for name, shape in zip(
-                ("step_values", "step_states"),
-                whole.part_shapes(step_shape(sizes), launch, num_seqs),
-                strict=True,
-            ):
-                size = max(math.prod(shape), math.prod(plan.get(name, ((0,), ""))[0]))
-                plan[name] = ((size,), "float32")
-            plan["grid_barrier"] = ((2,), "uint32")
+            size = whole.num_words(step_shape(sizes), launch, num_seqs)
+            size = max(size, *plan.get("step_words", ((0,), ""))[0])
+            plan |= {"step_words": ((size,), "uint64"), "step_moments": ((2,), "uint32")}
     return plan | {
         "argmax_keys": ((keys,), "uint64"),
         "partial_values": ((values,), "float32"),

@@ -9,7 +9,7 @@ import numpy as np
 from nanocupy.ops.cuda_launch import CudaLauncher
 from nanocupy.ops.cuda_sizes import step_launch, step_shape
 from nanocupy.ops.interface import Array
-from nanocupy.ops.launch_decode_step import ENTRY, FILE, part_shapes
+from nanocupy.ops.launch_decode_step import ENTRY, FILE, num_words
 from nanocupy.ops.launch_shapes import LaunchShape
 
 _i32, _f32 = np.int32, np.float32
@@ -30,21 +30,20 @@ class StepOps(CudaLauncher):
 
         layers   uint64 [L, 14], addresses as LAYER_POINTERS names them
         batch    angles, slots, kv_lens, block_tables, as `attend` takes them
-        buffers  x (embeddings), qkv, attended, activated, logits: as the forward names them; and
-                 key_cache, of any layer, for its shape
+        buffers  x (embeddings) and logits, as the forward names them; and key_cache, of any layer,
+                 for its shape
         """
         launch = step_launch(self._sizes, self._traits, len(batch["kv_lens"]))
         assert launch is not None
         shape = step_shape(self._sizes)
-        values, states = part_shapes(shape, launch, len(batch["kv_lens"]))
+        words = num_words(shape, launch, len(batch["kv_lens"]))
         self._launch(
             FILE, ENTRY,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes, resident=True),
             layers, head_norm, head, batch["angles"], batch["slots"], batch["kv_lens"],
-            batch["block_tables"], buffers["x"], buffers["qkv"], buffers["attended"],
-            buffers["activated"], self._workspace("step_values", *values),
-            self._workspace("step_states", *states), buffers["logits"],
-            self._workspace("grid_barrier", 2), _f32(eps), _f32(scale),
+            batch["block_tables"], buffers["x"], buffers["logits"],
+            self._workspace("step_words", words), self._workspace("step_moments", 2),
+            _f32(eps), _f32(scale),
             *(_i32(n) for n in (
                 len(layers), shape.hidden_size, shape.ffn_size, shape.vocab_size,
                 shape.num_kv_heads, shape.num_heads // shape.num_kv_heads,

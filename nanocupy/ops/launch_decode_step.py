@@ -150,7 +150,7 @@ def memory_bytes(
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 16 * 2 * 4 + 72 + 2 * 32
+    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 16 * 2 * 4 + 40 + 48 + 2 * 32
     return -(-size // 128) * 128
 
 
@@ -163,9 +163,9 @@ def _whole(num_inputs: int) -> int:
     return -(-num_inputs // STAGE_INPUTS) * STAGE_INPUTS
 
 
-def part_shapes(
-    shape: DecodeStepShape, launch: DecodeStepLaunch, num_sequences: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of part_values and part_states, float32."""
-    rows = (num_sequences, shape.num_heads, launch.max_parts)
-    return (*rows, shape.head_size), (*rows, 2)
+def num_words(shape: DecodeStepShape, launch: DecodeStepLaunch, num_sequences: int) -> int:
+    """Size of the kernel's `words`, uint64."""
+    kv_size = shape.num_kv_heads * shape.head_size
+    pairs = shape.hidden_size + 2 * shape.q_size + 2 * kv_size + shape.ffn_size
+    parts = shape.num_heads * launch.max_parts * (shape.head_size + 2)
+    return num_sequences * (pairs // 2 + parts)

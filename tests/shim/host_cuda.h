@@ -309,7 +309,13 @@ inline void device_fence() {}
 inline uint32_t load_acquire(const uint32_t* p) {
     return *const_cast<const volatile uint32_t*>(p);
 }
-inline void atomic_add_release(uint32_t* p, uint32_t x) { *p += x; }
+inline void store_word(uint64_t* p, uint64_t x) { *const_cast<volatile uint64_t*>(p) = x; }
+inline uint64_t load_word(const uint64_t* p) { return *const_cast<const volatile uint64_t*>(p); }
+inline void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b, CALLER) {
+    if (!is_aligned_16(p)) shim::fail("line %d: two words not aligned to 16", line);
+    a = load_word(p);
+    b = load_word(p + 1);
+}
 inline void store_release(uint32_t* p, uint32_t x) { *const_cast<volatile uint32_t*>(p) = x; }
 template <typename T>
 inline T load_volatile(const T* p) {
