@@ -168,11 +168,13 @@ def _num_host_blocks(
     model: ModelConfig, config: EngineConfig, num_blocks: int, itemsize: int
 ) -> int:
     """Blocks of host memory for preempted requests: what host_cache_gb holds, and no more than all
-    requests can have. A single sequence is never preempted."""
+    requests can have. A single sequence is never preempted. The memory is taken as it is needed,
+    when it is late to find that there is not so much: half the machine's is the most."""
     if config.max_num_seqs == 1 or config.preemption == "recompute":
         return 0
     block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
-    return min(config.host_cache_bytes // block_bytes, num_blocks)
+    num_bytes = min(config.host_cache_bytes, _machine_memory() // 2)
+    return min(num_bytes // block_bytes, num_blocks)
 
 
 def _machine_memory() -> int:

@@ -173,7 +173,7 @@ class EngineConfig:
         int, 4, "times one request may be made to wait; then it stays",
         unit="times", low=0, high=1000)
     host_cache_gb: float = _setting(
-        float, 4.0, "host memory for swapped requests; 0 = never swap",
+        float, 4.0, "host memory for swapped requests, taken as needed; 0 = never swap",
         unit="GB", low=0.0, high=4096.0)
     prefix_cache: bool = _setting(
         bool, True, "keep blocks of past prompts and reuse them where a prompt begins alike")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanocupy.engine import device_swap
 from nanocupy.engine import engine as engine_module
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.device_plan import DeviceSettings
@@ -17,6 +18,7 @@ from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import Schedule, SchedulerSettings
+from nanocupy.errors import CapacityError
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
@@ -34,7 +36,9 @@ def test_runs_are_the_pairs(pairs):
 
 
 def test_neighbours_go_in_one_copy():
-    assert list(runs([(3, 0), (4, 1), (5, 2), (9, 3), (8, 4)])) == [(3, 0, 3), (9, 3, 1), (8, 4, 1)]
+    pairs = [(3, 0), (4, 1), (5, 2), (9, 3), (8, 4)]
+    assert list(runs(pairs)) == [(3, 0, 3), (9, 3, 1), (8, 4, 1)]
+    assert list(runs(pairs, 2)) == [(3, 0, 2), (5, 2, 1), (9, 3, 1), (8, 4, 1)]
     rng = np.random.default_rng(0)
     caches = [rng.standard_normal((6, 2, 3)).astype(np.float32) for _ in range(2)]
     before = [cache.copy() for cache in caches]
@@ -49,6 +53,43 @@ def test_neighbours_go_in_one_copy():
     for cache, old in zip(caches, before, strict=True):
         np.testing.assert_array_equal(cache[[3, 4, 0]], old[[1, 2, 3]])
         np.testing.assert_array_equal(cache[[1, 2, 5]], old[[1, 2, 5]])
+
+
+class CountingDevice(ShimDevice):
+    """Counts the bytes of pinned memory, and has no more of it than `pinned_limit`."""
+
+    def __init__(self, pinned_limit: int) -> None:
+        super().__init__()
+        self.pinned_limit, self.pinned_bytes = pinned_limit, 0
+
+    def pinned(self, num_bytes):
+        if self.pinned_bytes + num_bytes > self.pinned_limit:
+            raise CapacityError("cudaHostAlloc: no more")
+        self.pinned_bytes += num_bytes
+        return super().pinned(num_bytes)
+
+
+@pytest.mark.parametrize(("pinned_limit", "pinned_bytes"), [(1 << 20, 760), (200, 120), (0, 0)])
+def test_the_hosts_memory_is_taken_as_blocks_come(pinned_limit, pinned_bytes, monkeypatch):
+    """8 blocks a piece, of 24 + 16 bytes; where no more memory can be pinned, other memory does."""
+    monkeypatch.setattr(device_swap, "PIECE_BYTES", 1)
+    rng = np.random.default_rng(0)
+    caches = [rng.integers(0, 99, (30, *shape), np.int32) for shape in ((2, 3), (4,))]
+    before = [cache.copy() for cache in caches]
+    device = CountingDevice(pinned_limit)
+    host = HostBlocks(device, caches, 19)
+    assert device.counts["followed"] == device.pinned_bytes == 0
+    out = tuple((i, i) for i in range(5, 19))  # of three pieces, the last of 3 blocks
+    host.copy(Schedule(swap_out=out[:3]))
+    assert host._pieces.keys() == {0}
+    host.copy(Schedule(swap_out=out[3:]))
+    host.copy(Schedule(swap_in=tuple((29 - i, i) for i in range(18, 4, -1))))
+    host.settle()
+    device.synchronize("the copies")
+    assert device.pinned_bytes == pinned_bytes
+    for cache, old in zip(caches, before, strict=True):
+        np.testing.assert_array_equal(cache[11:25], old[18:4:-1])
+        np.testing.assert_array_equal(cache[:11], old[:11])
 
 
 def test_a_request_that_comes_back_has_its_new_table():
