@@ -14,12 +14,13 @@ from nanocupy.engine.binding import bind_calls, run_calls, step_dims
 from nanocupy.engine.device_plan import (
     PENALTY_RECORD_WORDS,
     DeviceSettings,
+    check_model,
     decode_bucket,
     op_sizes,
     table_width,
 )
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.engine.step_inputs import bucket
+from nanocupy.engine.step_inputs import bucket, coarse_bucket
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
@@ -39,8 +40,9 @@ def kernel_variants(
     """The modules that steps of every kind need, within `limits`, on a card of these traits.
 
     With `every_size` also those of a short prompt, or end of one: a few more, for which a start
-    need not wait.
+    need not wait. Raises ConfigError for a model that the kernels are not made for.
     """
+    check_model(config)
     sizes = op_sizes(config, settings, limits)
     collector = VariantCollector()
     workspaces = {
@@ -56,15 +58,18 @@ def kernel_variants(
         dims = fixed | step_dims(*counts)
         run_calls(bind_calls(calls, ops, lambda name, shape: Outline(*shape), weights, dims))
 
-    most = limits.max_step_tokens
+    most, most_seqs = limits.max_step_tokens, min(limits.max_num_seqs, limits.max_step_tokens)
     counts = {1, min(64, most), most}
     if every_size:
         counts |= {bucket(n, most) for n in range(1, min(256, most))}
     for num_tokens in sorted(counts):
         forward(num_tokens, 1, 1, num_tokens)
+    # Beside prompts few rows or many are sampled, by ops, even where decodes alone are one launch.
+    for num in sorted({coarse_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
+        forward(most, num, num, most)
     logits, row = Outline(1, config.vocab_size), Outline(1)
-    most = min(limits.max_num_seqs, limits.max_step_tokens)
-    for num in sorted({decode_bucket(n, most) for n in (*range(1, min(65, most)), most)}):
+    counts = {*range(1, min(65, most_seqs)), most_seqs}
+    for num in sorted({decode_bucket(n, most_seqs) for n in counts}):
         if ops.can_step(num):
             # One launch; the first ops of it have been seen above.
             rows, vector = Outline(num, 1), Outline(num)

@@ -56,6 +56,15 @@ class DeviceSettings:
     two_streams: bool = False
 
 
+def check_model(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that the kernels are not made for."""
+    if config.head_size not in HEAD_SIZES:
+        raise ConfigError(
+            f"head size {config.head_size}: the kernels are made for "
+            f"{', '.join(map(str, HEAD_SIZES))}; run this model with --device cpu"
+        )
+
+
 def plan_limits(
     config: ModelConfig,
     device: Device,
@@ -68,13 +77,10 @@ def plan_limits(
 ) -> RunnerLimits:
     """Limits whose cache takes what weights and workspaces leave; at most what can be used.
 
-    Raises CapacityError where not even one short sequence fits.
+    Raises CapacityError where not even one short sequence fits, ConfigError for a model that the
+    kernels are not made for.
     """
-    if config.head_size not in HEAD_SIZES:
-        raise ConfigError(
-            f"head size {config.head_size}: the kernels are made for "
-            f"{', '.join(map(str, HEAD_SIZES))}; run this model with --device cpu"
-        )
+    check_model(config)
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
     fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes

@@ -16,6 +16,7 @@ from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.errors import ConfigError
 from nanocupy.ops.cuda_sizes import DeviceTraits
+from tests.checkpoint.hf_folders import write_folder
 
 HALF = DeviceSettings("bfloat16", "bfloat16", "bfloat16")
 
@@ -101,6 +102,15 @@ def test_mistakes_are_told(args, message, capsys: pytest.CaptureFixture[str]) ->
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_run_on_a_gpu_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cupy")
+    folder = write_folder(tmp_path / "model")
+    assert cli.main(["warmup", "-m", str(folder), "--arch", "sm_80"]) == 2
+    assert "head size 8: the kernels are made for 64, 80" in capsys.readouterr().err
+
+
 def test_without_a_gpu_an_architecture_must_be_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,3 +147,12 @@ def test_what_a_card_needs_is_among_what_is_compiled(shape: str) -> None:
         assert ("attention_prefill_hopper.cu" in files) == card.wgmma
         for num_seqs in (1, 32, 256):
             assert keys(num_seqs, card) <= warm
+
+
+def test_a_start_has_the_products_of_rows_that_are_sampled_beside_prompts() -> None:
+    """Not only those of decodes alone, which may be one launch: else a step would wait for the
+    compiler. Rows are rounded up to 1, 4, 16."""
+    limits = RunnerLimits(2, 16, 4096, 2048, 256)
+    for card in (*common_cards((9, 0)), *common_cards((8, 9))):
+        variants = kernel_variants(SHAPES["qwen3-0.6b"], HALF, limits, card)
+        assert {1, 4} <= {macros["ROWS"] for file, macros in variants if file == "gemv.cu"}
