@@ -76,7 +76,7 @@ __device__ __forceinline__ StepWords words_from(
 //               whatever their number of sequences
 // moments       uint32 [2], likewise: the last moment of the launches before, and who has left
 // widths D, F, H * d multiples of 32, H / G at most 16; tile_inputs a multiple of 1024, at least D;
-//   where it is less than H * d or F, a block has GROUP_UNITS units of D outputs at most
+//   a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
 //   numpy_ops.linear_add for every layer, then numpy_ops.lm_head
 // COST: bytes of all weights, and of the contexts' keys and values; 2 flops a weight and token
@@ -122,13 +122,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const Moment start = load_volatile(moments) + 1;
     const StepWords& buffers = step_memory().words;
     RingPlace place;
+    float own_stream = 0.0f;
+    {
+        const StepProduct product = sizes.product(OUTPUT);
+        const StepShare share(product);
+        const Finisher own(product);
+        if (own.finishes(product, share.first_unit, share.end_unit - share.first_unit)) {
+            own_stream = to_float(x[own.token * hidden_size + own.output_of(share.first_unit)]);
+        }
+    }
 #pragma unroll 1
     for (int i = 0; i <= 4 * num_layers; ++i) {
         const int kind = i < 4 * num_layers ? i % 4 : HEAD, number = i / 4;
         const bool is_last = number + 1 >= num_layers;
         const Moment moment = start + 2 * i;
-        // The residual stream's is that of the DOWN or OUTPUT product before.
-        const Moment stream = i < 2 ? 0 : start + 2 * (i - 1 - i % 2);
         StepProduct product = sizes.product(kind);
         product.weight = head;
         if (kind != HEAD) set_pointers(product, step_memory().layers[number % 2]);
@@ -144,13 +151,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
                 load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count);
                 users_sync();
             } else {
-                load_normed(rows, x, stream, eps, hidden_size);
+                load_normed(rows, x, i == 0 ? 0 : start + 2 * (i - 1), eps, hidden_size);
             }
         };
         uint64_t* out = kind == QKV       ? buffers.qkv
                         : kind == GATE_UP ? buffers.activated
                                           : buffers.x;
-        run_product(place, product, x, stream, moment, out, logits, tile_inputs, load);
+        run_product(place, product, moment, out, logits, own_stream, tile_inputs, load);
 
         // What the next parts need and waits for nobody.
         const StepLayer& next = step_memory().layers[(number + 1) % 2];

@@ -351,6 +351,8 @@ __device__ __noinline__ void load_attended(
         const int parts = memory.attention.num_parts(memory.kv_lens[token]);
         InputSpan span;
         if (parts > 1) {
+            const int64_t at = memory.attention.part_row(token, (first + k) / HEAD_SIZE, 0);
+            wait_for_first(memory.words.part_states + at * 2, moment);
             span = merge_parts(token, first + k, parts, moment);
         } else {
             const int64_t at = (static_cast<int64_t>(token) * num_inputs + first + k) / 2;

@@ -87,4 +87,9 @@ struct RingPlace {
             phase ^= 1;
         }
     }
+    __device__ __forceinline__ void advance(int stages) {
+        const int to = stage + stages;
+        stage = to % RING_STAGES;
+        phase ^= to / RING_STAGES & 1;
+    }
 };

@@ -14,7 +14,7 @@ constexpr int SPAN = 8;                                    // inputs that a lane
 constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
 
 constexpr int SPAN_WORDS = SPAN / 2;
-constexpr int SPANS_AHEAD = 4;  // that a thread asks for at once
+constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 2 : 4;  // that a thread asks for at once
 
 union InputSpan {
     uint4 bits;
@@ -62,6 +62,7 @@ __device__ __noinline__ void load_normed(
     const int64_t start = static_cast<int64_t>(token) * num_inputs;
     const uint64_t* words = step_memory().words.x + start / 2;
     const int end = token < SEQUENCES ? num_inputs : 0;
+    if (moment != 0 && first_norm_input() < end) wait_for_first(words + first_norm_input() / 2, moment);
     float sum = 0.0f;
 #pragma unroll 1
     for (int first = first_norm_input(); first < end; first += SPANS_AHEAD * NORM_STEP) {
@@ -127,6 +128,11 @@ __device__ __noinline__ void load_words(
     const int spans = count / SPAN;  // of a token
 #pragma unroll 1
     for (int start = threadIdx.x; start < SEQUENCES * spans; start += SPANS_AHEAD * USERS) {
+        {
+            const int token = SEQUENCES == 1 ? 0 : start / spans;
+            const int64_t at = static_cast<int64_t>(token) * num_inputs + first;
+            wait_for_first(words + (at + (start - token * spans) * SPAN) / 2, moment);
+        }
         InputSpan found[SPANS_AHEAD];
         bool all;
         do {
@@ -155,167 +161,184 @@ __device__ __noinline__ void load_words(
 
 // ------------------------------------------------------------------------------ what becomes of a sum
 
-// What a sum is added to: a bias; of GATE_UP that of gate, then of up; the residual stream, by the word
-// that has it.
-struct Addends {
-    float bias, second;
-    uint64_t word;
+// What a sum is added to beside the residual stream: a bias, of GATE_UP that of gate, then of up.
+struct Biases {
+    float first, second;
 };
 
-// before: the moment of the words of x; 0: it lies in `embeddings`. The words are this block's own.
-__device__ __forceinline__ Addends fetch_addends(
-    const StepProduct& product, const scalar_t* embeddings, Moment before, int output, int64_t at) {
-    Addends addends = {0.0f, 0.0f, 0};
+__device__ __forceinline__ Biases fetch_biases(const StepProduct& product, int output) {
+    Biases biases = {0.0f, 0.0f};
     if (product.bias != nullptr) {
-        addends.bias = to_float(product.bias[output]);
+        biases.first = to_float(product.bias[output]);
         if (product.has_pairs()) {
-            addends.second = to_float(product.bias[product.num_outputs + output]);
+            biases.second = to_float(product.bias[product.num_outputs + output]);
         }
     }
-    if (product.adds_to_stream()) {
-        if (before == 0) {
-            addends.second = to_float(embeddings[at]);
-        } else {
-            addends.word = load_word(step_memory().words.x + at / 2);
-        }
-    }
-    return addends;
+    return biases;
 }
 
-// What becomes of a sum, rounded; `second`: of GATE_UP, the sum for up.
+// What becomes of a sum, to be rounded; `second`: of GATE_UP, the sum for up. stream: the value of the
+// residual stream that this thread has, from one product to the next.
 __device__ __forceinline__ float finished(
-    const StepProduct& product, float sum, float second, Addends& addends, Moment before,
-    int64_t at) {
-    sum += addends.bias;
+    const StepProduct& product, float sum, float second, const Biases& biases, float& stream) {
+    sum += biases.first;
     if (product.has_pairs()) {
-        const float gate = rounded<scalar_t>(sum), up = rounded<scalar_t>(second + addends.second);
+        const float gate = rounded<scalar_t>(sum), up = rounded<scalar_t>(second + biases.second);
         return gate / (1.0f + expf(-gate)) * up;
     }
-    if (product.adds_to_stream() && before != 0) {
-        while (!is_of(addends.word, before)) {
-            addends.word = load_word(step_memory().words.x + at / 2);
-        }
-        InputSpan span;
-        span.pairs[0] = static_cast<uint32_t>(addends.word);
-        addends.second = to_float(at % 2 ? span.values.data[1] : span.values.data[0]);
-    }
-    return addends.second + sum;
+    if (!product.adds_to_stream()) return sum;
+    stream = rounded<scalar_t>(stream + sum);
+    return stream;
 }
 
 // ------------------------------------------------------------------------------ the product
 
-// What a warp has of a stage: four chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and
-// of token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of
-// them to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they
-// are its lower rows. So the same four registers of a token's inputs serve both. Which input a lane
-// calls first is the same on both sides, so the sum is the same; the other half of each result means
+// Two groups of four warps take the stages in turn, so that one multiplies while the other waits.
+constexpr int GROUP_WARPS = USER_WARPS / 2;
+constexpr int WARP_INPUTS = STAGE_INPUTS / GROUP_WARPS;
+constexpr int CHUNKS = WARP_INPUTS / 32;  // of a warp in a stage
+
+// What a warp has of a stage: chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and of
+// token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of them
+// to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they are
+// its lower rows. So the same four registers of a token's inputs serve both. Which input a lane calls
+// first is the same on both sides, so the sum is the same; the other half of each result means
 // nothing.
 struct StageChunks {
-    uint4 data[4];
+    uint4 data[CHUNKS];
 
-    // first: this lane's of chunk 0 of this warp; of the inputs, `left` exist from the stage's first
-    // on. What does not exist is zero, and no memory that was never written is multiplied with it.
+    // first: this lane's of chunk 0 of this warp, of which `left` inputs exist. What does not exist is
+    // zero, so that memory that was never written is not multiplied with it.
     __device__ __forceinline__ void load(const void* first, int left) {
         const unsigned char* from = static_cast<const unsigned char*>(first);
-        if (left >= STAGE_INPUTS) {  // nearly always: no branches on the way
+        if (left >= WARP_INPUTS) {  // nearly always: no branches on the way
 #pragma unroll
-            for (int c = 0; c < 4; ++c) data[c] = ld_shared_16(from + c * 64);
+            for (int c = 0; c < CHUNKS; ++c) data[c] = ld_shared_16(from + c * 64);
         } else {
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
+            for (int c = 0; c < CHUNKS; ++c) {
                 data[c] = make_uint4(0, 0, 0, 0);
-                if (warp_id() * 128 + c * 32 < left) data[c] = ld_shared_16(from + c * 64);
+                if (c * 32 < left) data[c] = ld_shared_16(from + c * 64);
             }
         }
     }
 };
 
-// The weights of the next stage, which may then be filled again.
-__device__ __forceinline__ void take_stage(StageChunks& weights, RingPlace& place, int left) {
-    StepMemory& memory = step_memory();
-    mbarrier_wait(&memory.is_full[place.stage], place.phase);
-    weights.load(memory.stages[place.stage] + lane_id() / 4 * STAGE_ROW_BYTES + warp_id() * 256 +
-                     lane_id() % 4 * 16, left);
-    warp_sync();
-    if (lane_id() == 0) mbarrier_arrive(&memory.is_free[place.stage]);
-    place.next();
-}
-
 // The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
-// SEQUENCES, UNIT_ROWS], or added to what is there. While a stage is multiplied the next one comes to
-// registers.
+// SEQUENCES, UNIT_ROWS], or added to what is there. Where a unit has one stage, only the warps of its
+// group have sums of it: the first ones' of the first unit, the others' of the second, and so on.
 __device__ __forceinline__ void sum_units(
     RingPlace& place, int units, int num_inputs, const scalar_t* inputs, float* partials,
     bool adds) {
-    const scalar_t* own_inputs = inputs + warp_id() * 128;
-    StageChunks next, values;
-    take_stage(next, place, num_inputs);
-    values.load(own_inputs, num_inputs);
+    StepMemory& memory = step_memory();
+    const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
+    const int group = warp_id() / GROUP_WARPS, first_input = warp_id() % GROUP_WARPS * WARP_INPUTS;
+    const int own_weights = lane_id() / 4 * STAGE_ROW_BYTES + first_input * 2 + lane_id() % 4 * 16;
+    RingPlace own = place;
+    int unit = 0, stage = 0;
+    if (group > 0) {
+        own.next();
+        unit = 1 / stages;
+        stage = 1 % stages;
+    }
+    StageChunks values, weights;
     float sums[4][4] = {};
-    int k = 0;
 #pragma unroll 1
-    for (int unit = 0; unit < units;) {
-        const StageChunks weights = next;
-        const int left = num_inputs - k;
-        const bool ends = left <= STAGE_INPUTS;  // the unit
-        if (!ends || unit + 1 < units) take_stage(next, place, ends ? num_inputs : left - STAGE_INPUTS);
+    for (int i = group; i < total; i += 2) {
+        const int k = stage * STAGE_INPUTS + first_input, left = num_inputs - k;
+        if (i == group || stages > 1) values.load(inputs + k, left);
+        mbarrier_wait(&memory.is_full[own.stage], own.phase);
+        weights.load(memory.stages[own.stage] + own_weights, left);
+        warp_sync();
+        if (lane_id() == 0) mbarrier_arrive(&memory.is_free[own.stage]);
+        own.next();
+        own.next();
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < CHUNKS; ++c) {
             const uint4 v = values.data[c], w = weights.data[c];
             const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
             mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, w.x, w.z);
             mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, w.y, w.w);
         }
-        k = ends ? 0 : k + STAGE_INPUTS;
-        if (num_inputs > STAGE_INPUTS) values.load(own_inputs + k, num_inputs - k);
-        if (!ends) continue;
+        int next_unit = unit;
+        for (stage += 2; stage >= stages; stage -= stages) ++next_unit;
+        if (next_unit == unit) continue;
         if (lane_id() / 4 < SEQUENCES) {
-            float* own = partials + ((unit * USER_WARPS + warp_id()) * SEQUENCES + lane_id() / 4) *
-                                        UNIT_ROWS + lane_id() % 4 * 2;
+            float* to = partials + ((unit * USER_WARPS + warp_id()) * SEQUENCES + lane_id() / 4) *
+                                       UNIT_ROWS + lane_id() % 4 * 2;
             float pair[2] = {(sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]),
                              (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3])};
             if (adds) {
-                pair[0] += own[0];
-                pair[1] += own[1];
+                pair[0] += to[0];
+                pair[1] += to[1];
             }
-            store_floats<float, 2>(own, pair);
+            store_floats<float, 2>(to, pair);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[i][j] = 0.0f;
+            for (int n = 0; n < 4; ++n) sums[j][n] = 0.0f;
         }
-        ++unit;
+        unit = next_unit;
     }
+    place.advance(total);
 }
+
+// Which sums of a group of units this thread finishes: output i % group_outputs of token
+// i / group_outputs, the same one in all products with as many outputs.
+struct Finisher {
+    int outputs;  // of a unit
+    int own_output, token;
+
+    __device__ __forceinline__ explicit Finisher(const StepProduct& product)
+        : outputs(product.unit_outputs()) {
+        own_output = threadIdx.x & (GROUP_UNITS * outputs - 1);
+        token = threadIdx.x >> lowest_bit(GROUP_UNITS * outputs);
+    }
+    __device__ __forceinline__ int output_of(int first_unit) const {
+        return first_unit * outputs + own_output;
+    }
+    __device__ __forceinline__ bool finishes(
+        const StepProduct& product, int first_unit, int units) const {
+        return token < SEQUENCES && own_output < units * outputs &&
+               output_of(first_unit) < product.num_outputs;
+    }
+    // The sums of all warps that have any, `second` of the other row of a pair.
+    __device__ __forceinline__ void add_up(
+        const float* partials, int num_inputs, float& sum, float& second) const {
+        const int unit = own_output >> lowest_bit(outputs), width = UNIT_ROWS / outputs;
+        const int warps = num_inputs > STAGE_INPUTS ? USER_WARPS : GROUP_WARPS;
+        const int first_warp = num_inputs > STAGE_INPUTS ? 0 : unit % 2 * GROUP_WARPS;
+        const float* parts = partials + ((unit * USER_WARPS + first_warp) * SEQUENCES + token) * UNIT_ROWS +
+                             (own_output & (outputs - 1)) * width;
+#pragma unroll
+        for (int w = 0; w < USER_WARPS; ++w) {
+            if (w >= warps) break;
+            sum += parts[w * SEQUENCES * UNIT_ROWS];
+            if (width > 1) second += parts[w * SEQUENCES * UNIT_ROWS + 1];
+        }
+    }
+};
 
 // Outputs of this block's part of a product, to `words` of `moment`, those of HEAD to `logits`. load(…)
 // puts a tile of its inputs to the rows; all threads that compute come. Where there are several tiles,
-// a block must have GROUP_UNITS units at most. before: the moment of the residual stream, as above.
+// and where the residual stream is added to, a block must have GROUP_UNITS units at most.
 template <typename Load>
 __device__ __forceinline__ void run_product(
-    RingPlace& place, const StepProduct& product, const scalar_t* embeddings, Moment before,
-    Moment moment, uint64_t* words, float* logits, int tile_inputs, const Load& load) {
+    RingPlace& place, const StepProduct& product, Moment moment, uint64_t* words, float* logits,
+    float& stream, int tile_inputs, const Load& load) {
     const StepShare share(product);
     const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(min(lane_id() / 4, SEQUENCES - 1)) + lane_id() % 4 * SPAN;
-    // Thread i finishes output i % group_outputs of a group, of token i / group_outputs.
-    const int outputs = product.unit_outputs(), group_outputs = GROUP_UNITS * outputs;
-    const int width = UNIT_ROWS / outputs;  // sums of an output
-    const int own_output = threadIdx.x & (group_outputs - 1);
-    const int token = threadIdx.x >> lowest_bit(group_outputs);
-    const int own_sum = (own_output >> lowest_bit(outputs)) * USER_WARPS * SEQUENCES * UNIT_ROWS +
-                        token * UNIT_ROWS + (own_output & (outputs - 1)) * width;
+    const Finisher own(product);
     int buffer = 0;
 #pragma unroll 1
     for (int first = share.first_unit; first < share.end_unit; first += GROUP_UNITS) {
         const int units = min(GROUP_UNITS, share.end_unit - first);
-        const int output = first * outputs + own_output;
-        const bool finishes = token < SEQUENCES && own_output < units * outputs &&
-                              output < product.num_outputs;
-        Addends addends = {0.0f, 0.0f, 0};
-        const int64_t at = static_cast<int64_t>(token) * product.num_outputs + output;
-        if (finishes) addends = fetch_addends(product, embeddings, before, output, at);  // early
+        const int output = own.output_of(first);
+        const bool finishes = own.finishes(product, first, units);
+        Biases biases = {0.0f, 0.0f};
+        if (finishes) biases = fetch_biases(product, output);  // early, as they come from far
         float* partials = step_partials() + buffer * GROUP_SUMS;
 #pragma unroll 1
         for (int start = 0; start < product.num_inputs; start += tile_inputs) {
@@ -328,19 +351,13 @@ __device__ __forceinline__ void run_product(
         }
         users_sync();
         float sum = 0.0f, second = 0.0f;
-        if (finishes) {
-#pragma unroll
-            for (int w = 0; w < USER_WARPS; ++w) {
-                const float* parts = partials + own_sum + w * SEQUENCES * UNIT_ROWS;
-                sum += parts[0];
-                if (width > 1) second += parts[1];
-            }
-        }
+        if (finishes) own.add_up(partials, min(tile_inputs, product.num_inputs), sum, second);
+        const int64_t at = static_cast<int64_t>(own.token) * product.num_outputs + output;
         if (product.kind == HEAD) {
             if (finishes) logits[at] = sum;
         } else {
             // Neighbours have the two values of a word; numbers of outputs are even.
-            if (finishes) sum = finished(product, sum, second, addends, before, at);
+            if (finishes) sum = finished(product, sum, second, biases, stream);
             const float neighbour = shuffle_xor(sum, 1);
             if (finishes && output % 2 == 0) store_pair(words + at / 2, sum, neighbour, moment);
         }

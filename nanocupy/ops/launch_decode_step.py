@@ -23,7 +23,7 @@ STAGE_INPUTS = 1024
 _UNIT_ROWS = 8
 _USER_WARPS = 8
 _STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
-_MAX_STAGES = 12
+_MAX_STAGES = 6
 _GOOD_STAGES, _MIN_STAGES = 6, 3  # with fewer, reading stops where blocks meet
 _MAX_HEADS_PER_GROUP = 16
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
@@ -96,15 +96,14 @@ def decode_step_launch(
         return None
     if heads_per_group > _MAX_HEADS_PER_GROUP:
         return None
-    # All inputs in one tile where the ring has room for enough stages beside it, else in several,
-    # which a block can do whose sums of all its outputs are kept meanwhile.
+    # A block keeps the sums, and the residual stream, of all its outputs of that width.
     units = -(-shape.hidden_size // _UNIT_ROWS)
-    can_tile = -(-units // num_multiprocessors) <= group_units(num_sequences)
+    if -(-units // num_multiprocessors) > group_units(num_sequences):
+        return None
+    # All inputs in one tile where the ring has room for enough stages beside it, else in several.
     fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages)
     best: tuple[int, int] | None = None
     for tile in range(_whole(max(widths)), _whole(shape.hidden_size) - 1, -STAGE_INPUTS):
-        if tile < max(widths) and not can_tile:
-            break
         inputs = input_bytes(num_sequences, min(tile, max(widths)))
         room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
         stages = min(room // (_STAGE_BYTES + 16), tuning.ring_stages or _MAX_STAGES)
