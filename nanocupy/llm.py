@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from nanocupy.answer import Answer, Completion, Sample, TextChunk
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
-from nanocupy.engine.backend import make_engine
+from nanocupy.engine.backend import make_engine, starting_driver
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import scheduler_settings
 from nanocupy.engine.request import RequestPriority
@@ -65,10 +65,13 @@ class LLM:
         from nanocupy.hub import resolve_model
 
         path = resolve_model(os.fspath(model), progress=progress)
-        self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
-        self.config = self.checkpoint.config
-        _ = self.tokenizer  # whatever is wrong with it is said before gigabytes are loaded
-        self._engine = make_engine(self.checkpoint, self.engine_config, progress=progress)
+        with starting_driver(self.engine_config):
+            self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
+            self.config = self.checkpoint.config
+            # Whatever is wrong with the tokenizer is said before gigabytes are loaded; and the
+            # tables for its first text are made while the driver starts.
+            self.tokenizer.encode("\n")
+            self._engine = make_engine(self.checkpoint, self.engine_config, progress=progress)
         self.device = self._engine.runner.device
         self._num_requests = 0
         # Weak, so that an answer nobody holds any more ends.

@@ -132,6 +132,7 @@ class CudaDevice:
         from nanocupy.cuda.streams import new_stream
 
         gc.collect()  # memory of engines that are gone but refer to themselves
+        self.index = index
         with cuda_call(f"selecting GPU {index}"):
             cupy.cuda.Device(index).use()
             properties = cupy.cuda.runtime.getDeviceProperties(index)
@@ -178,6 +179,15 @@ class CudaDevice:
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         workspace = cupy.ndarray((memory.size,), cupy.uint8, memptr=pointer)
         return Cublas(self.stream, workspace, log=self.log)
+
+    def prepare_products(self) -> None:
+        """Make cuBLAS' handle, else the first `matmul` does. For any thread, beside copies and
+        kernels of others, but not beside a `matmul` or a capture of this device."""
+        import cupy
+
+        with cuda_call(f"selecting GPU {self.index}"):
+            cupy.cuda.Device(self.index).use()  # of this thread
+        _ = self._cublas
 
     def matmul(self, x: Any, w: Any, out: Any, beta: float = 0.0) -> None:
         self._cublas.matmul(x, w, out, beta)

@@ -245,7 +245,11 @@ class KernelLoader:
         """Compile modules that will be needed, all at once, and load them."""
         keys = {(file, tuple(sorted(macros.items()))) for file, macros in variants}
         missing = [(file, dict(macros)) for file, macros in keys - self._modules.keys()]
-        for cubin in self.compiler.compile_all(missing, arch=self.arch):
+        self.load(self.compiler.compile_all(missing, arch=self.arch))
+
+    def load(self, cubins: Iterable[Cubin]) -> None:
+        """Load modules that the compiler gave."""
+        for cubin in cubins:
             self._load(cubin)
 
     def _load(self, cubin: Cubin) -> None:

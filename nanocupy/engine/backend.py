@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from nanocupy.checkpoint.base import Checkpoint
 from nanocupy.config import ModelConfig
@@ -28,6 +31,16 @@ def chosen_device(name: str) -> str:
     from nanocupy.cuda.probe import find_cuda
 
     return "cuda" if find_cuda().usable else "cpu"
+
+
+def starting_driver(config: EngineConfig) -> AbstractContextManager[Any]:
+    """Within it a GPU that `config` may take gets ready in a thread: for all that comes before
+    `make_runner` returns. What is wrong with the GPU, `make_runner` says."""
+    if config.device == "cpu" or not ("cupy" in sys.modules or find_spec("cupy")):
+        return nullcontext()
+    from nanocupy.cuda.driver_start import DriverStart
+
+    return DriverStart()
 
 
 def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False) -> Runner:
@@ -153,14 +166,15 @@ def _cuda_runner(
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     variants = runner.kernel_variants()
     compiler, arch = device.kernels.compiler, device.kernels.arch
-    with ThreadPoolExecutor(1) as pool:  # both take their time, and neither needs the other
+    with ThreadPoolExecutor(2) as pool:  # all take their time, and none needs another
         compiled = pool.submit(compiler.compile_all, variants, arch=arch)
+        products = pool.submit(device.prepare_products)
         with byte_progress("loading", progress, quiet_s=1.0) as report:
             runner.upload_weights(checkpoint, report)
         if not compiled.done():
             say("compiling kernels for this GPU, once; later starts find them", progress)
-        compiled.result()
-    device.kernels.prefetch(variants)
+        device.kernels.load(compiled.result())
+        products.result()
     return runner
 
 
