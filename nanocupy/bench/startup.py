@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanocupy.bench.first_token import PARTS
 from nanocupy.bench.measure import Measurement
 from nanocupy.errors import NanocupyError
 
@@ -27,15 +26,19 @@ class Startup:
     """Starts of one model. `result` has seconds with a warm kernel cache, its bytes are the model
     file's.
 
-    parts        medians of: start (of Python), import, open (file and tokenizer), device (context
-                 and memory), load (weights into place), compile (kernels, or finding them in the
-                 cache), first token
+    parts        medians of: start (of Python), import, open (file and tokenizer), device (driver,
+                 context and memory), load (weights into place), compile (kernels, or finding them
+                 in the cache), first token
+    shares       medians of what parts are made of, as far as it is told: "device/arena"
+    beside       medians of what other threads did meanwhile
     cold_s       the first start, with an empty kernel cache; the same as others on a CPU
     cold_parts   its parts
     """
 
     result: Measurement
     parts: dict[str, float]
+    shares: dict[str, float]
+    beside: dict[str, float]
     cold_s: float
     cold_parts: dict[str, float]
 
@@ -47,6 +50,8 @@ class Startup:
 
         return {
             "parts": rounded(self.parts),
+            "shares": rounded(self.shares),
+            "beside": rounded(self.beside),
             "cold_s": round(self.cold_s, 4),
             "cold_parts": rounded(self.cold_parts),
         }
@@ -80,10 +85,18 @@ def startup(
             num_bytes=model.stat().st_size if model.is_file() else 0,
             num_flops=0,
         ),
-        {part: statistics.median(run["parts"][part] for run in warm) for part in PARTS},
+        _medians([run["parts"] for run in warm]),
+        _medians([run["shares"] for run in warm]),
+        _medians([run["beside"] for run in warm]),
         cold["seconds"],
         cold["parts"],
     )
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """By name; what a run did not do took it no time."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}
 
 
 def _run(model: Path, config: dict[str, Any], cache: str) -> dict[str, Any]:

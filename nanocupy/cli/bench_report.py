@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nanocupy.bench.startup import Startup
     from nanocupy.bench.throughput import Throughput
 
+SHOWN_SHARE_S = 0.001  # of a part of a start; what takes less is left out for people
+
 
 def report_times(
     results: list[Measurement],
@@ -75,7 +77,12 @@ def report_startup(found: Startup, device: str, as_json: bool) -> None:
     table = make_table(f"{result.name} on {device}", "seconds", "usual", "first", right=(1, 2))
     for part, seconds in found.parts.items():
         table.add_row(part, f"{seconds:.3f}", f"{found.cold_parts[part]:.3f}")
+        for name, share in found.shares.items():
+            if name.startswith(f"{part}/") and share >= SHOWN_SHARE_S:
+                table.add_row(f"  {name.partition('/')[2]}", f"{share:.3f}", "")
     table.add_row("to the first token", f"{result.median:.3f}", f"{found.cold_s:.3f}")
+    for name, seconds in found.beside.items():
+        table.add_row(f"beside it: {name}", f"{seconds:.3f}", "")
     plain_console().print(table)
 
 

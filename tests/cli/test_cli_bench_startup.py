@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +71,48 @@ def test_parts_within_parts_are_taken_out() -> None:
     assert watch.seconds == {"open": 1 + 1 + 10 + 3 + 10, "load": 3 + 1}
 
 
+def test_shares_of_parts_and_other_threads() -> None:
+    moments = iter([float(2**i) for i in range(12)])
+    watch = Stopwatch(lambda: next(moments))
+
+    def in_a_thread() -> None:
+        with watch.part("device/driver"), watch.part("/driver"):  # 32, 64; 128, 256
+            pass
+
+    with watch.part("device"):  # 1
+        with watch.part("/arena"), watch.part("/waiting"):  # 2, 4; 8, 16
+            pass
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+        with watch.part("import/cupy"):  # 512 to 1024
+            pass
+    arena, waiting = (4 - 2) + (16 - 8), 8 - 4
+    assert watch.seconds == {
+        "device": (2 - 1) + (512 - 16) + (2048 - 1024),
+        "device/arena": arena,
+        "device/waiting": waiting,
+        "import/cupy": 512,
+    }
+    assert watch.shares() == {"import/cupy": 512, "device/arena": arena, "device/waiting": waiting}
+    assert list(watch.shares()) == ["import/cupy", "device/arena", "device/waiting"]
+    whole = {"device": watch.seconds["device"] + arena + waiting, "import": 512}
+    assert watch.parts() == dict.fromkeys(PARTS, 0) | whole
+    assert watch.beside == {"driver": (256 - 32) + (128 - 64)}
+
+
+def test_what_is_timed_is_there() -> None:
+    """Names that a change would leave behind."""
+    pytest.importorskip("cupy")
+    code = (
+        "from nanocupy.bench.first_token import Stopwatch, _watch_device\n"
+        "watch = Stopwatch()\n"
+        "with watch.part('device'):\n"
+        "    _watch_device(watch)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_command(tiny_shape: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["bench", "startup", "--device", "cpu", "--max-context", "48", "--repeats", "1"]
     assert cli.main([*argv, "--json"]) == 0
@@ -79,10 +124,15 @@ def test_the_command(tiny_shape: None, capsys: pytest.CaptureFixture[str], tmp_p
         assert 0.9 * seconds <= sum(result[parts].values()) <= seconds + 1e-3
         assert all(result[parts][name] > 0 for name in ("start", "import", "open", "load"))
         assert result[parts]["compile"] == 0
+    assert "first token/encode" in result["shares"]
+    assert result["shares"]["open/engine"] <= result["parts"]["open"]
+    assert result["beside"] == {}
     write_random_model("smollm2-135m", "float32", tmp_path / "own.nano")
     assert result["bytes"] == (tmp_path / "own.nano").stat().st_size
     assert cli.main([*argv, "--model", str(tmp_path / "own.nano")]) == 0
-    assert "startup/own/float32 on cpu" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "startup/own/float32 on cpu" in table
+    assert table.index("first token") < table.index("to the first token")
     assert cli.main([*argv, "--model", "x", "--shape", "smollm2-135m"]) == 2
     assert "give --model or --shape, not both" in capsys.readouterr().err
 
