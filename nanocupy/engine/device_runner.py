@@ -171,8 +171,9 @@ class DeviceRunner(Runner):
         for lane in self._lanes:
             lane.inputs.turn()
         if not self._is_state_known:
-            if self._side is not None:  # where prompts may have been started
-                self._device.follow(self._side.device)
+            # Nobody reads the step that failed, but it may still copy what was staged for it.
+            for lane in self._lanes:
+                lane.device.synchronize("a step that was given up")
             self._decoding.renew()
             self._penalties.forget()
             self._is_state_known = True

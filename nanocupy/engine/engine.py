@@ -189,6 +189,7 @@ class LLMEngine:
         must_read = self._must_read or self.scheduler.running.num_needing_ids
         if must_read or any(schedule.wants_logprobs for schedule, *_ in self._in_flight):
             self._collect(0)
+        self._collect(1)  # there are two where reading was interrupted, and no memory for three
         self._must_read = False
         self.watch.part("schedule")
         schedule = self.scheduler.schedule()
