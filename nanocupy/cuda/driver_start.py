@@ -1,7 +1,7 @@
 """The GPU's driver, started in a thread while the interpreter opens a model and imports CuPy.
 
-To start the driver and make a context takes half a second, in which the interpreter is not needed:
-ctypes lets it go on meanwhile. The context is the primary one of the GPU, which the CUDA runtime
+To start the driver and make a context takes tenths of a second and no interpreter: ctypes lets that
+go on meanwhile. The context is the primary one of the GPU, which the CUDA runtime
 finds, and with it CuPy, when it is first used there, in whatever thread.
 
 Errors are not told here: who uses the GPU meets them again, and has the words for them (`probe`).

@@ -5,8 +5,8 @@ order in which they are started, and the host waits for none. They begin when wh
 before has ended, as that may still read or write the blocks. A step waits for the blocks that it
 needs: those that come in, and of those that go out the ones it writes. The others go out beside it.
 
-The host's memory is taken piece by piece, when a block goes there for the first time: a gigabyte
-takes the driver 0.3 s to pin, and most runs never preempt anybody.
+The host's memory is taken piece by piece, when a block goes there for the first time: to pin a
+gigabyte takes tenths of a second, and most runs never preempt anybody.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanocupy.engine.schedule import Schedule
 from nanocupy.errors import CapacityError
 from nanocupy.memory.host_pool import SwapCosts
 
-PIECE_BYTES = 64 << 20  # large enough for long copies, and pinned in 20 ms
+PIECE_BYTES = 64 << 20  # copies stay long, and pinning one takes no longer than a few steps
 _MEASURED_BLOCKS = 8  # that `costs` copies
 
 

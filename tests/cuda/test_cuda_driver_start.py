@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from nanocupy import LLM
+from nanocupy.bench.model_file import write_random_model
+from nanocupy.bench.shapes import SHAPES
 from nanocupy.cuda import probe
 from nanocupy.cuda.driver_start import DriverStart
 from nanocupy.engine import backend
 from nanocupy.engine.config import EngineConfig
-from nanocupy.errors import CheckpointError
+from nanocupy.errors import CheckpointError, DeviceError
+from tests.checkpoint.tiny import tiny_config
 
 
 class FakeDriver:
@@ -116,6 +119,28 @@ def test_who_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "find_spec", lambda name, found=found: found)
         manager = backend.starting_driver(EngineConfig(device=device))
         assert isinstance(manager, DriverStart if starts else nullcontext)
+
+
+def test_a_gpu_that_cannot_be_used_is_told_as_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver = FakeDriver()
+    install(monkeypatch, driver)
+    monkeypatch.setattr(backend, "find_spec", lambda name: True)
+    problem = probe.Problem("the driver runs CUDA 11.4 at most", "update NVIDIA's driver")
+    status = probe.DriverStatus(True, (11, 4), (), problem)
+    monkeypatch.setattr(probe, "probe_driver", lambda: status)
+    path = tmp_path / "tiny.nano"
+    monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(vocab_size=300, tied_lm_head=True))
+    write_random_model("smollm2-135m", "float32", path)
+    with pytest.raises(DeviceError) as raised:
+        LLM(path, device="cuda")
+    says = "CUDA was asked for, but the driver runs CUDA 11.4 at most; update NVIDIA's driver"
+    assert str(raised.value) == says
+    assert driver.contexts == [0, 0]
+    assert LLM(path).device == "cpu"
+    assert driver.contexts == [0, 0]
+    assert driver.calls.count("cuDevicePrimaryCtxRetain") == 2
 
 
 def test_a_model_that_cannot_be_opened_leaves_nothing(
