@@ -47,16 +47,17 @@ __device__ __forceinline__ void copy_positions(
 }
 
 // Of 16 * TILES rows (query, head) what a warp knows; this lane has rows lane / 4 and 8 more of
-// each row tile. `sum` is that of the lane's own columns until finish().
-template <int TILES>
+// each row tile. `sum` is that of the lane's own columns until finish(). HALVES: 1 where only the first
+// 8 rows of the tiles are there, which takes fewer registers.
+template <int TILES, int HALVES = 2>
 struct MmaRows {
     static constexpr bool QUERIES_STAY = TILES * HEAD_SIZE <= MAX_QUERY_VALUES;  // in registers
 
     const scalar_t* shared_queries;  // [16 * TILES, d] as chunk_at has it
     uint32_t queries[TILES][QUERIES_STAY ? K_STEPS : 1][4];
-    SoftmaxState state[TILES][2];
-    int limit[TILES][2];  // last position that the row sees
-    float summed[TILES][HEAD_SIZE / 8][4];
+    SoftmaxState state[TILES][HALVES];
+    int limit[TILES][HALVES];  // last position that the row sees
+    float summed[TILES][HEAD_SIZE / 8][2 * HALVES];
 
     __device__ __forceinline__ void load_queries(int m, int k, int to) {
         const int inner_row = lane_id() % 8, low = lane_id() / 8 % 2, high = lane_id() / 16;
@@ -73,11 +74,12 @@ struct MmaRows {
 #pragma unroll
                 for (int k = 0; k < K_STEPS; ++k) load_queries(m, k, QUERIES_STAY ? k : 0);
             }
-            state[m][0] = state[m][1] = softmax_start();
+#pragma unroll
+            for (int h = 0; h < HALVES; ++h) state[m][h] = softmax_start();
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) summed[m][n][i] = 0.0f;
+                for (int i = 0; i < 2 * HALVES; ++i) summed[m][n][i] = 0.0f;
         }
     }
 
@@ -102,11 +104,11 @@ struct MmaRows {
                 mma_m16n8k16<scalar_t>(scores[m][1], a, b[2], b[3]);
             }
         }
-        uint32_t weights[TILES][4];
+        uint32_t weights[TILES][4] = {};
 #pragma unroll
         for (int m = 0; m < TILES; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
+            for (int h = 0; h < HALVES; ++h) {
                 float own[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -139,10 +141,22 @@ struct MmaRows {
             ldmatrix_x4_trans(b, values + chunk_at(low * 8 + inner_row, 2 * n + high));
 #pragma unroll
             for (int m = 0; m < TILES; ++m) {
-                mma_m16n8k16<scalar_t>(summed[m][2 * n], weights[m], b[0], b[1]);
-                mma_m16n8k16<scalar_t>(summed[m][2 * n + 1], weights[m], b[2], b[3]);
+                add_product(summed[m][2 * n], weights[m], b[0], b[1]);
+                add_product(summed[m][2 * n + 1], weights[m], b[2], b[3]);
             }
         }
+    }
+
+    static __device__ __forceinline__ void add_product(
+        float (&sums)[2 * HALVES], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        float all[4] = {sums[0], sums[1]};
+        if (HALVES == 2) {
+            all[2] = sums[2 * HALVES - 2];
+            all[3] = sums[2 * HALVES - 1];
+        }
+        mma_m16n8k16<scalar_t>(all, a, b0, b1);
+#pragma unroll
+        for (int i = 0; i < 2 * HALVES; ++i) sums[i] = all[i];
     }
 
     // The sums become those of whole rows. The whole warp must come.
@@ -150,7 +164,7 @@ struct MmaRows {
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) state[m][h].sum = warp_sum<4>(state[m][h].sum);
+            for (int h = 0; h < HALVES; ++h) state[m][h].sum = warp_sum<4>(state[m][h].sum);
     }
 };
 #endif

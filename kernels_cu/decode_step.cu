@@ -75,7 +75,7 @@ __device__ __forceinline__ StepWords words_from(
 //               H * max_parts * (d + 2)); 0 before the first launch, then left to the next ones,
 //               whatever their number of sequences
 // moments       uint32 [2], likewise: the last moment of the launches before, and who has left
-// widths D, F, H * d multiples of 32, H / G at most 16; tile_inputs a multiple of 1024, at least D;
+// widths D, F, H * d multiples of 32, H / G at most 8; tile_inputs a multiple of 1024, at least D;
 //   a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
 //   numpy_ops.linear_add for every layer, then numpy_ops.lm_head

@@ -206,7 +206,7 @@ __device__ __forceinline__ void attend_item(
     const StepAttention& a = memory.attention;
     const int kv_len = item.kv_len, newest = kv_len - 1, num_steps = item.num_steps();
     uint32_t next_row = row_of_lane(item, is_requested ? 1 : 0);
-    MmaRows<1> rows;
+    MmaRows<1, 1> rows;
 #pragma unroll 1  // one copy of the code for the first steps' copies and all others'
     for (int step = -STAGES; step < num_steps || step < 0; ++step) {
         if (step >= 0) {
@@ -236,7 +236,7 @@ __device__ __forceinline__ void attend_item(
             if (kv_len > 0) rotate_heads(item, layer, before);
             users_sync();
             rows.start(memory.queries);
-            rows.limit[0][0] = rows.limit[0][1] = newest;
+            rows.limit[0][0] = newest;
         }
     }
     rows.finish();
@@ -245,17 +245,15 @@ __device__ __forceinline__ void attend_item(
     // take the place of its keys and values.
     if (num_steps > 0) {
         float* values = reinterpret_cast<float*>(memory.positions[warp_id()]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = h * 8 + lane_id() / 4;
-            if (row >= a.heads_per_group) continue;
+        const int row = lane_id() / 4;
+        if (row < a.heads_per_group) {
             if (lane_id() % 4 == 0) {
-                memory.states[warp_id()][row][0] = rows.state[0][h].max;
-                memory.states[warp_id()][row][1] = rows.state[0][h].sum;
+                memory.states[warp_id()][row][0] = rows.state[0][0].max;
+                memory.states[warp_id()][row][1] = rows.state[0][0].sum;
             }
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n) {
-                const float pair[2] = {rows.summed[0][n][h * 2], rows.summed[0][n][h * 2 + 1]};
+                const float pair[2] = {rows.summed[0][n][0], rows.summed[0][n][1]};
                 store_floats<float, 2>(values + row * HEAD_SIZE + n * 8 + lane_id() % 4 * 2, pair);
             }
         }
@@ -281,7 +279,7 @@ __device__ __noinline__ void attend_items(
     }
 }
 
-// Values k … k + 7 of a token, of one head, from its parts, which are read two at a time.
+// Values k … k + 3 of a token, of one head, from its parts, which are read two at a time.
 __device__ __forceinline__ InputSpan merge_parts(int token, int k, int parts, Moment moment) {
     constexpr int AHEAD = 2;
     const StepMemory& memory = step_memory();
@@ -358,6 +356,6 @@ __device__ __noinline__ void load_attended(
             const int64_t at = (static_cast<int64_t>(token) * num_inputs + first + k) / 2;
             wait_for_words(memory.words.attended + at, moment, span.pairs);
         }
-        *reinterpret_cast<uint4*>(rows.row(token) + k) = span.bits;
+        put_span(rows.row(token) + k, span);
     }
 }

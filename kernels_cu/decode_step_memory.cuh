@@ -111,13 +111,13 @@ struct alignas(128) StepMemory {
     StepLayer layers[2];  // this one and the next, in turn
     uint64_t is_full[RING_STAGES];
     uint64_t is_free[RING_STAGES];
-    float states[USER_WARPS][16][2];  // maxima and sums of the warps
+    float states[USER_WARPS][8][2];  // maxima and sums of the warps
     StepAttention attention;
     StepWords words;
     int32_t kv_lens[8];
     int32_t slots[8];
 };
-static_assert(RING * sizeof(scalar_t) >= 16 * HEAD_SIZE * sizeof(float), "room for the sums");
+static_assert(RING * sizeof(scalar_t) >= 8 * HEAD_SIZE * sizeof(float), "room for the sums");
 
 __device__ __forceinline__ StepMemory& step_memory() {
     return *reinterpret_cast<StepMemory*>(dynamic_shared());

@@ -10,22 +10,24 @@
 
 constexpr int SEQUENCES_POWER = SEQUENCES <= 1 ? 1 : SEQUENCES <= 2 ? 2 : SEQUENCES <= 4 ? 4 : 8;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
-constexpr int SPAN = 8;                                    // inputs that a lane takes at a time
+constexpr int SPAN = 4;                                    // inputs that a lane takes at a time
 constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
 
-constexpr int SPAN_WORDS = SPAN / 2;
-constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 2 : 4;  // that a thread asks for at once
+constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;        // that a thread asks for at once
 
+// Two words: 16 bytes a lane, side by side, are what memory gives without waste.
 union InputSpan {
-    uint4 bits;
-    uint32_t pairs[SPAN_WORDS];
+    uint32_t pairs[SPAN / 2];
     Vec<scalar_t, SPAN> values;
 };
 
 __device__ __forceinline__ InputSpan load_span(const scalar_t* p) {
     InputSpan span;
-    span.bits = *reinterpret_cast<const uint4*>(p);
+    span.values = load_vec<scalar_t, SPAN>(p);
     return span;
+}
+__device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
+    store_vec<scalar_t, SPAN>(p, span.values);
 }
 
 // The inputs of all tokens, a tile of them, as rows of shared memory.
@@ -40,14 +42,14 @@ struct TileRows {
     }
 };
 
-// A norm's weights are asked for early, as they wait for nobody. Every thread copies what itself will
-// use; with several tokens, several warps copy the same.
+// A norm's weights are asked for early, as they wait for nobody. With several tokens, several warps
+// copy the same.
 __device__ __forceinline__ int first_norm_input() {
     return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
 }
 __device__ __forceinline__ void request_norm(const scalar_t* weight, int num_inputs) {
 #pragma unroll 1
-    for (int k = first_norm_input(); k < num_inputs; k += NORM_STEP) {
+    for (int k = first_norm_input() * 2; k < num_inputs; k += NORM_STEP * 2) {
         cp_async_16(step_norm() + k, weight + k);
     }
 }
@@ -73,7 +75,7 @@ __device__ __noinline__ void load_normed(
 #pragma unroll
             for (int i = 0; i < SPANS_AHEAD; ++i) {
                 const int k = first + i * NORM_STEP;
-                spans[i].bits = make_uint4(0, 0, 0, 0);
+                spans[i].pairs[0] = spans[i].pairs[1] = 0;
                 if (k >= end) continue;
                 if (moment == 0) {
                     spans[i] = load_span(embeddings + start + k);
@@ -91,11 +93,12 @@ __device__ __noinline__ void load_normed(
                 sum += value * value;
             }
             const int k = first + i * NORM_STEP;
-            if (k < end) *reinterpret_cast<uint4*>(row + k) = spans[i].bits;
+            if (k < end) put_span(row + k, spans[i]);
         }
     }
     sum = warp_sum(sum);
-    cp_async_wait<0>();  // the norm's weights that this thread has copied
+    cp_async_wait<0>();  // the norm's weights that this thread has copied, for all its token's warps
+    if (TOKEN_WARPS == 1) warp_sync();
     if (TOKEN_WARPS > 1) {
         if (lane_id() == 0) sums[warp_id()] = sum;
         users_sync();
@@ -115,7 +118,7 @@ __device__ __noinline__ void load_normed(
             span.values.data[j] = from_float<scalar_t>(
                 to_float(span.values.data[j]) * factor * to_float(weight.values.data[j]));
         }
-        *reinterpret_cast<uint4*>(row + k) = span.bits;
+        put_span(row + k, span);
     }
     users_sync();
 }
@@ -153,8 +156,7 @@ __device__ __noinline__ void load_words(
             const int span = start + i * USERS;
             if (span >= SEQUENCES * spans) continue;
             const int token = SEQUENCES == 1 ? 0 : span / spans;
-            *reinterpret_cast<uint4*>(rows.row(token) + (span - token * spans) * SPAN) =
-                found[i].bits;
+            put_span(rows.row(token) + (span - token * spans) * SPAN, found[i]);
         }
     }
 }
@@ -198,12 +200,71 @@ constexpr int GROUP_WARPS = USER_WARPS / 2;
 constexpr int WARP_INPUTS = STAGE_INPUTS / GROUP_WARPS;
 constexpr int CHUNKS = WARP_INPUTS / 32;  // of a warp in a stage
 
-// What a warp has of a stage: chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and of
-// token g, the inputs 8 t … 8 t + 7 of a chunk, and gives them to two products: pairs 0 and 2 of them
-// to the first, where they are its operand's upper rows, pairs 1 and 3 to the second, where they are
-// its lower rows. So the same four registers of a token's inputs serve both. Which input a lane calls
-// first is the same on both sides, so the sum is the same; the other half of each result means
-// nothing.
+// What a warp has of a stage: chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and of a
+// token, the inputs 8 t … 8 t + 7 of a chunk: pairs 0 to 3. Which input a lane calls first is the same
+// on both sides, so the sum is the same.
+//
+// Up to four tokens: a chunk takes one product. Its upper rows are the weights' pairs 0 and 2, its
+// lower rows pairs 1 and 3; its columns 0 to 3 are the tokens' pairs 0 and 2, columns 4 to 7 their
+// pairs 1 and 3. Upper left and lower right of the result are what is wanted, the rest means nothing.
+// More tokens: two products, and tokens are the rows: their pairs 0 and 2 above, 1 and 3 below. The
+// weights' pairs 0 and 2 are the columns of the first, whose upper rows are wanted, pairs 1 and 3
+// those of the second, whose lower rows are.
+constexpr bool FEW = SEQUENCES <= 4;
+
+__device__ __forceinline__ int own_token() {
+    return min(FEW ? lane_id() / 4 % 4 : lane_id() / 4, SEQUENCES - 1);
+}
+
+__device__ __forceinline__ void multiply_chunk(
+    float (&first)[4], float (&second)[4], const uint4& weights, const uint4& values) {
+    if (FEW) {
+        const uint32_t pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+        const bool is_lower = lane_id() >= 16;
+        mma_m16n8k16<scalar_t>(
+            first, pairs, is_lower ? values.y : values.x, is_lower ? values.w : values.z);
+    } else {
+        const uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
+        mma_m16n8k16<scalar_t>(first, pairs, weights.x, weights.z);
+        mma_m16n8k16<scalar_t>(second, pairs, weights.y, weights.w);
+    }
+}
+
+// Add this warp's sums of a unit to `to` [SEQUENCES, UNIT_ROWS], or store them there. A whole warp
+// comes.
+__device__ __forceinline__ void put_sums(float* to, const float (&sums)[4][4], bool adds) {
+    float pair[2];
+    if (FEW) {
+        // Lane 4 g + t has of row g the tokens 2 t and 2 t + 1; what lane 4 g + t + 2 has, belongs to it.
+        float upper[2], lower[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            upper[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+            lower[i] = (sums[0][2 + i] + sums[1][2 + i]) + (sums[2][2 + i] + sums[3][2 + i]);
+            pair[i] = upper[i] + shuffle_xor(lower[i], 2);
+        }
+        const int token = lane_id() % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (lane_id() % 4 < 2 && token + i < SEQUENCES) {
+                float* own = to + (token + i) * UNIT_ROWS + lane_id() / 4;
+                *own = adds ? *own + pair[i] : pair[i];
+            }
+        }
+        return;
+    }
+    const int at = lane_id() / 4 * UNIT_ROWS + lane_id() % 4 * 2;
+    pair[0] = (sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]);
+    pair[1] = (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3]);
+    if (lane_id() / 4 < SEQUENCES) {
+        if (adds) {
+            pair[0] += to[at];
+            pair[1] += to[at + 1];
+        }
+        store_floats<float, 2>(to + at, pair);
+    }
+}
+
 struct StageChunks {
     uint4 data[CHUNKS];
 
@@ -255,25 +316,13 @@ __device__ __forceinline__ void sum_units(
         own.next();
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
-            const uint4 v = values.data[c], w = weights.data[c];
-            const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2], pairs, w.x, w.z);
-            mma_m16n8k16<scalar_t>(sums[c % 2 * 2 + 1], pairs, w.y, w.w);
+            multiply_chunk(sums[FEW ? c % 4 : c % 2 * 2], sums[FEW ? c % 4 : c % 2 * 2 + 1],
+                           weights.data[c], values.data[c]);
         }
         int next_unit = unit;
         for (stage += 2; stage >= stages; stage -= stages) ++next_unit;
         if (next_unit == unit) continue;
-        if (lane_id() / 4 < SEQUENCES) {
-            float* to = partials + ((unit * USER_WARPS + warp_id()) * SEQUENCES + lane_id() / 4) *
-                                       UNIT_ROWS + lane_id() % 4 * 2;
-            float pair[2] = {(sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]),
-                             (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3])};
-            if (adds) {
-                pair[0] += to[0];
-                pair[1] += to[1];
-            }
-            store_floats<float, 2>(to, pair);
-        }
+        put_sums(partials + (unit * USER_WARPS + warp_id()) * SEQUENCES * UNIT_ROWS, sums, adds);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -329,7 +378,7 @@ __device__ __forceinline__ void run_product(
     float& stream, int tile_inputs, const Load& load) {
     const StepShare share(product);
     const TileRows rows(product.num_inputs, tile_inputs);
-    const scalar_t* own_inputs = rows.row(min(lane_id() / 4, SEQUENCES - 1)) + lane_id() % 4 * SPAN;
+    const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
     const Finisher own(product);
     int buffer = 0;
 #pragma unroll 1

@@ -23,9 +23,9 @@ STAGE_INPUTS = 1024
 _UNIT_ROWS = 8
 _USER_WARPS = 8
 _STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
-_MAX_STAGES = 6
+_MAX_STAGES = 10
 _GOOD_STAGES, _MIN_STAGES = 6, 3  # with fewer, reading stops where blocks meet
-_MAX_HEADS_PER_GROUP = 16
+_MAX_HEADS_PER_GROUP = 8
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
 
@@ -149,7 +149,7 @@ def memory_bytes(
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 16 * 2 * 4 + 40 + 48 + 2 * 32
+    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 32
     return -(-size // 128) * 128
 
 
