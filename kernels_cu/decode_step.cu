@@ -6,7 +6,7 @@
 // nothing else, and fills a ring of shared memory with the weights of the parts to come while the
 // others wait (decode_step_pipeline.cuh). Everything that waits for nobody is asked for early.
 //
-// SEQUENCES    sequences, 1 to 8, one token each
+// SEQUENCES    sequences, 1 to 4, one token each
 // RING_STAGES  stages of weights; STAGES: steps of 16 positions that a warp has under way
 // SCALAR       1, 2: the types of weights, residual stream and cache are the same, of 16 bits
 // HEAD_SIZE    d, a multiple of 16. nanocupy/ops/launch_decode_step.py chooses the launch.

@@ -91,7 +91,7 @@ __device__ __forceinline__ void set_pointers(StepProduct& product, const StepLay
 }
 
 // Units of a product whose sums are merged at one barrier.
-constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : SEQUENCES <= 4 ? 8 : 4;
+constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : 8;
 constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;
 static_assert(GROUP_UNITS * UNIT_ROWS * SEQUENCES <= USERS, "a thread for each sum");
 
@@ -114,8 +114,8 @@ struct alignas(128) StepMemory {
     float states[USER_WARPS][8][2];  // maxima and sums of the warps
     StepAttention attention;
     StepWords words;
-    int32_t kv_lens[8];
-    int32_t slots[8];
+    int32_t kv_lens[4];
+    int32_t slots[4];
 };
 static_assert(RING * sizeof(scalar_t) >= 8 * HEAD_SIZE * sizeof(float), "room for the sums");
 

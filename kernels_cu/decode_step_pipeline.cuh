@@ -1,6 +1,6 @@
 // The stream of weights through a persistent decode step: one warp brings them, the others use them.
 //
-// SEQUENCES     tokens of the step, 1 to 8
+// SEQUENCES     tokens of the step, 1 to 4
 // RING_STAGES   stages of the ring
 //
 // A stage holds the same 1024 inputs, or fewer, of 8 rows of weights. Every matrix is cut into units
@@ -16,7 +16,7 @@
 #include "types.cuh"
 
 #ifndef SEQUENCES
-#error "define SEQUENCES: tokens of the step, 1 to 8"
+#error "define SEQUENCES: tokens of the step, 1 to 4"
 #endif
 #ifndef RING_STAGES
 #define RING_STAGES 4
@@ -33,7 +33,7 @@ constexpr int STAGE_INPUTS = 1024;
 constexpr int STAGE_ROW_BYTES = STAGE_INPUTS * static_cast<int>(sizeof(scalar_t)) + 64;
 constexpr int STAGE_BYTES = UNIT_ROWS * STAGE_ROW_BYTES;
 
-static_assert(SEQUENCES >= 1 && SEQUENCES <= 8, "SEQUENCES is 1 to 8");
+static_assert(SEQUENCES >= 1 && SEQUENCES <= 4, "SEQUENCES is 1 to 4");
 static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
 
 // All threads that compute meet; those that bring weights do not come.

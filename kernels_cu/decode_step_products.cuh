@@ -8,7 +8,7 @@
 #include "decode_step_words.cuh"
 #include "reduce.cuh"
 
-constexpr int SEQUENCES_POWER = SEQUENCES <= 1 ? 1 : SEQUENCES <= 2 ? 2 : SEQUENCES <= 4 ? 4 : 8;
+constexpr int SEQUENCES_POWER = SEQUENCES <= 2 ? SEQUENCES : 4;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
 constexpr int SPAN = 4;                                    // inputs that a lane takes at a time
 constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
@@ -98,16 +98,11 @@ __device__ __noinline__ void load_normed(
     }
     sum = warp_sum(sum);
     cp_async_wait<0>();  // the norm's weights that this thread has copied, for all its token's warps
-    if (TOKEN_WARPS == 1) warp_sync();
-    if (TOKEN_WARPS > 1) {
-        if (lane_id() == 0) sums[warp_id()] = sum;
-        users_sync();
-        sum = 0.0f;
+    if (lane_id() == 0) sums[warp_id()] = sum;
+    users_sync();
+    sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < TOKEN_WARPS; ++w) {
-            sum += sums[warp_id() / TOKEN_WARPS * TOKEN_WARPS + w];
-        }
-    }
+    for (int w = 0; w < TOKEN_WARPS; ++w) sum += sums[token * TOKEN_WARPS + w];
     const float factor = rsqrtf(sum / num_inputs + eps);
 #pragma unroll 1
     for (int k = first_norm_input(); k < end; k += NORM_STEP) {
@@ -204,64 +199,34 @@ constexpr int CHUNKS = WARP_INPUTS / 32;  // of a warp in a stage
 // token, the inputs 8 t … 8 t + 7 of a chunk: pairs 0 to 3. Which input a lane calls first is the same
 // on both sides, so the sum is the same.
 //
-// Up to four tokens: a chunk takes one product. Its upper rows are the weights' pairs 0 and 2, its
-// lower rows pairs 1 and 3; its columns 0 to 3 are the tokens' pairs 0 and 2, columns 4 to 7 their
-// pairs 1 and 3. Upper left and lower right of the result are what is wanted, the rest means nothing.
-// More tokens: two products, and tokens are the rows: their pairs 0 and 2 above, 1 and 3 below. The
-// weights' pairs 0 and 2 are the columns of the first, whose upper rows are wanted, pairs 1 and 3
-// those of the second, whose lower rows are.
-constexpr bool FEW = SEQUENCES <= 4;
-
-__device__ __forceinline__ int own_token() {
-    return min(FEW ? lane_id() / 4 % 4 : lane_id() / 4, SEQUENCES - 1);
-}
+// A chunk takes one product of tensor cores. Its upper rows are the weights' pairs 0 and 2, its lower
+// rows pairs 1 and 3; its columns 0 to 3 are the tokens' pairs 0 and 2, columns 4 to 7 their pairs 1
+// and 3. Upper left and lower right of the result are what is wanted, the rest means nothing.
+__device__ __forceinline__ int own_token() { return min(lane_id() / 4 % 4, SEQUENCES - 1); }
 
 __device__ __forceinline__ void multiply_chunk(
-    float (&first)[4], float (&second)[4], const uint4& weights, const uint4& values) {
-    if (FEW) {
-        const uint32_t pairs[4] = {weights.x, weights.y, weights.z, weights.w};
-        const bool is_lower = lane_id() >= 16;
-        mma_m16n8k16<scalar_t>(
-            first, pairs, is_lower ? values.y : values.x, is_lower ? values.w : values.z);
-    } else {
-        const uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
-        mma_m16n8k16<scalar_t>(first, pairs, weights.x, weights.z);
-        mma_m16n8k16<scalar_t>(second, pairs, weights.y, weights.w);
-    }
+    float (&sums)[4], const uint4& weights, const uint4& values) {
+    const uint32_t pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+    const bool is_lower = lane_id() >= 16;
+    mma_m16n8k16<scalar_t>(
+        sums, pairs, is_lower ? values.y : values.x, is_lower ? values.w : values.z);
 }
 
 // Add this warp's sums of a unit to `to` [SEQUENCES, UNIT_ROWS], or store them there. A whole warp
 // comes.
 __device__ __forceinline__ void put_sums(float* to, const float (&sums)[4][4], bool adds) {
-    float pair[2];
-    if (FEW) {
-        // Lane 4 g + t has of row g the tokens 2 t and 2 t + 1; what lane 4 g + t + 2 has, belongs to it.
-        float upper[2], lower[2];
+    // Lane 4 g + t has of row g the tokens 2 t and 2 t + 1; what lane 4 g + t + 2 has, belongs to it.
+    const int token = lane_id() % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            upper[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-            lower[i] = (sums[0][2 + i] + sums[1][2 + i]) + (sums[2][2 + i] + sums[3][2 + i]);
-            pair[i] = upper[i] + shuffle_xor(lower[i], 2);
+    for (int i = 0; i < 2; ++i) {
+        const float upper = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+        const float lower =
+            (sums[0][2 + i] + sums[1][2 + i]) + (sums[2][2 + i] + sums[3][2 + i]);
+        const float sum = upper + shuffle_xor(lower, 2);
+        if (token + i < SEQUENCES) {
+            float* own = to + (token + i) * UNIT_ROWS + lane_id() / 4;
+            *own = adds ? *own + sum : sum;
         }
-        const int token = lane_id() % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (lane_id() % 4 < 2 && token + i < SEQUENCES) {
-                float* own = to + (token + i) * UNIT_ROWS + lane_id() / 4;
-                *own = adds ? *own + pair[i] : pair[i];
-            }
-        }
-        return;
-    }
-    const int at = lane_id() / 4 * UNIT_ROWS + lane_id() % 4 * 2;
-    pair[0] = (sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]);
-    pair[1] = (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3]);
-    if (lane_id() / 4 < SEQUENCES) {
-        if (adds) {
-            pair[0] += to[at];
-            pair[1] += to[at + 1];
-        }
-        store_floats<float, 2>(to + at, pair);
     }
 }
 
@@ -316,8 +281,7 @@ __device__ __forceinline__ void sum_units(
         own.next();
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
-            multiply_chunk(sums[FEW ? c % 4 : c % 2 * 2], sums[FEW ? c % 4 : c % 2 * 2 + 1],
-                           weights.data[c], values.data[c]);
+            multiply_chunk(sums[c % 4], weights.data[c], values.data[c]);
         }
         int next_unit = unit;
         for (stage += 2; stage >= stages; stage -= stages) ++next_unit;

@@ -72,7 +72,7 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
         batch *= 2
     rows = max(sizes.max_rows, sizes.max_num_seqs)
     keys, counters = max(keys, rows), max(counters, rows)
-    for num_seqs in range(1, min(whole.MAX_SEQUENCES, sizes.max_num_seqs) + 1):
+    for num_seqs in range(1, min(whole.BEST_SEQUENCES, sizes.max_num_seqs) + 1):
         launch = step_launch(sizes, traits, num_seqs)
         if launch is not None:
             size = whole.num_words(step_shape(sizes), launch, num_seqs)
@@ -100,7 +100,7 @@ def step_launch(
     types = {sizes.dtype, sizes.residual_dtype, sizes.cache_dtype}
     if traits.compute_capability < (9, 0) or traits.force_plain or not traits.whole_steps:
         return None
-    if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2:
+    if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2 or num_seqs > whole.BEST_SEQUENCES:
         return None
     return whole.decode_step_launch(
         step_shape(sizes), num_seqs, num_multiprocessors=traits.num_multiprocessors,

@@ -16,7 +16,9 @@ LAYER_POINTERS = (
     "down.weight", "down.bias",
 )  # fmt: skip
 
-MAX_SEQUENCES = 8
+MAX_SEQUENCES = 4
+# Up to which the kernel is the fastest way: what blocks hand to each other grows with their number.
+BEST_SEQUENCES = 2
 MAX_PARTS = 16  # of a context
 BLOCK_THREADS = 384
 STAGE_INPUTS = 1024
@@ -129,13 +131,13 @@ def decode_step_launch(
         + input_bytes(num_sequences, min(tile_inputs, max(widths))),
         tile_inputs=tile_inputs,
         max_parts=max_parts,
-        part_tokens=tuning.part_tokens or (128 if num_sequences < 4 else 512),
+        part_tokens=tuning.part_tokens or 128,
     )
 
 
 def group_units(num_sequences: int) -> int:
     """GROUP_UNITS of decode_step_memory.cuh."""
-    return 16 if num_sequences <= 2 else 8 if num_sequences <= 4 else 4
+    return 16 if num_sequences <= 2 else 8
 
 
 def memory_bytes(
@@ -149,7 +151,7 @@ def memory_bytes(
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 32
+    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 16
     return -(-size // 128) * 128
 
 

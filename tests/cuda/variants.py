@@ -77,7 +77,7 @@ VARIANTS = (
         ("decode_step",),
         tuple(
             {**macros, "SEQUENCES": sequences}
-            for macros, sequences in zip(_heads(), (1, 8, 2, 5, 3), strict=True)
+            for macros, sequences in zip(_heads(), (1, 4, 2, 3, 1), strict=True)
         ),
     ),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
@@ -111,7 +111,7 @@ VARIANTS = (
         ("skinny_linear", "skinny_linear_add", "skinny_swiglu", "skinny_logits"),
         (
             {"SCALAR": BFLOAT16, "TOKENS": 32},
-            {"SCALAR": BFLOAT16, "TOKENS": 128, "OUT_TILE": 128, "WARPS_N": 8, "WARPS_K": 1},
+            {"SCALAR": BFLOAT16, "TOKENS": 64, "OUT_TILE": 128, "WARPS_N": 8, "WARPS_K": 1},
             {"SCALAR": FLOAT16, "TOKENS": 16, "RESIDUAL": FLOAT32, "INPUTS_STAY": 1},
             {"SCALAR": FLOAT16, "TOKENS": 64, "OUT_TILE": 48, "WARPS_N": 3, "K_STEP": 64},
             {"SCALAR": BFLOAT16, "TOKENS": 64, "INPUTS_STAY": 1, "NORM_INPUTS": 1},

@@ -45,7 +45,7 @@ def generate(config, whole: bool, dtype: str, prompts, params=GREEDY, run_ahead=
     return outputs, device
 
 
-@pytest.mark.parametrize("count", [1, 3, 8, 11])
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_launch_gives_what_the_ops_give(name, count) -> None:
     rng = np.random.default_rng(count)

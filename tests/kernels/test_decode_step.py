@@ -231,8 +231,8 @@ CASES = {
         shape=DecodeStepShape(96, 160, 77, 6, 2, 32), kv_lens=[40], bias=True
     ),
     "a free place": SimpleNamespace(shape=SMALL, kv_lens=[3, 0, 33]),
-    "eight": SimpleNamespace(
-        shape=DecodeStepShape(128, 64, 100, 4, 1, 32), kv_lens=[1, 16, 17, 100, 31, 32, 33, 64]
+    "four": SimpleNamespace(
+        shape=DecodeStepShape(128, 64, 100, 4, 1, 32), kv_lens=[1, 16, 17, 100]
     ),
     "several parts": SimpleNamespace(shape=SMALL, kv_lens=[300], parts=3),
     "parts of two": SimpleNamespace(shape=SMALL, kv_lens=[260, 60], parts=2),
