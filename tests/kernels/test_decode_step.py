@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from nanocupy.bench.shapes import SHAPES
 from nanocupy.ops.launch_decode_step import (
     ENTRY,
     FILE,
     LAYER_POINTERS,
+    MAX_SEQUENCES,
     DecodeStepShape,
     DecodeStepTuning,
     decode_step_launch,
@@ -19,6 +22,7 @@ from nanocupy.ops.launch_decode_step import (
 from nanocupy.ops.numpy_ops import NumpyOps
 from tests.kernels.backends import CODES, assert_close
 from tests.ops.cases import DTYPES
+from tests.shim import build
 
 EPS = 1e-5
 BLOCK_SIZE = 16
@@ -82,7 +86,7 @@ class Model:
         ).astype(np.int32)  # fmt: skip
 
     def reference(self):
-        """(logits, x, caches) of the step, by the ops in float64 with the interface's roundings."""
+        """(logits, caches) of the step, by the ops in float64 with the interface's roundings."""
         ops, s, n = NumpyOps(np.float64), self.shape, self.count
         x = self.x.copy()
         d, dtype = s.head_size, self.dtype
@@ -108,18 +112,21 @@ class Model:
         ops.lm_head(x, np.arange(n, dtype=np.int32), self.final_norm, EPS, self.head, logits)
         return logits, caches
 
-    def launch(self, backend, tuning=None, num_multiprocessors=NUM_MULTIPROCESSORS):
-        """(logits, x, caches) of one launch. The caches are copies."""
+    def launch(self, backend, tuning=None, words=None):
+        """(logits, caches) of one launch. The caches are copies. words: (words, moments) that
+        launches before have left, and this one changes."""
         s, n, d = self.shape, self.count, self.shape.head_size
         launch = decode_step_launch(
-            s, n, num_multiprocessors=num_multiprocessors, max_shared_bytes=MAX_SHARED,
+            s, n, num_multiprocessors=NUM_MULTIPROCESSORS, max_shared_bytes=MAX_SHARED,
             tuning=tuning,
         )  # fmt: skip
         assert launch is not None
+        if words is None:
+            words = np.zeros(num_words(s, launch, n), np.uint64), np.zeros(2, np.uint32)
         poison = {
             "logits": np.full((n, s.vocab_size), np.nan, np.float32),
-            "words": np.zeros(num_words(s, launch, n), np.uint64),
-            "moments": np.zeros(2, np.uint32),
+            "words": words[0],
+            "moments": words[1],
         }
         i32 = np.int32
         numbers = (
@@ -189,13 +196,13 @@ class GpuStep:
         caches = [tuple(cupy.asnumpy(one[n]) for n in ("key_cache", "value_cache")) for one in keep]
         names = ["final_norm", "head", "rope", "slots", "kv_lens", "block_tables", "x", *poison]
         back = dict(zip(names, inputs, strict=True))
+        for name in ("words", "moments"):
+            poison[name][...] = cupy.asnumpy(back[name])
         return cupy.asnumpy(back["logits"]), caches
 
 
 @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def step_backend(request):
-    from tests.shim import build
-
     if request.param == "gpu":
         return GpuStep()
     if build.compiler() is None:
@@ -259,3 +266,56 @@ def make(case, dtype):
 def test_a_step_is_its_ops(step_backend, name, dtype) -> None:
     model, tuning = make(CASES[name], dtype)
     check(model, model.launch(step_backend, tuning))
+
+
+def test_launches_follow_each_other(step_backend) -> None:
+    """Each finds what the ones before have left, and takes none of it for its own."""
+    small = Model(SMALL, DTYPES["bfloat16"], [20, 33])
+    launch = decode_step_launch(
+        SMALL, 2, num_multiprocessors=NUM_MULTIPROCESSORS, max_shared_bytes=MAX_SHARED
+    )
+    words = np.zeros(num_words(SMALL, launch, 2), np.uint64), np.zeros(2, np.uint32)
+    seen = []
+    for seed, kv_lens in enumerate(([20, 33], [21, 34], [7], [22, 1])):
+        model = Model(SMALL, DTYPES["bfloat16"], kv_lens, seed=seed)
+        check(model, model.launch(step_backend, words=words))
+        assert words[1][1] == 0
+        seen.append(int(words[1][0]))
+    assert seen == sorted(set(seen))
+    check(small, small.launch(step_backend, words=words))
+
+
+@pytest.mark.parametrize("order", [1, 7])
+def test_the_order_of_threads_does_not_matter(order) -> None:
+    if build.compiler() is None:
+        pytest.skip(build.MISSING)
+    model, tuning = make(CASES["several parts"], "bfloat16")
+    first, again = (model.launch(ShimStep(order=n), tuning) for n in (0, order))
+    assert first[0].tobytes() == again[0].tobytes()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_public_shapes_fit_an_h100(name) -> None:
+    config = SHAPES[name]
+    shape = DecodeStepShape(
+        config.hidden_size, config.intermediate_size, config.vocab_size, config.num_heads,
+        config.num_kv_heads, config.head_size,
+    )  # fmt: skip
+    for num_sequences in range(1, MAX_SEQUENCES + 1):
+        launch = decode_step_launch(
+            shape, num_sequences, num_multiprocessors=132, max_shared_bytes=MAX_SHARED
+        )
+        assert launch is not None
+        assert launch.shared_bytes < MAX_SHARED
+        assert launch.macros["RING_STAGES"] >= 4
+
+
+def test_what_the_kernel_cannot_do() -> None:
+    limits = {"num_multiprocessors": 132, "max_shared_bytes": MAX_SHARED}
+    for shape, count in (
+        (SMALL, 0), (SMALL, MAX_SEQUENCES + 1),
+        (replace(SMALL, hidden_size=72), 1), (replace(SMALL, ffn_size=100), 1),
+        (replace(SMALL, head_size=24), 1), (replace(SMALL, num_heads=18), 1),
+        (replace(SMALL, hidden_size=1 << 15), 4),
+    ):  # fmt: skip
+        assert decode_step_launch(shape, count, **limits) is None
