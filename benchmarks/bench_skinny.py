@@ -1,6 +1,6 @@
-"""Products of 9 to 128 tokens: microseconds by matrix and build, beside cuBLAS, and whole layers.
+"""Products of 9 to 64 tokens: microseconds by matrix and build, beside cuBLAS, and whole layers.
 
-    python -m benchmarks.bench_skinny [--rows 16,32,64,128] [--shape qwen3-0.6b] [--only TEXT]
+    python -m benchmarks.bench_skinny [--rows 16,32,64] [--shape qwen3-0.6b] [--only TEXT]
         [--layer-only] [--compile]
 
 First a table of matrices. Each column of a build is the op, its norm included, as it runs in a
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gemv_device import CODES, EPS, MODELS, Bench, Product, products_of
-from benchmarks.gemv_layers import LAYERS
+from benchmarks.gemv_layers import Layers
 from nanocupy.cuda.compiler import Compiler
 from nanocupy.errors import CudaError
 from nanocupy.ops.cuda_ops import CudaOps
@@ -31,7 +31,7 @@ from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, workspace_plan
 from nanocupy.ops.launch_skinny import FILE, SkinnyLaunch, SkinnyTuning, plan_skinny
 
 DTYPE = "bfloat16"
-DEFAULT = SkinnyTuning(max_rows=128)
+DEFAULT = SkinnyTuning(max_rows=64)
 NEVER = SkinnyTuning(max_rows=0)
 VARIANTS = {
     "default": DEFAULT,
@@ -47,12 +47,7 @@ VARIANTS = {
     "sh 160": replace(DEFAULT, ring_kb=128, shared_kb=160),
     "sh 226": replace(DEFAULT, ring_kb=192, shared_kb=226),
     "warps k1": replace(DEFAULT, warps_k=1),
-    "warps m1": replace(DEFAULT, warps_m=1),
-    "warps m2": replace(DEFAULT, warps_m=2),
     "apart": replace(DEFAULT, fold_norm=False),
-    "inside": replace(DEFAULT, inside_tokens=16),
-    "outside": replace(DEFAULT, inside_tokens=256),
-    "3 blocks": replace(DEFAULT, resident_blocks=3),
 }
 H100 = 132, 227 << 10  # multiprocessors, shared memory: what --compile plans for
 
@@ -157,61 +152,24 @@ class Skinny:
 
     def layer_us(self, tuning: SkinnyTuning) -> float:
         """Of the four products of a layer and their norms, in a graph of all layers."""
-        bench, cupy, rows = self.bench, self.bench.cupy, self.rows
-        ops, stream = self.ops(tuning), bench.stream
-        products = products_of(self.model)[:4]
-        hidden, queries, keys, ffn, _ = MODELS[self.model]
-        sizes = [product.weight_rows * product.inputs for product in products]
-        places = max(1, bench.pool.size // sum(sizes))
-        norm = cupy.asarray(self.norm_host[:hidden])
-        first = cupy.asarray(self.normal(rows, hidden))
-        residual = first.copy()
-        qkv = cupy.asarray(self.normal(rows, queries + 2 * keys))
-        attended = qkv.reshape(-1)[: rows * queries].reshape(rows, queries)
-        ffn_hidden = cupy.asarray(self.normal(rows, ffn))
-        buffers = [
-            (residual, qkv), (attended, residual), (residual, ffn_hidden), (ffn_hidden, residual),
-        ]  # fmt: skip
+        ops, layers = self.ops(tuning), Layers(self.bench, self.model, self.rows)
         starts = [
-            self.start_op(ops, product, source, norm, target)
-            for product, (source, target) in zip(products, buffers, strict=True)
+            self.start_op(ops, product, source, layers.norm, target)
+            for product, (source, target) in zip(layers.products, layers.buffers, strict=True)
         ]
 
         def run() -> None:
-            for layer in range(LAYERS[self.model]):
-                at = layer % places * sum(sizes)
-                for start, product, size in zip(starts, products, sizes, strict=True):
-                    shape = (product.weight_rows, product.inputs)
-                    start(bench.pool[at : at + size].reshape(shape))
-                    at += size
+            for weights in layers.weights:
+                for start, weight in zip(starts, weights, strict=True):
+                    start(weight)
 
-        def reset() -> None:
-            with stream:
-                residual[...] = first
-            stream.synchronize()
-
-        cupy.cuda.Device().synchronize()
-        with stream:
-            reset()
-            run()  # one by one: overlap is taken in captures alone
-            stream.synchronize()
-            wanted = residual.get().tobytes()
-            stream.begin_capture()
-            run()
-            graph = stream.end_capture()
-            times = []
-            for turn in range(15):
-                reset()
-                before, after = cupy.cuda.Event(), cupy.cuda.Event()
-                before.record(stream)
-                graph.launch(stream)
-                after.record(stream)
-                after.synchronize()
-                if tuning is not NEVER and residual.get().tobytes() != wanted:
-                    raise RuntimeError("overlapped launches give another result than single ones")
-                if turn >= 3:
-                    times.append(cupy.cuda.get_elapsed_time(before, after) * 1e3)
-        return statistics.median(times) / LAYERS[self.model]
+        layers.reset()
+        with self.bench.stream:
+            run()  # loads what a capture must find
+        graph = layers.capture(run)
+        if tuning is not NEVER:
+            layers.check_overlap(run, graph)  # overlap is taken in captures alone
+        return layers.graph_us(graph)
 
 
 # ------------------------------------------------------------------------------ tables
@@ -268,7 +226,7 @@ def layers_table(bench: Bench, skinny: Skinny, variants: dict[str, SkinnyTuning]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="16,32,64,128", help="batch sizes, 9 to 128")
+    parser.add_argument("--rows", default="16,32,64", help="batch sizes, 9 to 64")
     parser.add_argument("--shape", action="append", choices=sorted(MODELS))
     parser.add_argument("--only", default="", help="variants whose name has this text")
     parser.add_argument("--layer-only", action="store_true", help="no table of matrices")

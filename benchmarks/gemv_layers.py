@@ -10,7 +10,7 @@ overlapped graph must give the same bits as single launches.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,11 @@ LAYERS = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 8}  # the last h
 RUNS = 15
 
 
-class Chain:
-    """The products of all layers for one batch and build, laid out to be started."""
+class Layers:
+    """What the products of all layers work on, for one batch: `weights` [layer][product], and
+    (input, output) of each product in `buffers`, every one reading what the one before wrote."""
 
-    def __init__(self, bench: Bench, model: str, rows: int, tuning: GemvTuning) -> None:
+    def __init__(self, bench: Bench, model: str, rows: int) -> None:
         self.bench, self.rows = bench, rows
         self.products = products_of(model)[:4]
         hidden, queries, keys, ffn, _ = MODELS[model]
@@ -48,7 +49,6 @@ class Chain:
         qkv = cupy.asarray(normal(rows, queries + 2 * keys))
         hidden_ffn = cupy.asarray(normal(rows, ffn))
         attended = qkv.reshape(-1)[: rows * queries].reshape(rows, queries)
-        # (input, output) of each product: every one reads what the one before wrote.
         self.buffers = [
             (self.residual, qkv), (attended, self.residual), (self.residual, hidden_ffn),
             (hidden_ffn, self.residual),
@@ -62,6 +62,57 @@ class Chain:
                 parts.append(bench.pool[at : at + size].reshape(shape))
                 at += size
             self.weights.append(parts)
+        cupy.cuda.Device().synchronize()  # the bench's stream does not wait for the default one
+
+    def reset(self) -> None:
+        with self.bench.stream:
+            self.residual[...] = self.start_residual
+        self.bench.stream.synchronize()
+
+    def capture(self, run: Callable[[], None]) -> Any:
+        """A graph of what `run` starts."""
+        stream = self.bench.stream
+        with stream:
+            stream.begin_capture()
+            run()
+            return stream.end_capture()
+
+    def check_overlap(self, run: Callable[[], None], graph: Any) -> None:
+        """Raises RuntimeError where the graph of `run`, whose launches may overlap, gives other
+        bits than single launches."""
+        stream = self.bench.stream
+        self.reset()
+        with stream:
+            run()
+        stream.synchronize()
+        wanted = self.residual.get().tobytes()
+        for _ in range(3):
+            self.reset()
+            graph.launch(stream)
+            stream.synchronize()
+            if self.residual.get().tobytes() != wanted:
+                raise RuntimeError("overlapped launches give another result than single ones")
+
+    def graph_us(self, graph: Any) -> float:
+        """Microseconds of a layer."""
+        cupy, stream = self.bench.cupy, self.bench.stream
+        times = []
+        for run in range(RUNS + 3):
+            before, after = cupy.cuda.Event(), cupy.cuda.Event()
+            before.record(stream)
+            graph.launch(stream)
+            after.record(stream)
+            after.synchronize()
+            if run >= 3:
+                times.append(cupy.cuda.get_elapsed_time(before, after) * 1e3 / self.num_layers)
+        return statistics.median(times)
+
+
+class Chain(Layers):
+    """The products of a build, laid out to be started."""
+
+    def __init__(self, bench: Bench, model: str, rows: int, tuning: GemvTuning) -> None:
+        super().__init__(bench, model, rows)
         macros = {"SCALAR": CODES[bench.dtype.name], **tuning.macros(rows)}
         self.kernels = [bench.loader.get(FILE, f"{p.op}_rows", **macros) for p in self.products]
         self.plans = [
@@ -93,18 +144,6 @@ class Chain:
         for kernel, launch in launches:
             kernel.start(launch, self.bench.stream)
 
-    def reset(self) -> None:
-        with self.bench.stream:
-            self.residual[...] = self.start_residual
-        self.bench.stream.synchronize()
-
-    def capture(self, launches: list[tuple[Any, Any]]) -> Any:
-        stream = self.bench.stream
-        with stream:
-            stream.begin_capture()
-            self.run(launches)
-            return stream.end_capture()
-
     def check(self) -> None:
         """Raises RuntimeError where a product is wrong, or overlap changes anything."""
         stream, plain = self.bench.stream, self.prepare(False)
@@ -119,33 +158,14 @@ class Chain:
                 before = np.full(before.shape, np.nan).astype(before.dtype)
             weight = self.weights[0][i]
             self.bench.check(product, x, self.norm_host, before, weight, target.get())
-        self.reset()
-        self.run(plain)
-        stream.synchronize()
-        wanted = self.residual.get().tobytes()
-        graph = self.capture(self.prepare(True))
-        for _ in range(3):
-            self.reset()
-            graph.launch(stream)
-            stream.synchronize()
-            if self.residual.get().tobytes() != wanted:
-                raise RuntimeError("overlapped launches give another result than single ones")
+        overlapped = self.prepare(True)
+        graph = self.capture(lambda: self.run(overlapped))
+        self.check_overlap(lambda: self.run(plain), graph)
 
     def microseconds(self, overlap: bool) -> float:
         """Of a layer."""
-        cupy, stream = self.bench.cupy, self.bench.stream
         launches = self.prepare(overlap)
-        graph = self.capture(launches)
-        times = []
-        for run in range(RUNS + 3):
-            before, after = cupy.cuda.Event(), cupy.cuda.Event()
-            before.record(stream)
-            graph.launch(stream)
-            after.record(stream)
-            after.synchronize()
-            if run >= 3:
-                times.append(cupy.cuda.get_elapsed_time(before, after) * 1e3 / self.num_layers)
-        return statistics.median(times)
+        return self.graph_us(self.capture(lambda: self.run(launches)))
 
     def resident(self) -> str:
         """Registers a thread, and blocks that fit on a multiprocessor, of the four products."""

@@ -1,4 +1,4 @@
-// Products of a batch of 9 to 128 tokens with a matrix of weights, on tensor cores (mma.sync, from
+// Products of a batch of 9 to 64 tokens with a matrix of weights, on tensor cores (mma.sync, from
 // 8.0), for 16-bit types.
 //
 // Owns the order of a block's work, from the first copy to the merge of sums. What of the matrix is
@@ -31,9 +31,9 @@ struct SkinnyMerge {
 
     __device__ __forceinline__ int num_sources() const { return ranks * WARPS_K; }
     __device__ __forceinline__ int slots() const { return (TOKEN_PAIRS + ranks - 1) / ranks; }
-    // That nothing else may have: a multiple of 128.
+    // A multiple of 128.
     __device__ __forceinline__ int num_bytes() const {
-        return INBOX_HEAD + (INBOX_INSIDE ? 0 : num_sources() * slots() * OUT_TILE * 8);
+        return INBOX_HEAD + num_sources() * slots() * OUT_TILE * 8;
     }
     __device__ __forceinline__ int own_pairs() const {
         return (num_pairs - rank + ranks - 1) / ranks;
@@ -48,8 +48,8 @@ struct SkinnyMerge {
         const int source = rank * WARPS_K + WarpSums::warp_k();
         const int first_row = WarpSums::warp_n() * ROW_TILES * 16 + lane_id() / 4;
 #pragma unroll
-        for (int n = 0; n < WARP_TOKENS / 8; ++n) {
-            const int pair = WarpSums::warp_m() * (WARP_TOKENS / 2) + n * 4 + lane_id() % 4;
+        for (int n = 0; n < TOKENS / 8; ++n) {
+            const int pair = n * 4 + lane_id() % 4;
             if (pair >= num_pairs) continue;
             const int at = (source * slots() + (pair >> log2_ranks)) * OUT_TILE + first_row;
 #pragma unroll
@@ -85,8 +85,7 @@ struct SkinnyFinish {
     typedef SkinnyShare<PAIRS> Share;
     static constexpr int OUTPUTS = Share::OUTPUTS;
     static constexpr int ITEMS = (TOKEN_PAIRS * OUTPUTS + BLOCK_THREADS - 1) / BLOCK_THREADS;
-    static constexpr int MOST = TOKENS < 128 ? 4 : 2;
-    static constexpr int EARLY = ITEMS < MOST ? ITEMS : MOST;  // registers are few
+    static constexpr int EARLY = ITEMS < 4 ? ITEMS : 4;  // registers are few
 
     const Share& share;
     const SkinnyMerge& merge;
@@ -258,13 +257,8 @@ __device__ __forceinline__ void run_skinny(const SkinnyMatrix& matrix, const Epi
             own.multiply(from, INPUTS_STAY ? stayed + step * INPUT_BYTES : from + WEIGHT_BYTES);
             if (++stage == STAGES) stage = 0;
         }
-        if (INBOX_INSIDE) block_sync();  // all sums are made: what they were made of may go
         if (share.ranks > 1) {
             if (!NORM_INPUTS) cluster_wait();  // all blocks of the cluster have started
-            if (INBOX_INSIDE) {
-                cluster_arrive();
-                cluster_wait();
-            }
             merge.send(own);
             wait_for_inbox(merge.inbox);
         } else {

@@ -3,16 +3,12 @@
 // TOKENS       that a block has room for: a multiple of 16, at least the batch
 // OUT_TILE     rows of weights that a block takes at a time: a multiple of 16 * WARPS_N
 // WARPS_N      warps that share these rows, 16 or a multiple of 16 each
-// WARPS_M      warps that share the tokens: 1, or 2 where many warps would read all of them
 // WARPS_K      warps that share the inputs of a step: a power of two, as is K_STEP / 16 / WARPS_K
 // K_STEP       inputs of a step: 64, or a power of two above
 // STAGES       steps in the ring, on their way or landed; from 2
 // INPUTS_STAY  1: a block's inputs are copied once, whole, and stay: for many tiles, or where they
 //              are small. 0: they come through the ring beside the weights, again for each tile
-// INBOX_INSIDE 1: sums are received where inputs and the ring were, at the price of a barrier of the
-//              cluster: for blocks of one tile whose shared memory would be too much otherwise
 // NORM_INPUTS  1: the inputs are normalised here, by skinny_norm.cuh, and must stay
-// MIN_BLOCKS   blocks that must fit on a multiprocessor: bounds the registers
 #pragma once
 
 #include "types.cuh"
@@ -29,9 +25,6 @@
 #ifndef WARPS_N
 #define WARPS_N 4
 #endif
-#ifndef WARPS_M
-#define WARPS_M 1
-#endif
 #ifndef WARPS_K
 #define WARPS_K 2
 #endif
@@ -44,23 +37,17 @@
 #ifndef INPUTS_STAY
 #define INPUTS_STAY 0
 #endif
-#ifndef INBOX_INSIDE
-#define INBOX_INSIDE 0
-#endif
 #ifndef NORM_INPUTS
 #define NORM_INPUTS 0
 #endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 1
-#endif
 
-constexpr int BLOCK_THREADS = WARPS_N * WARPS_M * WARPS_K * 32;
+constexpr int BLOCK_THREADS = WARPS_N * WARPS_K * 32;
+constexpr int RESIDENT_BLOCKS = 2;  // of a multiprocessor, whose registers must hold them
 
 #if SKINNY_ON_TENSOR_CORES
 
 constexpr int TOKEN_PAIRS = TOKENS / 2;
 constexpr int ROW_TILES = OUT_TILE / WARPS_N / 16;     // of a warp, 16 rows of weights each
-constexpr int WARP_TOKENS = TOKENS / WARPS_M;
 constexpr int WARP_K_TILES = K_STEP / 16 / WARPS_K;    // of a warp in a step, 16 inputs each
 constexpr int PIECES = K_STEP / 8;                     // of 16 bytes, of a row in a step
 constexpr int ROW_BYTES = K_STEP * 2;
@@ -69,7 +56,7 @@ constexpr int INPUT_BYTES = TOKENS * ROW_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (INPUTS_STAY ? 0 : INPUT_BYTES);
 constexpr int INBOX_HEAD = 128;  // bytes before what an inbox receives
 
-static_assert(TOKENS % (16 * WARPS_M) == 0 && OUT_TILE % (16 * WARPS_N) == 0 && STAGES >= 2, "");
+static_assert(TOKENS % 16 == 0 && OUT_TILE % (16 * WARPS_N) == 0 && STAGES >= 2, "");
 static_assert(INPUTS_STAY || !NORM_INPUTS, "");
 static_assert(K_STEP >= 64 && (PIECES & (PIECES - 1)) == 0, "K_STEP");
 static_assert(
@@ -172,14 +159,13 @@ struct SkinnyShare {
     }
 };
 
-// A warp's sums: ROW_TILES x 16 rows of weights, WARP_TOKENS tokens, some of the inputs of each step.
+// A warp's sums: ROW_TILES x 16 rows of weights, all tokens, some of the inputs of each step.
 struct WarpSums {
-    float sums[ROW_TILES][WARP_TOKENS / 8][4];
+    float sums[ROW_TILES][TOKENS / 8][4];
     int weight_row, weight_turn, input_row, input_turn;  // where this lane reads, in bytes
 
     __device__ __forceinline__ static int warp_n() { return warp_id() % WARPS_N; }
-    __device__ __forceinline__ static int warp_m() { return warp_id() / WARPS_N % WARPS_M; }
-    __device__ __forceinline__ static int warp_k() { return warp_id() / (WARPS_N * WARPS_M); }
+    __device__ __forceinline__ static int warp_k() { return warp_id() / WARPS_N; }
 
     // Piece `first + odd`, exchanged, of a row whose number modulo 8 is the lane's; the pieces of
     // later 16 inputs differ from it by bits that `first` has not.
@@ -192,7 +178,7 @@ struct WarpSums {
         const int lane = lane_id();
         weight_row = (warp_n() * ROW_TILES * 16 + (lane & 15)) * ROW_BYTES;
         weight_turn = turn_of(lane >> 4);
-        input_row = (warp_m() * WARP_TOKENS + (lane & 7) + (lane >> 4) * 8) * ROW_BYTES;
+        input_row = ((lane & 7) + (lane >> 4) * 8) * ROW_BYTES;
         input_turn = turn_of(lane >> 3 & 1);
     }
 
@@ -200,7 +186,7 @@ struct WarpSums {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int n = 0; n < WARP_TOKENS / 8; ++n) {
+            for (int n = 0; n < TOKENS / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
             }
@@ -217,7 +203,7 @@ struct WarpSums {
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) ldmatrix_x4(a[m], weight + m * 16 * ROW_BYTES);
 #pragma unroll
-            for (int n = 0; n < WARP_TOKENS / 16; ++n) {
+            for (int n = 0; n < TOKENS / 16; ++n) {
                 uint32_t b[4];
                 ldmatrix_x4(b, input + n * 16 * ROW_BYTES);
 #pragma unroll

@@ -1,4 +1,4 @@
-"""Runs the products of 9 to 128 tokens: launch, macros, arguments and what must come out."""
+"""Runs the products of 9 to 64 tokens: launch, macros, arguments and what must come out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENTRIES = {
 }
 # Few multiprocessors, so that blocks have several tiles, and a ring that goes round.
 NUM_MULTIPROCESSORS = 3
-SMALL = SkinnyTuning(max_rows=128, out_tile=32, splits=1, ring_kb=24, fold_norm=False)
+SMALL = SkinnyTuning(max_rows=64, out_tile=32, splits=1, ring_kb=24, fold_norm=False)
 
 
 def normed_input(arguments: dict[str, Any]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The products of 9 to 128 tokens against the NumPy ops in float64, and against themselves.
+"""The products of 9 to 64 tokens against the NumPy ops in float64, and against themselves.
 
 Each variant of the macros meets every op at sizes that leave a rest everywhere: outputs in a tile,
 tiles in the grid, inputs in a step, steps in a ring and in a cluster, tokens in a build's room.
@@ -52,14 +52,11 @@ VARIANTS = [
     Variant("bfloat16", 32, tuning=replace(SMALL, out_tile=64, splits=2, inputs_stay=True)),
     Variant("bfloat16", 33, tuning=replace(SMALL, out_tile=48, splits=4, k_step=64)),
     Variant("bfloat16", 64, tuning=replace(SMALL, inputs_stay=True)),
-    Variant("bfloat16", 100, tuning=replace(SMALL, out_tile=128)),
-    Variant("bfloat16", 60, tuning=replace(SMALL, out_tile=64, splits=2, warps_m=2)),
-    Variant("bfloat16", 128, tuning=replace(SMALL, out_tile=96, splits=2)),
+    Variant("bfloat16", 50, tuning=replace(SMALL, out_tile=128)),
+    Variant("bfloat16", 64, tuning=replace(SMALL, out_tile=96, splits=2)),
     Variant("bfloat16", 16, tuning=replace(SMALL, fold_norm=True)),
     Variant("bfloat16", 31, tuning=replace(SMALL, fold_norm=True, splits=4, out_tile=64)),
     Variant("float16", 64, tuning=replace(SMALL, fold_norm=True, splits=2, out_tile=48)),
-    Variant("bfloat16", 64, tuning=replace(SMALL, splits=4, inside_tokens=16)),
-    Variant("bfloat16", 33, tuning=replace(SMALL, fold_norm=True, splits=2, inside_tokens=16)),
     Variant("float16", 9, wide=True, tuning=replace(SMALL, splits=4, inputs_stay=True)),
     Variant("float16", 32, tuning=replace(SMALL, out_tile=64, warps_k=1)),
     Variant("float16", 64, tuning=replace(SMALL, out_tile=112, splits=2)),
@@ -79,7 +76,7 @@ def test_every_variant(backend, op: str, variant: Variant) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [9, 16, 17, 31, 32, 33, 64, 100, 128])
+@pytest.mark.parametrize("rows", [9, 16, 17, 31, 32, 33, 64])
 @pytest.mark.parametrize("op", OPS)
 def test_as_launched_on_a_device(backend, op: str, rows: int) -> None:
     if backend.name != "gpu":
@@ -151,7 +148,7 @@ def plan(outputs: int, inputs: int, rows: int = 32, **more: Any):
 
 @pytest.mark.parametrize(("outputs", "inputs", "pairs"), SHAPES)
 def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: bool) -> None:
-    for rows in (9, 16, 32, 64, 128):
+    for rows in (9, 16, 32, 64):
         launch = plan(outputs, inputs, rows, pairs=pairs)
         assert launch.grid[0] >= 124
         assert launch.grid[0] <= 132 or launch.cluster == 1
@@ -239,9 +236,9 @@ def test_the_plan_knows_the_kernels_constants() -> None:
 # ------------------------------------------------------------------------------ the compiler
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [16, 32, 64])
 def test_little_spills_on_hopper(rows: int) -> None:
-    """Some bytes at most, and registers for two blocks on a multiprocessor up to 64 tokens."""
+    """Some bytes at most, with registers for two blocks on a multiprocessor."""
     pytest.importorskip("cupy")
     from nanocupy.cuda.compiler import Compiler
 
