@@ -144,8 +144,8 @@ def buffer_specs(
     # Of each request that penalises, and of nobody: see kernels_cu/penalties.cu.
     num_slots, counts_width = 1 + limits.max_num_seqs, -(-config.vocab_size // 8) * 8
     table += [
-        BufferSpec("penalty_records", (num_slots, PENALTY_RECORD_WORDS), "int32", "batch"),
-        BufferSpec("penalty_counts", (num_slots, counts_width), "uint16", "batch"),
+        BufferSpec("penalty_records", (num_slots, PENALTY_RECORD_WORDS), "int32", "penalties"),
+        BufferSpec("penalty_counts", (num_slots, counts_width), "uint16", "penalties"),
     ]
     if step_launch(sizes, device.traits, 1) is not None:
         shape = (config.num_layers, len(LAYER_POINTERS))

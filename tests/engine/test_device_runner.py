@@ -386,7 +386,10 @@ def test_the_cache_takes_what_is_left_and_too_little_is_refused():
     settings = {"max_context": 96, "max_num_seqs": 4, "max_step_tokens": 32}
     roomy = plan_limits(config, ShimDevice(), FLOAT32, **settings)
     assert roomy.num_blocks == 1 + 4 * 6  # all that four sequences can use
-    fixed = DeviceRunner(config, ShimDevice(), roomy, FLOAT32).plan.total_bytes
+    runner = DeviceRunner(config, ShimDevice(), roomy, FLOAT32)
+    fixed = runner.plan.total_bytes
+    slots = 1 + settings["max_num_seqs"]
+    assert runner.bytes_by_owner()["penalties"] == slots * (4 * 1032 + 2 * config.vocab_size)
     block_bytes = 2 * config.num_layers * config.kv_size * 16 * 4
     tight = ShimDevice(memory_bytes=int((fixed - 10 * block_bytes) / 0.9) + 4096)
     limits = plan_limits(config, tight, FLOAT32, **settings)
