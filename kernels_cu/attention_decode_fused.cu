@@ -11,9 +11,13 @@
 // READ_EARLY  1: kv_lens, query_starts, block_tables, slots and the caches up to the new positions
 //             are read before the kernels in front have ended. Right where no kernel of the same
 //             graph, or none that overlaps, writes them: a graph that holds one step. 0: nothing is
+// ROW_HALVES  1: H / G is at most 8, which takes fewer registers; else 2
 // SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_fused.py chooses the launch.
 #ifndef READ_EARLY
 #define READ_EARLY 1
+#endif
+#ifndef ROW_HALVES
+#define ROW_HALVES 2
 #endif
 #include "attention_decode_mma.cuh"
 #include "rope.cuh"
@@ -67,10 +71,10 @@ struct ClusterMerge {
     }
 
     // This warp's sums to those who merge them. The whole warp must come.
-    __device__ __forceinline__ void send(const MmaRows<1>& own, int source) const {
+    __device__ __forceinline__ void send(const MmaRows<1, ROW_HALVES>& own, int source) const {
         const int log2_ranks = lowest_bit(ranks), pair = lane_id() % 4;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < ROW_HALVES; ++h) {
             const int row = h * 8 + lane_id() / 4;
             if (row >= rows) continue;
             const SoftmaxState state = own.state[0][h];
@@ -130,7 +134,7 @@ struct ClusterMerge {
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
 //   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
-//   H / G at most 16; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
+//   H / G at most 8 * ROW_HALVES; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
 //   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache.
 // REF: numpy_ops.attend
 // COST: bytes: keys and values of each sequence's positions and its row of qkv, once; 64 flops for
@@ -191,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         cluster_arrive();
     }
 
-    MmaRows<1> rows;
+    MmaRows<1, ROW_HALVES> rows;
     const bool is_active = rank * STEP_TOKENS < kv_len;  // this block has positions
     if (is_active) {
         const bool has_newest = newest / STEP_TOKENS % ranks == rank;
@@ -227,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         block_sync();
 
         rows.start(shared_queries);
-        rows.limit[0][0] = rows.limit[0][1] = newest;
+#pragma unroll
+        for (int h = 0; h < ROW_HALVES; ++h) rows.limit[0][h] = newest;
         for (int step = 0; step < num_steps; ++step) {
             cp_async_wait<STAGES - 1>();
             const int position = first_position + step * stride;

@@ -129,7 +129,12 @@ def launch_attention_fused(
         if shared_bytes <= max_shared_bytes:
             break
     return FusedLaunch(
-        macros={"STAGES": stages, **({} if tuning.read_early else {"READ_EARLY": 0})},
+        macros={
+            "STAGES": stages,
+            # Fewer registers, so that three blocks fit on a multiprocessor.
+            **({"ROW_HALVES": 1, "MAX_QUERY_VALUES": 0} if heads_per_group <= 8 else {}),
+            **({} if tuning.read_early else {"READ_EARLY": 0}),
+        },
         grid=(num_kv_heads * cluster, num_sequences),
         block=warps * 32,
         shared_bytes=shared_bytes,
