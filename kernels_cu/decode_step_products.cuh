@@ -64,7 +64,6 @@ __device__ __noinline__ void load_normed(
     const int64_t start = static_cast<int64_t>(token) * num_inputs;
     const uint64_t* words = step_memory().words.x + start / 2;
     const int end = token < SEQUENCES ? num_inputs : 0;
-    if (moment != 0 && first_norm_input() < end) wait_for_first(words + first_norm_input() / 2, moment);
     float sum = 0.0f;
 #pragma unroll 1
     for (int first = first_norm_input(); first < end; first += SPANS_AHEAD * NORM_STEP) {
@@ -126,11 +125,6 @@ __device__ __noinline__ void load_words(
     const int spans = count / SPAN;  // of a token
 #pragma unroll 1
     for (int start = threadIdx.x; start < SEQUENCES * spans; start += SPANS_AHEAD * USERS) {
-        {
-            const int token = SEQUENCES == 1 ? 0 : start / spans;
-            const int64_t at = static_cast<int64_t>(token) * num_inputs + first;
-            wait_for_first(words + (at + (start - token * spans) * SPAN) / 2, moment);
-        }
         InputSpan found[SPANS_AHEAD];
         bool all;
         do {

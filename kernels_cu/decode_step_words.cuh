@@ -69,8 +69,8 @@ __device__ __forceinline__ void unpack_pair(uint32_t data, float (&out)[2]) {
     out[1] = to_float(pair.values.data[1]);
 }
 
-// Before a warp asks for many words again and again, which all blocks together do until memory has no
-// time for anything else, one lane asks for its first one.
+// Where words are long in coming, one lane asks for its first one before the whole warp asks for many
+// again and again: all blocks together would leave memory no time for anything else.
 __device__ __forceinline__ void wait_for_first(const uint64_t* own_first, Moment moment) {
     if (lane_id() == 0) wait_for_word(own_first, moment);
 }

@@ -122,9 +122,9 @@ def launch_attention_fused(
     elif num_sequences * num_kv_heads * cluster <= num_multiprocessors:
         warps, stages = 8, 2
     else:
-        warps, stages = 4, 3  # two blocks on a multiprocessor
+        warps, stages = 4, 2  # three blocks on a multiprocessor
     wanted = (tuning.warps or warps, tuning.stages or stages)
-    for warps, stages in (wanted, (4, 3), (4, 2), (2, 2), (1, 2)):
+    for warps, stages in (wanted, (4, 2), (2, 2), (1, 2)):
         shared_bytes = fused_shared_bytes(head_size, heads_per_group, warps, stages, cluster)
         if shared_bytes <= max_shared_bytes:
             break
