@@ -116,21 +116,8 @@ extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
 // The shared memory whose size the launch gives, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_bytes; }
 
-// 16 bytes of memory that no thread writes while the kernel runs, past L1; aligned to 16.
-__device__ __forceinline__ uint4 ld_nc_16(const void* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
-// Ask for the cache line of p in L2. A hint; p must lie in an allocation.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// Ask for `bytes` bytes from p on in L2; both multiples of 16. A hint, from compute capability 9.0.
+// Ask for `bytes` bytes from p on in L2; both multiples of 16. A hint, from compute capability 9.0;
+// they must lie in an allocation.
 __device__ __forceinline__ void prefetch_l2_span(const void* p, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
@@ -255,10 +242,6 @@ __device__ __forceinline__ float atomic_add(float* p, float x) { return atomicAd
 __device__ __forceinline__ uint64_t atomic_add(uint64_t* p, uint64_t x) {
     return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
 }
-__device__ __forceinline__ uint32_t atomic_max(uint32_t* p, uint32_t x) { return atomicMax(p, x); }
-__device__ __forceinline__ uint32_t atomic_exchange(uint32_t* p, uint32_t x) {
-    return atomicExch(p, x);
-}
 // Old value; then *p is 0 if it was `last` or more, else one more. The block that gets `last` is
 // the last of last + 1, and the counter is ready for the next launch.
 __device__ __forceinline__ uint32_t atomic_count_to(uint32_t* p, uint32_t last) {
@@ -291,9 +274,6 @@ __device__ __forceinline__ void load_two_words(const uint64_t* p, uint64_t& a, u
 #if __CUDA_ARCH__ >= 700
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 #endif
-}
-__device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
 // A read that no cache of this multiprocessor answers: of what other blocks write meanwhile.

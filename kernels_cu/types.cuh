@@ -108,17 +108,6 @@ __device__ __forceinline__ void store_floats(T* p, const float (&in)[N]) {
     store_vec<T, N>(p, v);
 }
 
-// 16 bytes read once and by nobody else (weights, the cache): not kept in L1.
-template <typename T>
-__device__ __forceinline__ void load_floats_streaming(const T* p, float (&out)[Wide<T>::N]) {
-    union {
-        uint4 bits;
-        Vec<T, Wide<T>::N> values;
-    } v = {ld_nc_16(p)};
-#pragma unroll
-    for (int i = 0; i < Wide<T>::N; ++i) out[i] = to_float(v.values.data[i]);
-}
-
 // Whether rows of `count` values from p on can all be read 16 bytes at a time.
 template <typename T>
 __device__ __forceinline__ bool rows_are_wide(const T* p, int64_t count) {
@@ -141,7 +130,6 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 
 // The only places that know how a cache value is stored; quantised types come in here.
 __device__ __forceinline__ float cache_load(const cache_t* p) { return to_float(*p); }
-__device__ __forceinline__ void cache_store(cache_t* p, float x) { *p = from_float<cache_t>(x); }
 
 template <int N>
 __device__ __forceinline__ void cache_load_vec(const cache_t* p, float (&out)[N]) {

@@ -131,12 +131,6 @@ def keeps_logits(sample: LaunchShape) -> bool:
     return sample.shared_bytes > SAMPLE_SHARED_BYTES
 
 
-def copy_blocks(num_pairs: int, num_planes: int, block_bytes: int) -> LaunchShape:
-    """num_planes: layers, times two where keys and values lie apart."""
-    parts = max(1, min(_ceil_div(block_bytes, 256 * 16), 64))
-    return LaunchShape((num_pairs, parts, num_planes), 256)
-
-
 def one_thread_each(count: int) -> LaunchShape:
     """resolve_tokens, apply_updates, count_tokens, set_token_counts."""
     return LaunchShape((_ceil_div(count, 128),), 128)

@@ -66,7 +66,6 @@ VARIANTS = (
         ),
     ),
     Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
-    Variants("blocks.cu", ("copy_blocks",), ({"SCALAR": BFLOAT16},)),
     Variants(
         "decode_state.cu",
         ("resolve_tokens", "apply_updates"),

@@ -30,7 +30,6 @@ READ_BEFORE = (
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
     "apply_updates": "engine.decode_state.DecodeState.updates",
-    "copy_blocks": "to[z, target] = from[z, source]",
     "count_tokens": "engine.request.Request.output_counts",
     "set_token_counts": "engine.device_penalties.PenaltySlots",
     "resolve_tokens": "engine.decode_state.DecodeState.updates",
@@ -70,7 +69,7 @@ def test_every_entry_is_launched_and_tested(entry: str) -> None:
     ops = "".join(path.read_text() for path in (ROOT / "nanocupy" / "ops").glob("*.py"))
     engine = "".join(path.read_text() for path in (ROOT / "nanocupy" / "engine").glob("*.py"))
     cuda = (ROOT / "nanocupy" / "cuda" / "step_stamps.py").read_text()
-    waiting = {"copy_blocks", "add_bias_rows"}  # for swapping and quantised products to come
+    waiting = {"add_bias_rows"}  # for quantised products to come
     assert f'"{entry}"' in ops + engine + cuda or entry in waiting, "no op launches it"
     path, _ = ENTRIES[entry]
     tests = "".join(path.read_text() for path in (ROOT / "tests" / "kernels").glob("*.py"))

@@ -18,7 +18,6 @@ from tests.kernels import (
     test_decode_state,
     test_penalties,
     test_sampling_kernels,
-    test_small_kernels,
 )
 from tests.kernels.backends import ShimBackend
 from tests.kernels.small_ops import check_case
@@ -77,11 +76,6 @@ extern "C" __global__ void sums(const int32_t* in, int32_t* out) {
     out[threadIdx.x] = first + block_sum(5);
 }
 """
-
-
-def of_blocks(backend: Any) -> None:
-    for block_bytes in (24, 160):
-        test_small_kernels.test_copy_blocks(backend, block_bytes, None)
 
 
 def of_penalties(backend: Any) -> None:
@@ -235,8 +229,6 @@ BUGS = (
         of_penalties),
     Bug("ban-forever", "penalties.cu", "record[BAN_LEFT] -= 1", "record[BAN_LEFT] -= 0",
         of_counts),
-    Bug("pairs-swapped", "blocks.cu", "pairs[2 * static_cast<int64_t>(blockIdx.x)];",
-        "pairs[2 * static_cast<int64_t>(blockIdx.x) + 1];", of_blocks),
     Bug("block-table-row-and-column-swapped", "sampling.cu",
         "static_cast<int64_t>(b) * places.table_width + column",
         "static_cast<int64_t>(column) * places.table_width + b", of_places, "decode_state.cuh"),

@@ -75,22 +75,3 @@ def test_fill_bias_rows(backend, storage, width: int) -> None:
     args = (bias, out, I32(width))
     backend.run("activation.cu", "fill_bias_rows", shape, args, (1,), **codes(storage))
     assert (out == bias).all()
-
-
-# ------------------------------------------------------------------------------ blocks
-
-
-@pytest.mark.parametrize("block_bytes", [4, 24, 160, 8192 + 16, 4098])
-@pytest.mark.parametrize("block", [None, 32])
-def test_copy_blocks(backend, block_bytes: int, block: int | None) -> None:
-    rng = np.random.default_rng(block_bytes)
-    source = rng.integers(0, 256, (2, 7, block_bytes), dtype=np.uint8)
-    target = rng.integers(0, 256, (2, 9, block_bytes), dtype=np.uint8)
-    pairs = np.array([[3, 8], [6, 1], [0, 4], [3, 2]], np.int32)
-    wanted = target.copy()
-    wanted[:, pairs[:, 1]] = source[:, pairs[:, 0]]
-    shape = sized(launch_shapes.copy_blocks(len(pairs), 2, block_bytes), block)
-    strides = [np.int64(array.shape[1] * block_bytes) for array in (source, target)]
-    args = (source, target, pairs, np.int64(block_bytes), *strides)
-    backend.run("blocks.cu", "copy_blocks", shape, args, (1,), SCALAR=0)
-    np.testing.assert_array_equal(target, wanted)

@@ -148,10 +148,6 @@ inline unsigned char* dynamic_shared() {
     return reinterpret_cast<unsigned char*>(shim::dynamic_start);
 }
 
-inline uint4 ld_nc_16(const void* p, CALLER) {
-    if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
-    return *static_cast<const uint4*>(p);
-}
 inline uint4 ld_shared_16(const void* p, CALLER) {
     if (!shim::in_shared(p, 16)) shim::fail("line %d: a load not from shared memory", line);
     if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
@@ -161,14 +157,11 @@ template <typename T>
 inline T* keep_pointer(T* p) {
     return p;
 }
-inline void prefetch_l2(const void* p) {
-    (void)*static_cast<const volatile char*>(p);  // a fault where p lies in no allocation
-}
 inline void prefetch_l2_span(const void* p, uint32_t bytes, CALLER) {
     if (!is_aligned_16(p) || bytes % 16) shim::fail("line %d: a span not in units of 16", line);
     if (bytes == 0) return;
-    prefetch_l2(p);
-    prefetch_l2(static_cast<const char*>(p) + bytes - 1);
+    const auto* first = static_cast<const volatile char*>(p);
+    (void)*first, (void)first[bytes - 1];  // a fault where they lie in no allocation
 }
 
 inline void cp_async_16(void* shared, const void* global, CALLER) {
@@ -290,16 +283,6 @@ inline T atomic_add(T* p, T x) {
     *p = before + x;
     return before;
 }
-inline uint32_t atomic_max(uint32_t* p, uint32_t x) {
-    const uint32_t before = *p;
-    if (x > before) *p = x;
-    return before;
-}
-inline uint32_t atomic_exchange(uint32_t* p, uint32_t x) {
-    const uint32_t before = *p;
-    *p = x;
-    return before;
-}
 inline uint32_t atomic_count_to(uint32_t* p, uint32_t last) {
     const uint32_t before = *p;
     *p = before >= last ? 0 : before + 1;
@@ -316,7 +299,6 @@ inline void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b, CALLER) 
     a = load_word(p);
     b = load_word(p + 1);
 }
-inline void store_release(uint32_t* p, uint32_t x) { *const_cast<volatile uint32_t*>(p) = x; }
 template <typename T>
 inline T load_volatile(const T* p) {
     return *const_cast<const volatile T*>(p);
