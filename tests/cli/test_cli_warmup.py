@@ -11,11 +11,13 @@ from nanocupy.bench.shapes import SHAPES
 from nanocupy.cuda.cards import capability_of, common_cards
 from nanocupy.cuda.compiler import cubin_folder
 from nanocupy.engine import device_kernels
-from nanocupy.engine.device_kernels import kernel_variants
-from nanocupy.engine.device_plan import DeviceSettings
+from nanocupy.engine.device_kernels import Outline, kernel_variants
+from nanocupy.engine.device_plan import DeviceSettings, op_sizes
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.errors import ConfigError
-from nanocupy.ops.cuda_sizes import DeviceTraits
+from nanocupy.ops.cuda_ops import CudaOps
+from nanocupy.ops.cuda_sizes import DeviceTraits, workspace_plan
+from nanocupy.ops.kernel_variants import VariantCollector
 from tests.checkpoint.hf_folders import write_folder
 
 HALF = DeviceSettings("bfloat16", "bfloat16", "bfloat16")
@@ -152,7 +154,17 @@ def test_what_a_card_needs_is_among_what_is_compiled(shape: str) -> None:
 def test_a_start_has_the_products_of_rows_that_are_sampled_beside_prompts() -> None:
     """Not only those of decodes alone, which may be one launch: else a step would wait for the
     compiler. Rows are rounded up to 1, 4, 16."""
+    shape = SHAPES["qwen3-0.6b"]
     limits = RunnerLimits(2, 16, 4096, 2048, 256)
+    sizes = op_sizes(shape, HALF, limits)
     for card in (*common_cards((9, 0)), *common_cards((8, 9))):
-        variants = kernel_variants(SHAPES["qwen3-0.6b"], HALF, limits, card)
-        assert {1, 4} <= {macros["ROWS"] for file, macros in variants if file == "gemv.cu"}
+        needed = VariantCollector()
+        plan = workspace_plan(sizes, card).items()
+        spaces = {name: Outline(*size) for name, (size, _) in plan}
+        ops = CudaOps(needed, lambda *args: None, spaces, sizes, card)
+        width, vocab = shape.hidden_size, shape.vocab_size
+        for num in (1, 4, 16, 64, 256):
+            x, out = Outline(2048, width), Outline(num, vocab)
+            ops.lm_head(x, Outline(num), Outline(width), 1e-6, Outline(vocab, width), out)
+        known = kernel_variants(shape, HALF, limits, card)
+        assert all(variant in known for variant in needed.variants)
