@@ -1,6 +1,6 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
-Up to 8 rows take kernels with everything folded in; some more take tensor-core kernels with all or
+A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
 all but the norm; still more take cuBLAS between a norm before and what follows. The rounding points
 are the same.
 """
@@ -28,13 +28,13 @@ class ProductOps(CudaLauncher):
 
     def norm_linear(self, x, norm_weight, eps, weight, bias, out) -> None:
         num_rows = len(x)
-        if 0 < num_rows <= MAX_ROWS:
+        if self._is_skinny(x):
+            self._skinny_normed("skinny_linear", x, norm_weight, eps, weight, bias, out)
+        elif 0 < num_rows <= MAX_ROWS:
             self._gemv(
                 "norm_linear_rows", num_rows, *weight.shape, x, norm_weight, _f32(eps), weight,
                 bias, out,
             )  # fmt: skip
-        elif self._is_skinny(x):
-            self._skinny_normed("skinny_linear", x, norm_weight, eps, weight, bias, out)
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
@@ -42,11 +42,11 @@ class ProductOps(CudaLauncher):
 
     def linear_add(self, x, weight, bias, residual) -> None:
         num_rows = len(x)
-        if 0 < num_rows <= MAX_ROWS:
-            self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
-        elif self._is_skinny(x):
+        if self._is_skinny(x):
             plan = self._skinny_plan(x, residual)
             self._skinny("skinny_linear_add", plan, x, weight, bias, residual)
+        elif 0 < num_rows <= MAX_ROWS:
+            self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
         elif num_rows and bias is None:
             self._matmul(x, weight, residual, 1.0)
         elif num_rows:
@@ -60,13 +60,13 @@ class ProductOps(CudaLauncher):
 
     def norm_swiglu(self, x, norm_weight, eps, weight, bias, out) -> None:
         num_rows, width = out.shape
-        if 0 < num_rows <= MAX_ROWS:
+        if self._is_skinny(x):
+            self._skinny_normed("skinny_swiglu", x, norm_weight, eps, weight, bias, out)
+        elif 0 < num_rows <= MAX_ROWS:
             self._gemv(
                 "norm_swiglu_rows", num_rows, width, x.shape[1], x, norm_weight, _f32(eps),
                 weight, bias, out, pairs=True,
             )  # fmt: skip
-        elif self._is_skinny(x):
-            self._skinny_normed("skinny_swiglu", x, norm_weight, eps, weight, bias, out)
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
@@ -79,7 +79,7 @@ class ProductOps(CudaLauncher):
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
         num_rows = len(rows)
-        if 0 < num_rows <= MAX_ROWS:
+        if 0 < num_rows <= MAX_ROWS and not self._is_skinny(x[:num_rows]):
             self._gemv(
                 "lm_head_rows", num_rows, *weight.shape, x, rows, norm_weight, _f32(eps), weight,
                 out, input_dtype=self._sizes.residual_dtype,

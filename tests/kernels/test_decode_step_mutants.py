@@ -1,4 +1,4 @@
-"""Bugs planted in the decode step of one launch: each must be found by a step that passes without."""
+"""Bugs planted in the decode step of one launch: each must be found."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from nanocupy.ops.launch_skinny import (
     DEFAULT_TUNING,
     MAX_ROWS,
     MIN_ROWS,
+    MIN_ROWS_BELOW_9_0,
     OUT_TILES,
     SkinnyTuning,
     plan_skinny,
@@ -204,6 +205,8 @@ def test_what_is_taken_and_what_is_refused() -> None:
     for rows, inputs, weight_bytes, capability, plain, wanted in (
         (MIN_ROWS, 1024, 2, (9, 0), False, True),
         (MIN_ROWS - 1, 1024, 2, (9, 0), False, False),
+        (MIN_ROWS_BELOW_9_0 - 1, 1024, 2, (8, 9), False, False),
+        (MIN_ROWS_BELOW_9_0, 1024, 2, (8, 9), False, True),
         (DEFAULT_TUNING.max_rows, 1024, 2, (8, 0), False, True),
         (DEFAULT_TUNING.max_rows + 1, 1024, 2, (8, 0), False, False),
         (32, 1020, 2, (9, 0), False, False),
