@@ -84,7 +84,9 @@ class Setting:
             return None
         value: Any = text
         try:
-            if self.kind is int:
+            if self.kind is bool:
+                value = {"true": True, "false": False}.get(text.lower(), text)
+            elif self.kind is int:
                 value = int(text) if len(text) <= 20 else text
             elif self.kind is float and math.isfinite(float(text)):
                 value = float(text)

@@ -351,3 +351,20 @@ def test_the_manuals_file_works(tmp_path: Path) -> None:
         device="cuda", max_num_seqs=64, chunk_size=1024
     )
     ast.parse(manual.split("```python\n")[1].split("```")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("two_streams", "true", True), ("two_streams", "False", False), ("chunk_size", "64", 64),
+        ("gpu_memory_utilization", "0.5", 0.5), ("max_context", "null", None),
+    ],
+)  # fmt: skip
+def test_values_written_as_text(name, text, value) -> None:
+    assert SETTINGS[name].parse(text) == value
+
+
+@pytest.mark.parametrize(("name", "text"), [("two_streams", "1"), ("chunk_size", "x")])
+def test_texts_that_are_no_value(name, text) -> None:
+    with pytest.raises(ConfigError, match=name):
+        SETTINGS[name].parse(text)
