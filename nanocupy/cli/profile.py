@@ -76,8 +76,9 @@ def profile(
 ) -> None:
     """Run random prompts through a model and time every op call.
 
-    Each op is timed on its own, so nothing overlaps and no graph is replayed: shares are right,
-    whole steps are slower than `nanocupy bench` shows. GB/s and GFLOP/s are of the bytes and
+    Each op is timed on its own, so nothing overlaps, no graph is replayed, and a decode step of few
+    sequences is not the one launch that it is in use: shares are right, whole steps are slower
+    than `nanocupy bench` shows. GB/s and GFLOP/s are of the bytes and
     operations that an op cannot do without. To see steps as they are in use, with ranges of
     requests and steps alone, run any command under a profiler with NANOCUPY_NVTX=1.
     """
