@@ -8,86 +8,31 @@ import numpy as np
 import pytest
 
 from nanocupy.checkpoint.random import RandomCheckpoint
-from nanocupy.config import RopeScaling
-from nanocupy.engine import device_penalties
 from nanocupy.engine.batch import ForwardBatch, build_batch
-from nanocupy.engine.decode_state import DecodeState
-from nanocupy.engine.device_penalties import PenaltySlots
-from nanocupy.engine.device_plan import DeviceSettings, plan_limits
+from nanocupy.engine.device_plan import plan_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
-from nanocupy.engine.request import Request, RequestState
+from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.step_inputs import fill, step_shape
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.profiling.profile import profile
-from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
+from tests.engine.device_runs import (
+    CONFIGS,
+    FLOAT32,
+    GREEDY,
+    arrivals,
+    generate,
+    runners,
+)
 from tests.shim import build
 from tests.shim.device import MODERN, OLD, ShimDevice
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
-
-SIZES = {"head_size": 64, "num_heads": 2, "num_kv_heads": 1, "max_context": 96}
-CONFIGS = {
-    "llama": tiny_config(**SIZES),
-    "qwen2": tiny_config(architecture="qwen2", has_qkv_bias=True, tied_lm_head=True, **SIZES),
-    "qwen3-ntk": tiny_config(
-        architecture="qwen3", has_qk_norm=True, has_o_bias=True, has_mlp_bias=True,
-        rope_scaling=RopeScaling("dynamic", factor=2.0, original_context=16), **SIZES,
-    ),
-}  # fmt: skip
-FLOAT32 = DeviceSettings("float32", "float32", "float32")
-GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
-
-
-def runners(
-    name: str,
-    device: ShimDevice,
-    *,
-    num_blocks: int = 40,
-    chunk: int = 32,
-    settings: DeviceSettings = FLOAT32,
-):
-    """The device's and the NumPy runner over the same weights."""
-    checkpoint = TinyCheckpoint(CONFIGS[name], seed=3)
-    limits = RunnerLimits(num_blocks, 4, 96, chunk, 12)
-    on_device = DeviceRunner(checkpoint.config, device, limits, settings)
-    on_device.upload_weights(checkpoint)
-    return on_device, NumpyRunner(checkpoint.config, load_numpy_weights(checkpoint), limits)
-
-
-def generate(runner, requests, run_ahead=False):
-    engine = LLMEngine(runner.config, runner, run_ahead=run_ahead)
-    outputs: dict[str, list[int]] = {}
-    waiting = dict(requests)
-    step = 0
-    while waiting or engine.has_unfinished:
-        for request_id in list(waiting):
-            at, ids, params = waiting[request_id]
-            if step >= at:
-                engine.add_request(request_id, ids, params)
-                del waiting[request_id]
-        for output in engine.step():
-            outputs.setdefault(output.request_id, []).append(output.token_id)
-        step += 1
-    return outputs
-
-
-def arrivals(count: int, params: SamplingParams, seed: int = 0):
-    """Prompts that come at different steps and end at different ones."""
-    rng = np.random.default_rng(seed)
-    return {
-        str(i): (
-            3 * i,
-            rng.integers(0, 48, rng.integers(1, 30)).tolist(),
-            params.with_(max_tokens=int(rng.integers(2, 10))),
-        )
-        for i in range(count)
-    }
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
@@ -151,134 +96,6 @@ def test_sampling_and_penalties_are_those_of_numpy(run_ahead):
         "greedy": (5, [6], GREEDY),
     }
     assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
-
-
-def penalised(temperature: float, count: int = 9):
-    """Requests with every kind of penalty, and without."""
-    base = GREEDY.with_(temperature=temperature, seed=4)
-    kinds = [
-        base.with_(repetition_penalty=1.4),
-        base.with_(presence_penalty=1.5, frequency_penalty=-0.4),
-        base.with_(frequency_penalty=1.1, logit_bias={3: 4.0, 9: -100.0}),
-        base.with_(min_tokens=4, stop_token_ids=(5, 11), ignore_eos=False),
-        base.with_(repetition_penalty=0.6, min_tokens=2, logit_bias={0: 3.0}),
-        base,
-    ]
-    return {
-        name: (at, ids, kinds[i % len(kinds)].with_(max_tokens=params.max_tokens + 4))
-        for i, (name, (at, ids, params)) in enumerate(arrivals(count, base, seed=6).items())
-    }
-
-
-@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
-@pytest.mark.parametrize(
-    "others_first", [None, False, True], ids=["one", "two", "two, others first"]
-)
-@pytest.mark.parametrize("temperature", [0, 0.9])
-def test_penalties_are_counted_on_the_device(temperature, others_first, run_ahead):
-    """Chunks, preemptions, decodes alone and beside prompts: the tokens of lists that are made anew
-    for every step."""
-    device = ShimDevice(others_first=bool(others_first))
-    settings = replace(FLOAT32, two_streams=others_first is not None)
-    on_device, on_numpy = runners("qwen2", device, num_blocks=20, chunk=16, settings=settings)
-    requests = {n: (at // 2, *rest) for n, (at, *rest) in penalised(temperature).items()}
-    assert generate(on_device, requests, run_ahead) == generate(on_numpy, requests)
-    assert device.counts["replayed"] > 2 * device.counts["captured"] > 0
-
-
-def test_a_decode_step_with_penalties_is_a_graph_that_sends_nothing():
-    device = ShimDevice()
-    on_device, on_numpy = runners("llama", device)
-    for penalty in (1.0, 2.0, 1.0):  # none of the graphs of a batch without, nor the other way
-        params = GREEDY.with_(repetition_penalty=penalty, max_tokens=9)
-        requests = {str(number): (0, [1, 2, number], params) for number in range(2)}
-        assert generate(on_device, requests) == generate(on_numpy, requests)
-    engine = LLMEngine(on_device.config, on_device, run_ahead=True)
-    for number, params in enumerate([GREEDY.with_(repetition_penalty=1.2), GREEDY]):
-        engine.add_request(str(number), [1, 2, 3, 4, 5], params.with_(max_tokens=30))
-    for _ in range(8):
-        engine.step()
-    before = device.counts.copy()
-    for _ in range(12):
-        engine.step()
-    changes = device.counts - before
-    assert changes == {"replayed": 12, "to_device": 3}  # where a block of 4 tokens begins
-    assert len(engine._in_flight) == 1
-
-
-def test_who_finds_no_slot_or_no_room_in_one_gets_lists(monkeypatch):
-    monkeypatch.setattr(device_penalties, "MAX_PENALTY_ENTRIES", 2)
-    on_device, on_numpy = runners("llama", ShimDevice(), chunk=16)
-    requests = penalised(0.9, 6)
-    many = {i: 2.0 * (i % 3) for i in range(9)}
-    for number in range(3):
-        params = GREEDY.with_(repetition_penalty=1.5, logit_bias=many, max_tokens=12)
-        requests[f"many {number}"] = (3 * number, [4 + number, 7, 4], params)
-    assert not on_device.counts_tokens(params)
-    assert generate(on_device, requests, True) == generate(on_numpy, requests)
-
-
-def test_slots_go_round():
-    """More requests than slots, one after the other and in turns."""
-    slots = PenaltySlots(3, (0,))
-    lane = SlotLane()
-    params = GREEDY.with_(repetition_penalty=1.2)
-    requests = [Request(str(i), [1, 2, i], params, 0, 20) for i in range(5)]
-
-    def step(*drawing: int) -> list[int]:
-        batch = [requests[i] for i in drawing]
-        slots.assign(batch)
-        slots.fill(lane, batch)
-        return slots.slots_of(batch).tolist()
-
-    assert step(0, 1, 2) == [1, 2, 3]
-    assert step(2, 0) == [3, 1]
-    assert lane.filled == [1, 2, 3]
-    requests[1].state = RequestState.FINISHED
-    assert step(0, 3) == [1, 2]
-    assert lane.filled == [1, 2, 3, 2]
-    assert sorted(step(4, 2, 0)) == [1, 2, 3]  # the one that does not draw has lost its own
-    assert lane.filled[4:] == [2]
-    assert sorted(step(3, 4)) != [0, 0]
-    plain = Request("plain", [1], GREEDY, 0, 20)
-    assert slots.slots_of([plain]) is None
-    assert not slots.take(plain)
-    short = Request("short", [1], GREEDY.with_(min_tokens=2), 0, 20)
-    assert slots.take(short)
-    short.output_ids, short.num_tokens = [1, 2], 3
-    assert not slots.take(short)
-
-
-class SlotLane:
-    """A lane that notes which slots are filled."""
-
-    def __init__(self) -> None:
-        self.filled: list[int] = []
-        self.inputs = self.device = self.ops = self
-        self.num_bytes = 0
-        self._record = self
-
-    def view(self, name: str):
-        lane = self
-
-        class Rows:
-            def __getitem__(self, slot: int):
-                if name == "penalty_records":
-                    lane.filled.append(slot)
-                return np.zeros(2000, np.int32)
-
-        return Rows()
-
-    def make_room(self, num_bytes: int) -> None: ...
-
-    def copy_to(self, target, array) -> None: ...
-
-    def fill(self, array, byte: int) -> None: ...
-
-    def send(self, arrays):
-        return arrays
-
-    def set_token_counts(self, pairs, counts) -> None: ...
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
@@ -506,91 +323,3 @@ def test_an_abort_between_steps_leaves_others_log_probabilities_alone():
         found.append({n: [o.token_id for o in each] for n, each in outputs.items()})
     assert found[0]["b"] == found[1]["b"]
     assert found[0]["c"] == found[1]["c"]
-
-
-@pytest.mark.parametrize("at", range(2, 6))
-@pytest.mark.parametrize("where", ["wait", "advance", "updates", "fetch"])
-@pytest.mark.parametrize("two_streams", [False, True], ids=["one stream", "two streams"])
-def test_an_interrupt_costs_no_token(two_streams, where, at, monkeypatch):
-    """Ctrl-C while a step is read or launched: who goes on gets the same tokens as ever."""
-    settings = replace(FLOAT32, two_streams=two_streams)
-    on_device, on_numpy = runners("llama", ShimDevice(), settings=settings)
-    requests = arrivals(4, GREEDY.with_(max_tokens=9), seed=3)
-    wanted = generate(on_numpy, requests)
-    assert generate_interrupted(on_device, requests, where, (at,), monkeypatch) == wanted
-
-
-def test_a_step_that_was_not_read_is_read_before_its_memory_is_used_again(monkeypatch):
-    """Interrupted while it waits for one step, the engine must not launch a second one beyond: that
-    one's ids go where those of the first lie, on a device that is done at once."""
-    device = ShimDevice()
-    on_device, on_numpy = runners("llama", device)
-    moment = device.moment
-
-    def moment_when_all_is_done():
-        now = moment()
-        device._queue.run_to(now)
-        return now
-
-    monkeypatch.setattr(device, "moment", moment_when_all_is_done)
-    requests = arrivals(4, GREEDY.with_(max_tokens=9), seed=3)
-    wanted = generate(on_numpy, requests)
-    assert generate_interrupted(on_device, requests, "wait", (3, 5), monkeypatch) == wanted
-
-
-@pytest.mark.parametrize("where", ["fetch", "fill", "penalize"])
-@pytest.mark.parametrize("two_streams", [False, True], ids=["one stream", "two streams"])
-def test_an_interrupt_costs_no_token_of_who_has_penalties(two_streams, where, monkeypatch):
-    """In slots and in lists: what a step that was given up still copies stays as it is."""
-    monkeypatch.setattr(device_penalties, "MAX_PENALTY_ENTRIES", 2)
-    settings = replace(FLOAT32, two_streams=two_streams)
-    on_device, on_numpy = runners("llama", ShimDevice(), chunk=16, settings=settings)
-    requests = penalised(0.9, 6)
-    many = {i: 2.0 * (i % 3) for i in range(20)}
-    for number in range(3):
-        params = GREEDY.with_(repetition_penalty=1.5, logit_bias=many, max_tokens=12)
-        requests[f"many {number}"] = (0, [4 + number, 7, 4], params)
-    wanted = generate(on_numpy, requests)
-    turns = range(3, 13, 3)
-    assert generate_interrupted(on_device, requests, where, turns, monkeypatch) == wanted
-
-
-def generate_interrupted(on_device, requests, where, turns, monkeypatch):
-    """Tokens of requests that are all there at first, where the calls of these numbers are
-    interrupted: before they begin or, each second one, when they are done."""
-    calls = 0
-
-    def interrupted(function):
-        def call(*args):
-            nonlocal calls
-            calls += 1
-            late = calls % 2 and calls in turns
-            result = function(*args) if late or calls not in turns else None
-            if calls in turns:
-                raise KeyboardInterrupt
-            return result
-
-        return call
-
-    engine = LLMEngine(on_device.config, on_device, run_ahead=True)
-    owner, name = {
-        "wait": (on_device._device, "wait"), "advance": (DecodeState, "advance"),
-        "updates": (on_device._decoding, "update"), "fetch": (on_device._main, "fetch"),
-        "fill": (on_device._penalties, "fill"), "penalize": (on_device._mixed, "_penalize"),
-    }[where]  # fmt: skip
-    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
-    outputs: dict[str, list[int]] = {}
-    for request_id, (_, ids, params) in requests.items():
-        engine.add_request(request_id, ids, params)
-    for _ in range(200):
-        try:
-            for output in engine.step():
-                outputs.setdefault(output.request_id, []).append(output.token_id)
-        except KeyboardInterrupt:
-            continue
-        engine.scheduler.check_integrity()
-        if not engine.has_unfinished:
-            break
-    assert calls >= max(turns)
-    assert engine.pool.num_free == engine.pool.num_blocks - 1
-    return outputs
