@@ -67,7 +67,7 @@ __device__ __forceinline__ StepWords words_from(
 // layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes
 // final_norm    scalar_t [D]; head scalar_t [V, D]
 // rope          float [SEQUENCES, 2, d / 2]; slots int32 [SEQUENCES]; kv_lens int32 [SEQUENCES], with
-//               the new token; 0 marks a place without a sequence
+//               the new token; 0 marks a place without a sequence; one at least is not 0
 // block_tables  int32 [SEQUENCES, M]
 // x             scalar_t [SEQUENCES, D], the embeddings
 // logits        float [SEQUENCES, V]
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     // Whoever is the last to leave says from which moment on the next launch may count.
     users_sync();
     if (threadIdx.x == 0 && atomic_count_to(moments + 1, gridDim.x - 1) == gridDim.x - 1) {
-        *moments = start + 8 * num_layers + 2;
+        *moments = start + 8 * num_layers + 7;  // a multiple of 8 for ever: no moment is 0
     }
 #endif
 }

@@ -35,6 +35,9 @@ constexpr int STAGE_BYTES = UNIT_ROWS * STAGE_ROW_BYTES;
 
 static_assert(SEQUENCES >= 1 && SEQUENCES <= 4, "SEQUENCES is 1 to 4");
 static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
+// Two groups of warps take the stages in turn. With an even ring a place in it is always the same
+// group's, which so knows that the time before has ended when it waits for the next.
+static_assert(RING_STAGES % 2 == 0, "an even ring");
 
 // All threads that compute meet; those that bring weights do not come.
 __device__ __forceinline__ void users_sync() { barrier_sync(1, USERS); }

@@ -339,6 +339,11 @@ __device__ __forceinline__ void run_product(
     const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
     const Finisher own(product);
     int buffer = 0;
+    if (share.first_unit == share.end_unit) {
+        // Nothing to load, but what was asked for early must be there, and asked for once, here too.
+        cp_async_wait<0>();
+        users_sync();
+    }
 #pragma unroll 1
     for (int first = share.first_unit; first < share.end_unit; first += GROUP_UNITS) {
         const int units = min(GROUP_UNITS, share.end_unit - first);

@@ -26,7 +26,7 @@ _UNIT_ROWS = 8
 _USER_WARPS = 8
 _STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
 _MAX_STAGES = 10
-_GOOD_STAGES, _MIN_STAGES = 6, 3  # with fewer, reading stops where blocks meet
+_GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks meet
 _MAX_HEADS_PER_GROUP = 8
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
@@ -109,6 +109,7 @@ def decode_step_launch(
         inputs = input_bytes(num_sequences, min(tile, max(widths)))
         room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
         stages = min(room // (_STAGE_BYTES + 16), tuning.ring_stages or _MAX_STAGES)
+        stages -= stages % 2  # a place in the ring is always the same group's of warps
         if best is None or stages > best[1]:
             best = tile, stages
         if stages >= _GOOD_STAGES:

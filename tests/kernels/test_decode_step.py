@@ -112,12 +112,12 @@ class Model:
         ops.lm_head(x, np.arange(n, dtype=np.int32), self.final_norm, EPS, self.head, logits)
         return logits, caches
 
-    def launch(self, backend, tuning=None, words=None):
+    def launch(self, backend, tuning=None, words=None, num_multiprocessors=NUM_MULTIPROCESSORS):
         """(logits, caches) of one launch. The caches are copies. words: (words, moments) that
         launches before have left, and this one changes."""
         s, n, d = self.shape, self.count, self.shape.head_size
         launch = decode_step_launch(
-            s, n, num_multiprocessors=NUM_MULTIPROCESSORS, max_shared_bytes=MAX_SHARED,
+            s, n, num_multiprocessors=num_multiprocessors, max_shared_bytes=MAX_SHARED,
             tuning=tuning,
         )  # fmt: skip
         assert launch is not None
@@ -285,6 +285,43 @@ def test_launches_follow_each_other(step_backend) -> None:
     check(small, small.launch(step_backend, words=words))
 
 
+def test_moments_go_round(step_backend) -> None:
+    """After 2**32 of them they begin again, and none is 0, which stands for the embeddings."""
+    launch = decode_step_launch(
+        SMALL, 1, num_multiprocessors=NUM_MULTIPROCESSORS, max_shared_bytes=MAX_SHARED
+    )
+    moments = np.array([2**32 - 24, 0], np.uint32)
+    words = np.zeros(num_words(SMALL, launch, 1), np.uint64), moments
+    for seed in range(3):
+        model = Model(SMALL, DTYPES["bfloat16"], [20 + seed], seed=seed)
+        check(model, model.launch(step_backend, words=words))
+        assert moments[0] % 8 == 0
+    assert moments[0] < 2**10
+
+
+@pytest.mark.parametrize("order", [0, 1001])
+@pytest.mark.parametrize("name", ["one", "four", "several parts", "a free place"])
+@pytest.mark.parametrize("num_multiprocessors", [20, 40])
+def test_blocks_without_a_part_of_a_product(num_multiprocessors, name, order) -> None:
+    """What they have asked for early is theirs to wait for, too."""
+    if build.compiler() is None:
+        pytest.skip(build.MISSING)
+    model, tuning = make(CASES[name], "bfloat16")
+    check(
+        model,
+        model.launch(ShimStep(order=order), tuning, num_multiprocessors=num_multiprocessors),
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1, 3, 1001])
+@pytest.mark.parametrize("ring_stages", [4, 6, 10])
+def test_any_even_ring(ring_stages, order) -> None:
+    if build.compiler() is None:
+        pytest.skip(build.MISSING)
+    model, _ = make(CASES["inputs beyond a stage"], "bfloat16")
+    check(model, model.launch(ShimStep(order=order), DecodeStepTuning(ring_stages=ring_stages)))
+
+
 @pytest.mark.parametrize("order", [1, 7])
 def test_the_order_of_threads_does_not_matter(order) -> None:
     if build.compiler() is None:
@@ -308,6 +345,7 @@ def test_public_shapes_fit_an_h100(name) -> None:
         assert launch is not None
         assert launch.shared_bytes < MAX_SHARED
         assert launch.macros["RING_STAGES"] >= 4
+        assert launch.macros["RING_STAGES"] % 2 == 0
 
 
 def test_what_the_kernel_cannot_do() -> None:

@@ -147,7 +147,8 @@ class HostKernel:
         """Run the grid. Arrays and NumPy scalars must have exactly the parameters' types (an array
         may be None: a null pointer); Python numbers are converted. Arrays are updated in place.
 
-        order: 0 threads forward, 1 reversed, else the seed of a shuffle; resident: all blocks at
+        order: 0 threads forward, 1 reversed, else the seed of a shuffle, and from 1000 on
+        asynchronous copies that land together land in reverse; resident: all blocks at
         once, as a cooperative launch has them; cluster: blocks along x that make a cluster.
         Raises KernelFault, TypeError.
         """

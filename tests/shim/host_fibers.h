@@ -71,7 +71,8 @@ struct Shape {
     unsigned grid[3];
     unsigned block;
     unsigned shared_bytes;
-    unsigned order;     // 0 forward, 1 reversed, other: the seed of a shuffle
+    unsigned order;     // 0 forward, 1 reversed, other: the seed of a shuffle; from 1000 on, copies
+                        // that land together land in reverse, as nothing orders them
     unsigned resident;  // 1: all blocks at once, for kernels whose blocks wait for one another
     unsigned cluster;   // blocks along x that make a cluster, which is resident as a whole
     char* stacks;       // STACK_BYTES for each thread of what runs at once: block, cluster, grid
@@ -87,6 +88,7 @@ static void (*call_kernel)(void*);
 static void* call_arguments;
 static char error_text[600];
 static bool failed;
+static bool lands_backwards;
 static char* dynamic_start;
 static size_t dynamic_bytes;
 
@@ -237,16 +239,19 @@ inline void copy_async(void* to, const void* from, int line) {
 // The copies of all but the newest `left` groups land now. Those that no commit has closed are not
 // in any group, and stay under way.
 inline void land_copies(int left) {
-    int kept = 0;
-    for (int i = 0; i < self->num_copies; ++i) {
-        const AsyncCopy copy = self->copies[i];
-        if (copy.group >= self->group - left) {
-            self->copies[kept++] = copy;
-        } else if (copy.from) {
+    const int count = self->num_copies;
+    for (int turn = 0; turn < count; ++turn) {
+        const AsyncCopy copy = self->copies[lands_backwards ? count - 1 - turn : turn];
+        if (copy.group >= self->group - left) continue;
+        if (copy.from) {
             memcpy(copy.to, copy.from, 16);
         } else {
             memset(copy.to, 0, 16);
         }
+    }
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        if (self->copies[i].group >= self->group - left) self->copies[kept++] = self->copies[i];
     }
     self->num_copies = kept;
 }

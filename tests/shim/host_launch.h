@@ -271,6 +271,7 @@ static const char* launch(
     call_kernel = call;
     call_arguments = arguments;
     failed = false;
+    lands_backwards = shape.order >= 1000;
     block_size = {shape.block, 1, 1};
     grid_size = {shape.grid[0], shape.grid[1], shape.grid[2]};
     cluster_blocks = shape.cluster;
