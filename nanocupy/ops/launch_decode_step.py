@@ -26,7 +26,7 @@ _UNIT_ROWS = 8
 _USER_WARPS = 8
 _STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
 _MAX_STAGES = 10
-_GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks meet
+_GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks wait
 _MAX_HEADS_PER_GROUP = 8
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
