@@ -40,7 +40,20 @@ TUNINGS = {
     **{f"cluster {n}": FusedTuning(cluster=n) for n in (1, 2, 4, 8)},
     **{
         f"{w} warps, {s} stages": FusedTuning(warps=w, stages=s)
-        for w, s in ((2, 3), (2, 4), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+        for w, s in (
+            (1, 2),
+            (1, 3),
+            (1, 4),
+            (2, 1),
+            (2, 2),
+            (2, 3),
+            (2, 4),
+            (4, 1),
+            (4, 2),
+            (4, 3),
+            (8, 1),
+            (8, 2),
+        )
     },
     "nothing early": FusedTuning(read_early=False),
 }

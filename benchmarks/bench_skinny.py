@@ -1,4 +1,4 @@
-"""Products of 9 to 64 tokens: microseconds by matrix and build, beside cuBLAS, and whole layers.
+"""Products of 3 to 64 tokens: microseconds by matrix and build, beside cuBLAS, and whole layers.
 
     python -m benchmarks.bench_skinny [--rows 16,32,64] [--shape qwen3-0.6b] [--only TEXT]
         [--layer-only] [--compile]

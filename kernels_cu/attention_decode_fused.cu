@@ -12,12 +12,16 @@
 //             are read before the kernels in front have ended. Right where no kernel of the same
 //             graph, or none that overlaps, writes them: a graph that holds one step. 0: nothing is
 // ROW_HALVES  1: H / G is at most 8, which takes fewer registers; else 2
+// CLUSTERED   0: the launch has no clusters. Less code, which is read from memory as it runs once
 // SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_fused.py chooses the launch.
 #ifndef READ_EARLY
 #define READ_EARLY 1
 #endif
 #ifndef ROW_HALVES
 #define ROW_HALVES 2
+#endif
+#ifndef CLUSTERED
+#define CLUSTERED 1
 #endif
 #include "attention_decode_mma.cuh"
 #include "rope.cuh"
@@ -61,7 +65,7 @@ struct ClusterMerge {
     }
 
     __device__ __forceinline__ void put(int to, int offset, float a, float b) const {
-        if (ranks > 1) {
+        if (CLUSTERED && ranks > 1) {
             send_pair(inbox_of_rank(inbox, to), offset, a, b);
         } else {
             const float pair[2] = {a, b};
@@ -90,37 +94,49 @@ struct ClusterMerge {
         }
     }
 
-    // What all have sent, into [rows, d]; four lanes share a value's sources. All threads come.
+    // What all have sent, into [rows, d]. A thread takes two columns at a time; with clusters, whose
+    // sources are many, four lanes share these. All threads come.
     __device__ __forceinline__ void receive(scalar_t* out) const {
+        constexpr int SHARERS = CLUSTERED ? 4 : 1;
         const char* start = reinterpret_cast<const char*>(inbox);
         const float* states = reinterpret_cast<const float*>(start + state_offset(0, 0));
         const float* values = reinterpret_cast<const float*>(start + value_offset(0, 0, 0));
-        const int columns = own_columns(), share = lane_id() % 4;
+        const int pairs = own_columns() / 2, share = lane_id() % SHARERS;
+        int row = 0, pair = threadIdx.x / SHARERS;
 #pragma unroll 1
-        for (int base = 0; base < rows * columns; base += blockDim.x / 4) {
-            const int i = base + threadIdx.x / 4;
-            const bool inside = i < rows * columns;
-            const int row = inside ? i / columns : 0, column = inside ? i - row * columns : 0;
-            float max = -infinity(), sum = 0.0f, value = 0.0f;
+        for (int base = 0; base < rows * pairs; base += blockDim.x / SHARERS) {
+            for (; pair >= pairs; pair -= pairs) ++row;
+            const int own = min(row, rows - 1);
+            float max = -infinity(), sum = 0.0f, total[2] = {0.0f, 0.0f};
 #pragma unroll 4
-            for (int s = share; s < sources; s += 4) {
-                max = fmaxf(max, states[(s * rows + row) * 2]);
+            for (int s = share; s < sources; s += SHARERS) {
+                max = fmaxf(max, states[(s * rows + own) * 2]);
             }
-            max = warp_max<4>(max);
+            if (SHARERS > 1) max = warp_max<SHARERS>(max);
 #pragma unroll 4
-            for (int s = share; s < sources; s += 4) {
-                const int at = s * rows + row;
-                const float weight = softmax_weight(states[at * 2], max);
-                sum += weight * states[at * 2 + 1];
-                value += weight * values[at * slots * 8 + column];
+            for (int s = share; s < sources; s += SHARERS) {
+                const int at = s * rows + own;
+                float state[2], value[2];
+                load_floats<float, 2>(states + at * 2, state);
+                load_floats<float, 2>(values + (at * slots * 4 + pair) * 2, value);
+                const float weight = softmax_weight(state[0], max);
+                sum += weight * state[1];
+                total[0] += weight * value[0];
+                total[1] += weight * value[1];
             }
-            sum = warp_sum<4>(sum);
-            value = warp_sum<4>(value);
-            const int chunk = column / 8 * ranks + rank;
-            if (inside && share == 0) {
-                out[row * HEAD_SIZE + chunk * 8 + column % 8] =
-                    from_float<scalar_t>(divided(value, sum));
+            if (SHARERS > 1) {
+                sum = warp_sum<SHARERS>(sum);
+                total[0] = warp_sum<SHARERS>(total[0]);
+                total[1] = warp_sum<SHARERS>(total[1]);
             }
+            if (row < rows && share == 0) {
+                const int chunk = pair / 4 * ranks + rank;
+                total[0] = divided(total[0], sum);
+                total[1] = divided(total[1], sum);
+                store_floats<scalar_t, 2>(
+                    out + row * HEAD_SIZE + chunk * 8 + pair % 4 * 2, total);
+            }
+            pair += blockDim.x / SHARERS;
         }
     }
 };
@@ -128,7 +144,7 @@ struct ClusterMerge {
 
 // attention_decode_fused: attention of one query a sequence, with what stands before it, on tensor
 //   cores, 16-bit types, the cache's the same as qkv's
-// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x; block 32 to 256; from 9.0;
+// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256; from 9.0;
 //   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2)
 //   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
@@ -147,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
 #if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
     grid_dependency_launch();
     if (!READ_EARLY) grid_dependency_wait();
-    const int ranks = cluster_size(), rank = cluster_rank();
+    const int ranks = CLUSTERED ? cluster_size() : 1, rank = CLUSTERED ? cluster_rank() : 0;
     const int sequence = blockIdx.y, group = blockIdx.x / ranks;
     const int token = query_starts[sequence];
     if (query_starts[sequence + 1] == token) {  // the whole cluster leaves
@@ -189,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const ClusterMerge merge = {
         ranks, rank, heads_per_group, max(0, sources), (ROW_CHUNKS + ranks - 1) / ranks,
         reinterpret_cast<uint64_t*>(fresh + 2 * HEAD_SIZE)};
-    if (ranks > 1) {
+    if (CLUSTERED && ranks > 1) {
         if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
         warp_sync();
         cluster_arrive();
@@ -256,9 +272,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         grid_dependency_wait();
     }
 
-    if (ranks > 1) cluster_wait();  // every block of the cluster has started, and has its inbox
+    if (CLUSTERED && ranks > 1) cluster_wait();  // every block of the cluster has started, and has its inbox
     if (num_steps > 0) merge.send(rows, source);
-    if (ranks > 1) {
+    if (CLUSTERED && ranks > 1) {
         wait_for_inbox(merge.inbox);
     } else {
         block_sync();

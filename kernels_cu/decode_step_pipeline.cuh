@@ -65,12 +65,14 @@ struct StepProduct {
     }
 };
 
-// What of a product is this block's: units first_unit … end_unit - 1.
+// What of a product is this block's: units first_unit … end_unit - 1. Where they do not come out even,
+// the first blocks have one more, but of GATE_UP the last: nobody has the most of everything.
 struct StepShare {
     int first_unit, end_unit;
 
     __device__ __forceinline__ explicit StepShare(const StepProduct& product) {
-        const int block = blockIdx.x, blocks = gridDim.x;
+        const int blocks = gridDim.x;
+        const int block = product.has_pairs() ? blocks - 1 - blockIdx.x : blockIdx.x;
         const int outputs = product.unit_outputs();
         const int num_units = (product.num_outputs + outputs - 1) / outputs;
         const int each = num_units / blocks, over = num_units - each * blocks;

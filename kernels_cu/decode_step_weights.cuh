@@ -9,7 +9,7 @@
 #include "decode_step_memory.cuh"
 
 #ifndef PACE
-#define PACE 1300
+#define PACE 1200
 #endif
 
 // Before anything else; the whole block must come.

@@ -1,4 +1,4 @@
-// Products of 9 to 64 tokens on tensor cores, with what follows folded in: bias, residual, SwiGLU,
+// Products of 3 to 64 tokens on tensor cores, with what follows folded in: bias, residual, SwiGLU,
 // float32 logits; the norm before is a kernel of its own (norm.cu), or folded in. The macros, TOKENS,
 // OUT_TILE, WARPS_N, WARPS_K, K_STEP, STAGES, INPUTS_STAY and NORM_INPUTS, stand in skinny_parts.cuh.
 //

@@ -1,4 +1,4 @@
-// Products of a batch of 9 to 64 tokens with a matrix of weights, on tensor cores (mma.sync, from
+// Products of a batch of 3 to 64 tokens with a matrix of weights, on tensor cores (mma.sync, from
 // 8.0), for 16-bit types.
 //
 // Owns the order of a block's work, from the first copy to the merge of sums. What of the matrix is

@@ -1,6 +1,6 @@
 // What the products of skinny.cuh are made of: what of a matrix is whose, and a warp's sums.
 //
-// TOKENS       that a block has room for: a multiple of 16, at least the batch
+// TOKENS       that a block has room for: 8 or a multiple of 16, at least the batch
 // OUT_TILE     rows of weights that a block takes at a time: a multiple of 16 * WARPS_N
 // WARPS_N      warps that share these rows, 16 or a multiple of 16 each
 // WARPS_K      warps that share the inputs of a step: a power of two, as is K_STEP / 16 / WARPS_K
@@ -17,7 +17,7 @@
 #define SKINNY_ON_TENSOR_CORES (HAS_MMA && SCALAR != 0)
 
 #ifndef TOKENS
-#error "define TOKENS: a multiple of 16, at least the tokens of the batch"
+#error "define TOKENS: 8 or a multiple of 16, at least the tokens of the batch"
 #endif
 #ifndef OUT_TILE
 #define OUT_TILE 64
@@ -54,9 +54,10 @@ constexpr int ROW_BYTES = K_STEP * 2;
 constexpr int WEIGHT_BYTES = OUT_TILE * ROW_BYTES;     // of a step
 constexpr int INPUT_BYTES = TOKENS * ROW_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (INPUTS_STAY ? 0 : INPUT_BYTES);
+constexpr bool EIGHT_WIDE = TOKENS == 8 && WARP_K_TILES > 1;  // inputs come 32 at a time
 constexpr int INBOX_HEAD = 128;  // bytes before what an inbox receives
 
-static_assert(TOKENS % 16 == 0 && OUT_TILE % (16 * WARPS_N) == 0 && STAGES >= 2, "");
+static_assert((TOKENS == 8 || TOKENS % 16 == 0) && OUT_TILE % (16 * WARPS_N) == 0 && STAGES >= 2, "");
 static_assert(INPUTS_STAY || !NORM_INPUTS, "");
 static_assert(K_STEP >= 64 && (PIECES & (PIECES - 1)) == 0, "K_STEP");
 static_assert(
@@ -178,8 +179,9 @@ struct WarpSums {
         const int lane = lane_id();
         weight_row = (warp_n() * ROW_TILES * 16 + (lane & 15)) * ROW_BYTES;
         weight_turn = turn_of(lane >> 4);
-        input_row = ((lane & 7) + (lane >> 4) * 8) * ROW_BYTES;
-        input_turn = turn_of(lane >> 3 & 1);
+        // Lanes 16 to 31 name rows 8 to 15, or with 8 tokens the next 16 inputs of the same rows.
+        input_row = ((lane & 7) + (TOKENS == 8 ? 0 : lane >> 4) * 8) * ROW_BYTES;
+        input_turn = turn_of(lane >> 3 & 1) ^ (EIGHT_WIDE ? lane >> 4 : 0) * 32;
     }
 
     __device__ __forceinline__ void clear() {
@@ -195,6 +197,7 @@ struct WarpSums {
 
     __device__ __forceinline__ void multiply(
         const unsigned char* weights, const unsigned char* inputs) {
+        uint32_t pair[4];  // of 8 tokens, those of two times 16 inputs
 #pragma unroll
         for (int k = 0; k < WARP_K_TILES; ++k) {
             const unsigned char* weight = weights + weight_row + (weight_turn ^ k * 32);
@@ -202,6 +205,14 @@ struct WarpSums {
             uint32_t a[ROW_TILES][4];
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) ldmatrix_x4(a[m], weight + m * 16 * ROW_BYTES);
+            if (TOKENS == 8) {
+                const int half = EIGHT_WIDE ? k % 2 * 2 : 0;
+                if (half == 0) ldmatrix_x4(pair, input);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    mma_m16n8k16<scalar_t>(sums[m][0], a[m], pair[half], pair[half + 1]);
+                }
+            }
 #pragma unroll
             for (int n = 0; n < TOKENS / 16; ++n) {
                 uint32_t b[4];

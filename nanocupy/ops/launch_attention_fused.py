@@ -134,6 +134,7 @@ def launch_attention_fused(
             # Fewer registers, so that three blocks fit on a multiprocessor.
             **({"ROW_HALVES": 1, "MAX_QUERY_VALUES": 0} if heads_per_group <= 8 else {}),
             **({} if tuning.read_early else {"READ_EARLY": 0}),
+            **({} if cluster > 1 else {"CLUSTERED": 0}),
         },
         grid=(num_kv_heads * cluster, num_sequences),
         block=warps * 32,

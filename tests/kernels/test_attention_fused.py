@@ -228,7 +228,7 @@ PLANTED = {
         "        block_sync();\n\n        rows.start", "        rows.start"),
     "the newest key is forgotten": ("*reinterpret_cast<uint4*>(keys + to) = from[0];", ""),
     "the newest key is in the value's place": ("from[ROW_CHUNKS]", "from[0]"),
-    "sent before all blocks have started": ("if (ranks > 1) cluster_wait();", ""),
+    "sent before all blocks have started": ("if (CLUSTERED && ranks > 1) cluster_wait();", ""),
     "merged before it is there": ("wait_for_inbox(merge.inbox);", ""),
     "fewer bytes expected": ("(8 + 4 * own_columns())", "(4 * own_columns())"),
     "columns to the wrong block": ("put(n & (ranks - 1)", "put((n + 1) & (ranks - 1)"),
@@ -237,7 +237,7 @@ PLANTED = {
     "sources that saw nothing": (
         "max(0, sources), (ROW", "num_warps() * ranks, (ROW"),
     "parts merged without their maxima": (
-        "weight = softmax_weight(states[at * 2], max)", "weight = 1.0f"),
+        "weight = softmax_weight(state[0], max)", "weight = 1.0f"),
     "heads of another group": ("? group * merge.rows + task", "? task"),
     "norm of q for k": ("normalize_pairs(x, k_weight, eps)", "normalize_pairs(x, q_weight, eps)"),
 }  # fmt: skip

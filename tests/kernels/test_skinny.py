@@ -1,4 +1,4 @@
-"""The products of 9 to 64 tokens against the NumPy ops in float64, and against themselves.
+"""The products of 3 to 64 tokens against the NumPy ops in float64, and against themselves.
 
 Each variant of the macros meets every op at sizes that leave a rest everywhere: outputs in a tile,
 tiles in the grid, inputs in a step, steps in a ring and in a cluster, tokens in a build's room.
@@ -46,6 +46,11 @@ class Variant:
 
 
 VARIANTS = [
+    Variant("bfloat16", 8),
+    Variant("bfloat16", 3, wide=True, tuning=replace(SMALL, splits=8)),
+    Variant("float16", 5, tuning=replace(SMALL, out_tile=64, splits=4, inputs_stay=True)),
+    Variant("bfloat16", 7, tuning=replace(SMALL, fold_norm=True, splits=2)),
+    Variant("float16", 8, tuning=replace(SMALL, warps_k=4, k_step=64)),
     Variant("bfloat16", 9),
     Variant("bfloat16", 16, tuning=replace(SMALL, splits=8)),
     Variant("bfloat16", 17, wide=True),
@@ -77,7 +82,7 @@ def test_every_variant(backend, op: str, variant: Variant) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [9, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("rows", [3, 8, 9, 16, 17, 31, 32, 33, 64])
 @pytest.mark.parametrize("op", OPS)
 def test_as_launched_on_a_device(backend, op: str, rows: int) -> None:
     if backend.name != "gpu":
@@ -152,7 +157,8 @@ def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: 
     for rows in (9, 16, 32, 64):
         launch = plan(outputs, inputs, rows, pairs=pairs)
         assert launch.grid[0] >= 124
-        assert launch.grid[0] <= 132 or launch.cluster == 1
+        # Clusters do not take turns: few at once, or so many that the last ones do not matter.
+        assert launch.grid[0] <= 132 or launch.grid[0] >= 3 * 132
         assert launch.grid[0] % launch.cluster == 0
         assert launch.shared_bytes <= 227 << 10
         if rows <= 32:
@@ -161,7 +167,8 @@ def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: 
         tile = launch.macros["OUT_TILE"]
         tiles = -(-outputs * (2 if pairs else 1) // tile)
         most = -(-tiles * launch.cluster // launch.grid[0]) * tile / launch.cluster
-        assert most * 132 <= 1.13 * outputs * (2 if pairs else 1)
+        if launch.grid[0] <= 132:
+            assert most * 132 <= 1.13 * outputs * (2 if pairs else 1)
         # The batch changes nothing that sums depend on.
         first = plan(outputs, inputs, 9, pairs=pairs)
         for name in ("OUT_TILE", "WARPS_K", "K_STEP"):

@@ -132,8 +132,20 @@ MUTANTS = [
     ),
     Mutant(
         "tokens of a fragment in another order",
-        "(lane & 7) + (lane >> 4) * 8) * ROW_BYTES;",
-        "(lane & 7) + (1 - (lane >> 4)) * 8) * ROW_BYTES;",
+        "(TOKENS == 8 ? 0 : lane >> 4) * 8) * ROW_BYTES;",
+        "(TOKENS == 8 ? 0 : 1 - (lane >> 4)) * 8) * ROW_BYTES;",
+    ),
+    Mutant(
+        "of 8 tokens the first inputs twice",
+        "pair[half], pair[half + 1]);",
+        "pair[0], pair[1]);",
+        rows=8,
+    ),
+    Mutant(
+        "of 8 tokens the next inputs not asked for",
+        "(EIGHT_WIDE ? lane >> 4 : 0) * 32;",
+        "0 * 32;",
+        rows=8,
     ),
     Mutant(
         "every warp the first inputs",
