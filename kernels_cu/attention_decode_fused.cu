@@ -229,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         // not sent.
         const HeadPairs angles = load_pairs(rope + static_cast<int64_t>(token) * HEAD_SIZE);
         const int num_tasks = merge.rows + (has_newest ? 2 : 0);
+#pragma unroll 1
         for (int task = warp_id(); task < num_tasks; task += num_warps()) {
             const int kind = max(0, task - merge.rows + 1);  // 0 q, 1 k, 2 v
             const int head = kind == 0 ? group * merge.rows + task
@@ -249,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         rows.start(shared_queries);
 #pragma unroll
         for (int h = 0; h < ROW_HALVES; ++h) rows.limit[0][h] = newest;
+#pragma unroll 1
         for (int step = 0; step < num_steps; ++step) {
             cp_async_wait<STAGES - 1>();
             const int position = first_position + step * stride;
