@@ -37,26 +37,15 @@ CONTEXTS = {1: (16, 250, 512, 1024, 2048, 4096, 8192), 8: (128, 250, 512, 1024, 
             32: (128, 250, 512, 1024, 2048), 128: (128, 250, 512, 1024)}  # fmt: skip
 TUNINGS = {
     "default": FusedTuning(),
-    **{f"cluster {n}": FusedTuning(cluster=n) for n in (1, 2, 4, 8)},
     **{
-        f"{w} warps, {s} stages": FusedTuning(warps=w, stages=s)
-        for w, s in (
-            (1, 2),
-            (1, 3),
-            (1, 4),
-            (2, 1),
-            (2, 2),
-            (2, 3),
-            (2, 4),
-            (4, 1),
-            (4, 2),
-            (4, 3),
-            (8, 1),
-            (8, 2),
+        f"{c} x {w} warps, {s} stages": FusedTuning(cluster=c, warps=w, stages=s)
+        for c, w, s in (
+            (1, 8, 2), (1, 4, 1), (1, 4, 2), (1, 4, 3), (2, 8, 2), (2, 8, 1), (2, 4, 2), (4, 8, 2),
+            (4, 4, 2), (4, 4, 1), (8, 4, 2), (8, 4, 1),
         )
     },
     "nothing early": FusedTuning(read_early=False),
-}
+}  # fmt: skip
 TOLERANCE = 3.2e-2  # of the row's rms: both results are rounded to bfloat16
 
 
@@ -210,7 +199,9 @@ def bench(device: Any, shape: str, num_seqs: int, context: int, variants: bool) 
         cells.append(f"{name} {statistics.median(times):.2f}")
     c = layers.config
     mega = 4 * num_seqs * context * c.kv_size / 1e6
-    longest = fused_contexts(num_seqs, c.num_kv_heads, device.traits.num_multiprocessors)[-1]
+    longest = fused_contexts(
+        num_seqs, c.num_heads, c.num_kv_heads, c.head_size, device.traits.num_multiprocessors
+    )[-1]
     print(f"{shape} b{num_seqs} t{context} ({mega:.1f} MB, {mega / 3.05:.2f} us; products "
           f"{alone:.2f}; fused up to {longest}): " + ", ".join(cells), flush=True)  # fmt: skip
     return found

@@ -134,7 +134,9 @@ def fused_bounds(sizes: OpSizes, traits: DeviceTraits, num_seqs: int) -> tuple[i
         TYPE_CODES[sizes.cache_dtype], traits.compute_capability, traits.force_plain,
     ):  # fmt: skip
         return ()
-    return fused.fused_contexts(num_seqs, sizes.num_kv_heads, traits.num_multiprocessors)
+    return fused.fused_contexts(
+        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, traits.num_multiprocessors
+    )
 
 
 def kv_len_bound(sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int) -> int:

@@ -16,7 +16,6 @@ ENTRY = "attention_decode_fused"
 MAX_CLUSTER = 8  # blocks that every card with clusters can place together
 MAX_HEADS_PER_GROUP = 16  # rows of a tensor-core tile
 STEP_TOKENS = 16  # as in the kernel
-_SHORT_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -69,31 +68,69 @@ def can_fuse(
     )
 
 
-def cluster_blocks(
-    num_sequences: int, num_kv_heads: int, num_multiprocessors: int, tuning: FusedTuning
-) -> int:
-    """Blocks of a cluster: as many as two for every multiprocessor leave to each."""
-    if tuning.cluster is not None:
-        return tuning.cluster
-    cluster = MAX_CLUSTER
-    while cluster > 1 and num_sequences * num_kv_heads * cluster > 2 * num_multiprocessors:
-        cluster //= 2
-    return cluster
+@dataclass(frozen=True)
+class _Block:
+    """How a context is shared out: blocks of a cluster, warps of a block, steps of a warp under
+    way."""
+
+    cluster: int
+    warps: int
+    stages: int
+
+
+def _choose(
+    num_items: int, heads_per_group: int, head_size: int, max_kv_len: int,
+    num_multiprocessors: int, tuning: FusedTuning,
+) -> _Block:  # fmt: skip
+    """For num_items sequences and key/value heads. Measured on an H100 at 1 to 256 sequences of 128
+    to 1024 positions: best is what has all of a context under way at once, with few blocks beside
+    each other on a multiprocessor, which also has the product before and the one behind."""
+    few_heads = heads_per_group <= 2  # what a cluster hands round grows with them
+    warps = 4 if few_heads else 8
+    reach = warps * 2 * STEP_TOKENS  # positions that a block has under way
+    room = num_multiprocessors * (2 if few_heads else 1)
+    cluster = 1
+    while (
+        cluster < MAX_CLUSTER and cluster * reach < max_kv_len and 2 * cluster * num_items <= room
+    ):
+        cluster *= 2
+    cluster = tuning.cluster or cluster
+    blocks = num_items * cluster
+    if blocks > 2 * num_multiprocessors:
+        # As many blocks as registers allow; smaller heads leave room for more of each.
+        warps, stages = 4, 1 if head_size >= 128 else 2
+    elif blocks > num_multiprocessors:
+        warps, stages = 4, 3 if cluster == 1 else 2
+    else:
+        warps, stages = warps if max_kv_len <= cluster * reach else 8, 2
+    return _Block(cluster, tuning.warps or warps, tuning.stages or stages)
 
 
 def fused_contexts(
     num_sequences: int,
+    num_heads: int,
     num_kv_heads: int,
+    head_size: int,
     num_multiprocessors: int,
     tuning: FusedTuning | None = None,
 ) -> tuple[int, ...]:
     """The contexts up to which launches differ, rising; beyond the last, one that cuts by length is
     better. All lengths between two of them have the same launch."""
     tuning = tuning or FusedTuning()
-    cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
-    longest = cluster * tuning.block_tokens
-    short = cluster * _SHORT_WARPS * STEP_TOKENS
-    return (short, longest) if cluster > 2 and short < longest else (longest,)
+    items, group = num_sequences * num_kv_heads, num_heads // num_kv_heads
+
+    def choice(max_kv_len: int) -> _Block:
+        return _choose(items, group, head_size, max_kv_len, num_multiprocessors, tuning)
+
+    most = tuning.cluster or MAX_CLUSTER
+    while most > 1 and not tuning.cluster and items * most > 2 * num_multiprocessors:
+        most //= 2
+    longest = most * tuning.block_tokens
+    steps = [n for n in (128 << i for i in range(8)) if n < longest] + [longest]
+    return tuple(
+        n for n, after in zip(steps, [*steps[1:], 0], strict=True)
+        if not after or choice(n) != choice(after)
+    )  # fmt: skip
 
 
 def launch_attention_fused(
@@ -113,17 +150,12 @@ def launch_attention_fused(
     max_shared_bytes: what a block can have. The grid has a zero where there are no sequences.
     """
     tuning = tuning or FusedTuning()
-    cluster = cluster_blocks(num_sequences, num_kv_heads, num_multiprocessors, tuning)
     heads_per_group = num_heads // num_kv_heads
-    bounds = fused_contexts(num_sequences, num_kv_heads, num_multiprocessors, tuning)
-    if len(bounds) > 1 and max_kv_len <= bounds[0]:
-        # Every warp has one step at most; what a block does not take, the products beside it have.
-        warps, stages = _SHORT_WARPS, 1
-    elif num_sequences * num_kv_heads * cluster <= num_multiprocessors:
-        warps, stages = 8, 2
-    else:
-        warps, stages = 4, 2  # three blocks on a multiprocessor
-    wanted = (tuning.warps or warps, tuning.stages or stages)
+    chosen = _choose(
+        num_sequences * num_kv_heads, heads_per_group, head_size, max_kv_len, num_multiprocessors,
+        tuning,
+    )  # fmt: skip
+    cluster, wanted = chosen.cluster, (chosen.warps, chosen.stages)
     for warps, stages in (wanted, (4, 2), (2, 2), (1, 2)):
         shared_bytes = fused_shared_bytes(head_size, heads_per_group, warps, stages, cluster)
         if shared_bytes <= max_shared_bytes:

@@ -25,11 +25,14 @@ _MAX_WARPS = 8
 _INPUT_COST = 0.5
 _NOMINAL_TOKENS = 32  # the plan does not depend on the batch, nor do a token's sums
 _LEAST_RING_BYTES = 40 << 10  # that a norm folded in leaves: less, and memory waits
-_MANY_TURNS = 3
 _MERGE_COST = 12 << 10  # a cluster's, beside a block alone
-# Clusters of 4 and more are spread less evenly, which shows where a block has much to read: the down
-# product of Llama-3.1-8B took 46.6 us by 4 and 40.9 by 2.
-_LONG_READ, _UNEVEN_SPLITS, _UNEVEN_COST = 200 << 10, 4, 1.25
+_MANY_TURNS = 3  # after which it does not matter where the last blocks end
+# Where a multiprocessor has much to read, two blocks keep it busier than one that stays: gate and
+# up of Llama-3.2-1B took 28.2 us by one for 8 tokens and 31.3 for 16, 25.9 and 26.4 by two.
+_ALONE_READ, _ALONE_COST = 500 << 10, 1.08
+# Clusters of 4 and more are spread less evenly: the down product of Llama-3.1-8B took 46.6 us by 4
+# and 40.9 by 2.
+_UNEVEN_READ, _UNEVEN_SPLITS, _UNEVEN_COST = 200 << 10, 4, 1.25
 
 
 @dataclass(frozen=True)
@@ -210,25 +213,25 @@ def _tile(
     """
 
     def cost(tile: int, splits: int) -> float:
-        num_blocks = -(-weight_rows // tile) * splits
-        # Blocks of clusters come as others end; a block alone stays, and takes tiles in turn.
-        turns = num_blocks / num_multiprocessors
-        turns = max(1.0, turns) if splits > 1 else -(-num_blocks // num_multiprocessors)
+        turns = -(-(-(-weight_rows // tile) * splits) // num_multiprocessors)
         k_step = tuning.k_step or _k_step(tile)
         num_inputs_each = -(-num_inputs // k_step // splits) * k_step
         read = 2 * num_inputs_each * (tile + _INPUT_COST * _NOMINAL_TOKENS)
-        if splits >= _UNEVEN_SPLITS and read > _LONG_READ:
+        if splits == 1:
+            return turns * read * (_ALONE_COST if turns * read > _ALONE_READ else 1.0)
+        if splits >= _UNEVEN_SPLITS and read > _UNEVEN_READ:
             read *= _UNEVEN_COST
-        return turns * (read + (_MERGE_COST if splits > 1 else 0))
+        return turns * (read + _MERGE_COST)
 
     tiles = (tuning.out_tile,) if tuning.out_tile else OUT_TILES
     parts = (tuning.splits,) if tuning.splits else SPLITS if clusters else (1,)
+
     def may_split(tile: int, splits: int) -> bool:
-        """Clusters do not take turns: they are one for each multiprocessor at most, or so many that
-        it does not matter where the last ones end. Those of 8 do not fit everywhere."""
-        num_blocks = -(-weight_rows // tile) * splits
-        many = splits < SPLITS[-1] and num_blocks >= _MANY_TURNS * num_multiprocessors
-        return splits == 1 or bool(tuning.splits) or num_blocks <= num_multiprocessors or many
+        """Clusters do not take turns: one block for each multiprocessor at most, two for nearly
+        all, or many. Clusters of 8 are not placed together everywhere."""
+        share = -(-weight_rows // tile) * splits / num_multiprocessors
+        several = splits < SPLITS[-1] and (1.75 <= share <= 2 or share >= _MANY_TURNS)
+        return splits == 1 or bool(tuning.splits) or share <= 1 or several
 
     choices = [(tile, splits) for tile in tiles for splits in parts if may_split(tile, splits)]
     return min(choices, key=lambda choice: (cost(*choice), choice))

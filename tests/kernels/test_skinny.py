@@ -157,8 +157,8 @@ def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: 
     for rows in (9, 16, 32, 64):
         launch = plan(outputs, inputs, rows, pairs=pairs)
         assert launch.grid[0] >= 124
-        # Clusters do not take turns: few at once, or so many that the last ones do not matter.
-        assert launch.grid[0] <= 132 or launch.grid[0] >= 3 * 132
+        # Clusters do not take turns: one block for each multiprocessor, nearly two, or many.
+        assert launch.grid[0] <= 132 or 231 <= launch.grid[0] <= 264 or launch.grid[0] >= 3 * 132
         assert launch.grid[0] % launch.cluster == 0
         assert launch.shared_bytes <= 227 << 10
         if rows <= 32:
@@ -182,7 +182,7 @@ def test_the_norm_is_folded_in_where_the_inputs_have_room() -> None:
         (3072, 1024, True, 32, True),
         (3072, 2048, False, 32, True),
         (8192, 2048, True, 32, False),
-        (8192, 2048, True, 9, False),
+        (8192, 2048, True, 9, True),
         (6144, 4096, False, 16, False),
     ):
         launch = plan(outputs, inputs, rows, pairs=pairs, norm=True)
