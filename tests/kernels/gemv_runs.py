@@ -111,19 +111,29 @@ def launch_op(
     run("gemv.cu", f"{op}_rows", shape, args, (written,), **macros)
 
 
-def check_op(run: Run, op: str, call: Call, **how: Any) -> np.ndarray:
-    """Launch and compare with the reference in float64; returns what the kernel gave."""
+def reference_of(op: str, call: Call) -> np.ndarray:
+    """What the op gives in float64."""
     (name,) = call.written
     before = call.arguments[name]
-    storage = call.arguments["weight"].dtype
-    got = {**call.arguments, name: before.copy()}
     # What the op rounds inside has its output's dtype; elsewhere the reference stays exact.
     exact = op in ("linear_add", "lm_head")
     wanted = {**call.arguments, name: before.astype(np.float64) if exact else before.copy()}
-    launch_op(run, op, got, **how)
     getattr(NumpyOps(np.float64), op)(**wanted)
+    return wanted[name]
+
+
+def check_op(
+    run: Run, op: str, call: Call, *, wanted: np.ndarray | None = None, **how: Any
+) -> np.ndarray:
+    """Launch and compare with `wanted`, or the reference in float64; returns what the kernel
+    gave."""
+    (name,) = call.written
+    storage = call.arguments["weight"].dtype
+    got = {**call.arguments, name: call.arguments[name].copy()}
+    launch_op(run, op, got, **how)
+    wanted = reference_of(op, call) if wanted is None else wanted
     limit = TOLERANCES[storage.name] if op == "lm_head" else None
-    assert_close(got[name], wanted[name], op, tolerance=limit)
+    assert_close(got[name], wanted, op, tolerance=limit)
     return got[name]
 
 

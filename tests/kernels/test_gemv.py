@@ -21,7 +21,15 @@ from nanocupy.ops.launch_gemv import (
     plan_gemv,
     scratch_bytes,
 )
-from tests.kernels.gemv_runs import OPS, SMALL, check_op, launch_op, make_call, residual_of
+from tests.kernels.gemv_runs import (
+    OPS,
+    SMALL,
+    check_op,
+    launch_op,
+    make_call,
+    reference_of,
+    residual_of,
+)
 from tests.ops.cases import CASES, DTYPES
 
 PLAIN = {"FORCE_PLAIN": 1}
@@ -114,9 +122,10 @@ def test_as_launched_on_a_device(backend, storage: np.dtype, op: str, rows: int)
     if backend.name != "gpu":
         pytest.skip("the sizes of a model")
     for outputs, inputs in ((1024, 2048), (6000, 1024), (2048, 8192), (4099, 1001)):
+        call = make_call(op, storage, rows, outputs, inputs, bias=op != "lm_head")
+        wanted = reference_of(op, call)
         for macros in ({}, {"TENSOR": 0}, PLAIN):
-            call = make_call(op, storage, rows, outputs, inputs, bias=op != "lm_head")
-            how = {"tuning": DEFAULT_TUNING, "num_multiprocessors": 132}
+            how = {"tuning": DEFAULT_TUNING, "num_multiprocessors": 132, "wanted": wanted}
             check_op(backend.run, op, call, **how, **macros)
 
 
