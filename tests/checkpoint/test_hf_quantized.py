@@ -1,0 +1,345 @@
+"""AWQ, GPTQ and FP8 folders: every value where the formats put it, and what is wrong named."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nanocupy.checkpoint.huggingface import HuggingFaceCheckpoint
+from nanocupy.errors import CheckpointError
+from nanocupy.model.load import load_numpy_weights
+from tests.checkpoint.quantized_folders import (
+    awq_layer,
+    fp8_layer,
+    gptq_layer,
+    quantized_folder,
+)
+from tests.checkpoint.test_huggingface import transformers_name
+
+AWQ: dict[str, Any] = {
+    "quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm",
+}  # fmt: skip
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}
+FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def compressed(strategy: str, **weights: Any) -> dict[str, Any]:
+    fields = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": fields,
+                "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+
+
+FORMS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "awq": (AWQ, awq_layer, "int4"),
+    "awq GEMM": (AWQ | {"version": "GEMM"}, awq_layer, "int4"),
+    "awq of a row": (AWQ | {"group_size": -1}, "row awq", "int4"),
+    "awq of 8": (AWQ | {"group_size": 8}, partial(awq_layer, group=8), "int4"),
+    "awq bfloat16": (AWQ, partial(awq_layer, scale_dtype=ml_dtypes.bfloat16), "int4"),
+    "awq without zeros": (
+        AWQ | {"zero_point": False},
+        partial(awq_layer, zero_point=False, with_zeros=False),
+        "int4",
+    ),
+    "awq symmetric": (AWQ | {"zero_point": False}, partial(awq_layer, zero_point=False), "int4"),
+    "gptq": (GPTQ, gptq_layer, "int4"),
+    "gptq of a row": (GPTQ | {"group_size": -1}, "row gptq", "int4"),
+    "gptq zeros": (GPTQ | {"sym": False}, partial(gptq_layer, sym=False), "int4"),
+    "gptq v2": (
+        GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"},
+        partial(gptq_layer, sym=False, version=2),
+        "int4",
+    ),
+    "gptq act-order": (
+        GPTQ | {"desc_act": True, "sym": False},
+        partial(gptq_layer, act_order=True, sym=False),
+        "int4",
+    ),
+    "gptq without g_idx": (GPTQ, partial(gptq_layer, with_g_idx=False), "int4"),
+    "gptq 8 bits": (GPTQ | {"bits": 8}, partial(gptq_layer, bits=8), "int8"),
+    "gptq 8 bits act-order": (
+        GPTQ | {"bits": 8, "desc_act": True},
+        partial(gptq_layer, bits=8, act_order=True),
+        "int8",
+    ),
+    "fp8": (FP8, fp8_layer, "float8_e4m3"),
+    "fp8 scalar": (FP8, partial(fp8_layer, scale_shape="scalar"), "float8_e4m3"),
+    "fp8 row": (FP8, partial(fp8_layer, scale_shape="row"), "float8_e4m3"),
+    "fp8 blocks": (
+        FP8 | {"weight_block_size": [10, 16], "fmt": "e4m3"},
+        partial(fp8_layer, scale_shape="block", block=(10, 16), name="weight_scale_inv"),
+        "float8_e4m3",
+    ),
+    "compressed tensor": (compressed("tensor"), fp8_layer, "float8_e4m3"),
+    "compressed channel": (
+        compressed("channel"),
+        partial(fp8_layer, scale_shape="channel", scale_dtype=ml_dtypes.bfloat16),
+        "float8_e4m3",
+    ),
+    "compressed blocks": (
+        compressed("block", block_structure=[16, 16]),
+        partial(fp8_layer, scale_shape="block", block=(16, 16)),
+        "float8_e4m3",
+    ),
+}
+
+
+def row_layer(kind: str) -> Any:
+    """Layers with one group a row, whatever the row's length."""
+    make = awq_layer if kind == "row awq" else gptq_layer
+    return lambda rng, shape: make(rng, shape, group=shape[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read(form: str, tmp_path: Path) -> None:
+    settings, make, dtype = FORMS[form]
+    if isinstance(make, str):
+        make = row_layer(make)
+    values = quantized_folder(tmp_path, settings, make, num_shards=3 if form == "awq" else 1)
+    with HuggingFaceCheckpoint(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == list(checkpoint.config.tensor_shapes())
+        for name, info in checkpoint.tensors.items():
+            expected = values[transformers_name(name)]
+            matrix = checkpoint.read_quantized(name)
+            if "layers" in name and len(info.shape) == 2:
+                assert matrix is not None
+                assert info.dtype == dtype
+                assert matrix.kind == {"float8_e4m3": "fp8"}.get(dtype, dtype)
+                assert matrix.shape == info.shape == expected.shape
+                assert (matrix.input_order is not None) == ("act-order" in form)
+                np.testing.assert_array_equal(matrix.dequantize(), expected, name)
+            else:
+                assert matrix is None
+                assert info.dtype == "float16"
+            np.testing.assert_array_equal(checkpoint.read(name), expected, name)
+        assert [problem for _, problem in checkpoint.verify() if problem] == []
+        assert checkpoint.metadata["quantization"]
+        loaded = load_numpy_weights(checkpoint)
+        gate_up = [values[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        np.testing.assert_array_equal(
+            loaded["layers.1.gate_up.weight"], np.concatenate(gate_up).astype(np.float32)
+        )
+
+
+def test_sizes_count_scales_and_the_rest(tmp_path: Path) -> None:
+    settings, make, _ = FORMS["gptq act-order"]
+    quantized_folder(tmp_path, settings, make)
+    info = HuggingFaceCheckpoint(tmp_path).tensors["layers.0.up.weight"]  # [48, 32], two groups
+    assert info.nbytes == 48 * 16 + 2 * 48 * 2 + 2 * 24 + 32 * 4
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "fp8"])
+def test_layers_left_as_they_were(form: str, tmp_path: Path) -> None:
+    settings, make, dtype = FORMS[form]
+    settings = settings | {"modules_to_not_convert": ["layers.0.self_attn", "lm_head"]}
+    values = quantized_folder(tmp_path, settings, make, skip=("layers.0.self_attn",))
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.tensors["layers.0.q.weight"].dtype == "float16"
+    assert checkpoint.read_quantized("layers.0.q.weight") is None
+    assert checkpoint.tensors["layers.1.q.weight"].dtype == dtype
+    for name in checkpoint.tensors:
+        np.testing.assert_array_equal(checkpoint.read(name), values[transformers_name(name)])
+
+
+def test_what_the_writers_leave_beside_the_weights(tmp_path: Path) -> None:
+    """AutoGPTQ's biases of zeros, scales of activations and of a KV cache."""
+
+    def add_biases(tensors: dict[str, np.ndarray]) -> None:
+        for name in [n for n in tensors if n.endswith("qweight")]:
+            bias = np.zeros(tensors[name].shape[1], np.float16)
+            tensors[name.replace("qweight", "bias")] = bias
+
+    quantized_folder(tmp_path / "gptq", GPTQ, gptq_layer, change=add_biases)
+    assert not HuggingFaceCheckpoint(tmp_path / "gptq").config.has_o_bias
+
+    def add_scales(tensors: dict[str, np.ndarray]) -> None:
+        for name in [n for n in tensors if n.endswith("weight_scale")]:
+            tensors[name.replace("weight_scale", "input_scale")] = np.ones(1, np.float32)
+        tensors["model.layers.0.self_attn.k_scale"] = np.ones(1, np.float32)
+
+    quantized_folder(tmp_path / "fp8", FP8, fp8_layer, change=add_scales)
+    HuggingFaceCheckpoint(tmp_path / "fp8")
+
+    def add_bias(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.mlp.up_proj.bias"] = np.ones(48, np.float16)
+
+    quantized_folder(tmp_path / "bad", GPTQ, gptq_layer, change=add_bias)
+    with pytest.raises(CheckpointError, match=r"layers.0.up.bias does not belong"):
+        HuggingFaceCheckpoint(tmp_path / "bad")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("awq", "'awq' is not an object"),
+        ({}, "quant_method None is not supported; nanocupy takes awq (4 bits"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported"),
+        ({"quant_method": 4}, "quant_method is 4; it must be text"),
+        (AWQ | {"bits": 3}, "bits is 3: not supported"),
+        (AWQ | {"bits": None}, "bits is missing"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv': not supported"),
+        (AWQ | {"group_size": 0}, "group_size is 0"),
+        (AWQ | {"group_size": "x"}, "group_size is 'x'"),
+        (AWQ | {"zero_point": 1}, "zero_point is 1; it must be true or false"),
+        (AWQ | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'"),
+        (GPTQ | {"bits": 2}, "bits is 2: not supported"),
+        (GPTQ | {"bits": 8, "sym": False}, "sym is false with 8 bits"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format is true"),
+        (GPTQ | {"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
+        (GPTQ | {"dynamic": {"+:.*up.*": {"bits": 8}}}, "settings by layer are not supported"),
+        (FP8 | {"fmt": "e5m2"}, "fmt is 'e5m2'"),
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size is [128]"),
+        (FP8 | {"weight_block_size": [0, 16]}, "weight_block_size is [0, 16]"),
+        (compressed("tensor") | {"format": "pack-quantized"}, "format is 'pack-quantized'"),
+        (compressed("tensor") | {"config_groups": {}}, "config_groups is {}"),
+        (compressed("tensor") | {"config_groups": {"g": {}}}, "'g' has no weights"),
+        (compressed("tensor", num_bits=4), "num_bits is 4"),
+        (compressed("tensor", type="int"), "type is 'int'"),
+        (compressed("group"), "strategy is 'group'"),
+        (compressed("tensor", symmetric=False), "symmetric is false"),
+        (compressed("block"), "strategy 'block' contradicts block_structure None"),
+        (compressed("tensor") | {"sparsity_config": {"format": "2:4"}}, "sparsity_config is"),
+    ],
+)
+def test_settings_that_are_not_taken(settings: Any, words: str, tmp_path: Path) -> None:
+    quantized_folder(tmp_path, settings, awq_layer)
+    with pytest.raises(CheckpointError) as caught:
+        HuggingFaceCheckpoint(tmp_path)
+    message = str(caught.value)
+    assert f"{tmp_path}/config.json: quantization_config" in message
+    assert words in message
+    assert "\n" not in message
+
+
+UP = "model.layers.1.mlp.up_proj."  # [48, 32]
+
+
+def put(part: str, array: np.ndarray | None) -> Any:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        if array is None:
+            del tensors[UP + part]
+        else:
+            tensors[UP + part] = array
+
+    return change
+
+
+I32, F16, F32 = np.int32, np.float16, np.float32
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("awq", put("qweight", None), "has no qweight, which awq, 4 bits, groups of 16 needs"),
+        ("awq", put("qzeros", None), "has no qzeros"),
+        ("awq", put("scales", None), "has no scales"),
+        ("awq", put("qweight", np.zeros((48, 4), I32)), "has qweight of shape [48, 4]; a matrix"),
+        ("awq", put("qweight", np.zeros((32, 6), F32)), "has qweight stored as F32; it must be I3"),
+        ("awq", put("qzeros", np.zeros((2, 5), I32)), "has qzeros of shape [2, 5]"),
+        ("awq", put("scales", np.zeros((4, 48), F16)), "has scales of shape [4, 48]"),
+        ("awq", put("scales", np.zeros((2, 48), I32)), "has scales stored as I32"),
+        ("awq", put("weight", np.zeros((48, 32), F16)), "in floating point, but has qweight"),
+        ("awq", put("zeros", np.zeros(3, F16)), "up_proj.zeros' in model.safetensors is not part"),
+        ("gptq", put("qzeros", None), "has no qzeros, which gptq, 4 bits, groups of 16 needs"),
+        ("gptq", put("qweight", np.zeros((32, 6), I32)), "has qweight of shape [32, 6]"),
+        ("gptq", put("g_idx", np.zeros(48, I32)), "has g_idx of shape [48]"),
+        ("gptq act-order", put("g_idx", None), "has no g_idx"),
+        ("gptq 8 bits", put("qweight", np.zeros((4, 48), I32)), "has qweight of shape [4, 48]"),
+        ("fp8", put("weight_scale", None), "has neither weight_scale nor weight_scale_inv"),
+        ("fp8", put("weight_scale_inv", np.ones(1, F32)), "need one of weight_scale and"),
+        ("fp8", put("weight", None), "has no weight, which fp8"),
+        ("fp8", put("weight", np.ones((48, 32), F16)), "is stored in floating point, but has"),
+        ("fp8", put("weight_scale", np.ones(7, F32)), "has weight_scale of shape [7]"),
+        ("fp8 blocks", put("weight_scale_inv", np.ones((3, 2), F32)), "_inv of shape [3, 2]; a m"),
+    ],
+)
+def test_tensors_that_do_not_fit(form: str, change: Any, words: str, tmp_path: Path) -> None:
+    settings, make, _ = FORMS[form]
+    quantized_folder(tmp_path, settings, make, change=change)
+    with pytest.raises(CheckpointError) as caught:
+        HuggingFaceCheckpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "words"),
+    [
+        ("awq", {"group_size": 20}, "inputs, which groups of 20 do not divide"),
+        ("gptq", {"group_size": 128}, "inputs, which groups of 128 do not divide"),
+        ("fp8 blocks", {"weight_block_size": [16, 20]}, "which blocks of 20 do not divide"),
+    ],
+)
+def test_groups_that_do_not_divide(
+    form: str, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    stated, make, _ = FORMS[form]
+    quantized_folder(tmp_path, stated | settings, make)
+    with pytest.raises(CheckpointError, match=words):
+        HuggingFaceCheckpoint(tmp_path)
+
+
+def with_value(part: str, at: Any, value: Any) -> Any:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        array = tensors[UP + part].copy()
+        array[at] = value
+        tensors[UP + part] = array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("awq", with_value("scales", (1, 5), np.nan), "holds NaN or infinite scales"),
+        ("awq", with_value("scales", (1, 5), 0), "holds a scale of 0 (row 5, group 1)"),
+        ("gptq", with_value("scales", (0, 5), np.inf), "holds NaN or infinite scales"),
+        ("gptq", with_value("scales", (0, 5), 0), "holds a scale of 0 (row 5, group 0)"),
+        ("gptq", with_value("g_idx", 3, 2), "has a g_idx of 2; there are the groups 0 to 1"),
+        ("gptq", with_value("g_idx", 3, -1), "has a g_idx of -1"),
+        ("gptq", with_value("g_idx", 3, 1), "has 15 inputs in group 0 by g_idx"),
+        ("gptq 8 bits", with_value("qzeros", (0, 0), 5), "8-bit codes whose zero is not 128"),
+        ("fp8", with_value("weight_scale", 0, 0), "holds a scale of 0"),
+        ("fp8", with_value("weight_scale", 0, np.nan), "holds NaN or infinite scales"),
+        ("fp8", with_value("weight", (2, 3), np.nan), "holds NaN values"),
+        ("fp8 blocks", with_value("weight_scale_inv", (1, 1), 0), "scale of 0 (row 10, group 1)"),
+    ],
+)
+def test_numbers_that_are_none(form: str, change: Any, words: str, tmp_path: Path) -> None:
+    settings, make, _ = FORMS[form]
+    quantized_folder(tmp_path, settings, make, change=change)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)  # only headers are looked at
+    for read in (checkpoint.read, checkpoint.read_quantized):
+        with pytest.raises(CheckpointError) as caught:
+            read("layers.1.up.weight")
+        assert str(caught.value).startswith(f"{tmp_path}: tensor layers.1.up.weight h")
+        assert words in str(caught.value)
+    damaged = [name for name, problem in checkpoint.verify() if problem]
+    assert damaged == ["layers.1.up.weight"]
+
+
+def test_an_unquantised_folder_has_no_codes(tmp_path: Path) -> None:
+    quantized_folder(tmp_path, None, awq_layer, skip=("",))  # type: ignore[arg-type]
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    assert checkpoint.read_quantized("layers.0.q.weight") is None
+    assert "quantization" not in checkpoint.metadata
+    with pytest.raises(CheckpointError, match="no tensor is named 'x'"):
+        checkpoint.read_quantized("x")
