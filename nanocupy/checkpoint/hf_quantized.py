@@ -15,7 +15,7 @@ from nanocupy.checkpoint.hf_quantization import Scheme
 from nanocupy.checkpoint.quantized_checks import check_numbers
 from nanocupy.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from nanocupy.errors import CheckpointError
-from nanocupy.quantized import QuantizedMatrix, pack_int4
+from nanocupy.quantized import QuantizedMatrix
 
 Place = tuple[SafetensorsFile, StoredTensor]
 
@@ -158,10 +158,11 @@ class QuantizedLayer:
     def _read_awq(self) -> QuantizedMatrix:
         num_rows, num_inputs = self.shape
         words = self._array("qweight")  # [K, N / 8]
-        codes = np.empty((num_rows, num_inputs // 2), np.uint8)
-        for start in range(0, num_rows, _ROWS_AT_ONCE):
-            chunk = words[:, start // 8 : (start + _ROWS_AT_ONCE) // 8]
-            codes[start : start + _ROWS_AT_ONCE] = pack_int4(_awq_unpacked(chunk))
+        codes = np.empty((num_rows // 8, 8, num_inputs // 2), np.uint8)
+        step = _ROWS_AT_ONCE // 8
+        for start in range(0, num_rows // 8, step):
+            _repack_awq(words[:, start : start + step], codes[start : start + step])
+        codes = codes.reshape(num_rows, -1)
         scales = self._scales()
         zeros = np.float32(8)  # the middle of the codes, where the file has no zeros
         if "qzeros" in self._parts:
@@ -170,27 +171,28 @@ class QuantizedLayer:
 
     def _read_gptq(self) -> QuantizedMatrix:
         bits = self._scheme.bits
-        # Little-endian words hold their first code lowest: a row of them is a row of bytes.
-        rows = self._array("qweight").T.copy().view(np.uint8)
+        words = self._array("qweight")  # [K * bits / 32, N]
         zeros = np.ascontiguousarray(self._array("qzeros")).view(np.uint8)  # [groups, …]
         if bits == 4:
             zeros = _nibbles(zeros)
         if self._scheme.zeros_less_one:
             zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
         scales, order = self._scales(), self._order()
+        if bits == 8 and (zeros != 128).any():
+            self._fail("has 8-bit codes whose zero is not 128: not supported (sym false)")
+        if order is None:
+            # Little-endian words hold their first code lowest: a row of them is a row of bytes.
+            codes = words.T.copy().view(np.uint8)
+        else:
+            codes = np.empty((self.shape[0], self.shape[1] * bits // 8), np.uint8)
+            for start in range(0, len(codes), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                codes[rows] = _gptq_sorted(words[:, rows], bits, order)
         if bits == 8:
-            if (zeros != 128).any():
-                self._fail("has 8-bit codes whose zero is not 128: not supported (sym false)")
-            codes = (rows ^ np.uint8(128)).view(np.int8)
-            if order is not None:
-                codes = codes[:, order]
-            return QuantizedMatrix("int8", codes, scales, None, self.group_size, order)
-        if order is not None:
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                piece = rows[start : start + _ROWS_AT_ONCE]
-                piece[:] = pack_int4(_nibbles(piece)[:, order])
+            signed = (codes ^ np.uint8(128)).view(np.int8)
+            return QuantizedMatrix("int8", signed, scales, None, self.group_size, order)
         offsets = -zeros.T.astype(np.float32) * scales
-        return QuantizedMatrix("int4", rows, scales, offsets, self.group_size, order)
+        return QuantizedMatrix("int4", codes, scales, offsets, self.group_size, order)
 
     def _order(self) -> np.ndarray | None:
         """The inputs sorted by their groups, int32 [K]; None where they lie so already."""
@@ -233,3 +235,25 @@ def _awq_unpacked(words: np.ndarray) -> np.ndarray:
     for i, output in enumerate(_AWQ_ORDER):
         codes[:, output] = ((words >> np.uint32(4 * i)) & np.uint32(15)).T
     return codes.reshape(-1, words.shape[0])
+
+
+def _repack_awq(words: np.ndarray, out: np.ndarray) -> None:
+    """uint32 [K, C], eight outputs to a word -> uint8 [C, 8, K / 2], two inputs to a byte."""
+    data = np.ascontiguousarray(words).view(np.uint8)  # [K, 4 C]
+    even, odd = data[0::2], data[1::2]
+    low = (even & 15 | odd << 4).reshape(len(even), -1, 4)
+    high = (even >> 4 | odd & 0xF0).reshape(low.shape)
+    for byte in range(4):
+        out[:, _AWQ_ORDER[2 * byte]] = low[:, :, byte].T
+        out[:, _AWQ_ORDER[2 * byte + 1]] = high[:, :, byte].T
+
+
+def _gptq_sorted(words: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
+    """uint32 [K * bits / 32, C], inputs packed in their own order -> uint8 [C, K * bits / 8], in
+    `order`."""
+    in_word, mask = 32 // bits, np.uint32((1 << bits) - 1)
+    inputs = np.empty((len(words), in_word, words.shape[1]), np.uint8)
+    for i in range(in_word):
+        inputs[:, i] = words >> np.uint32(bits * i) & mask
+    inputs = inputs.reshape(-1, words.shape[1])[order]  # [K, C]
+    return (inputs if bits == 8 else inputs[0::2] | inputs[1::2] << 4).T
