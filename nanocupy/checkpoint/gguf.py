@@ -19,7 +19,7 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors, inte
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.gguf_config import model_config
 from nanocupy.checkpoint.gguf_file import GGUFFile, StoredTensor
-from nanocupy.checkpoint.gguf_quantized import KINDS, quantized_matrix
+from nanocupy.checkpoint.gguf_quantized import TYPES, quantized_matrix
 from nanocupy.errors import CheckpointError
 from nanocupy.quantized import QuantizedMatrix
 from nanocupy.strict_json import shown
@@ -84,8 +84,8 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file; see `Checkpoint`.
 
     F32, F16 and BF16 tensors come as views of the file (the rotary rows of llama files excepted,
-    which are put in half-split order), quantised ones decoded to float32; those of Q4_0, Q4_1 and
-    Q8_0 as codes, too.
+    which are put in half-split order), quantised ones decoded to float32; most of these as codes,
+    too.
     Raises CheckpointError, ConfigError.
     """
 
@@ -153,13 +153,15 @@ class GGUFCheckpoint(Checkpoint):
         return _decode(self._blocks(name, tensor), tensor)
 
     def read_quantized(self, name: str) -> QuantizedMatrix | None:
-        """Q4_0, Q4_1 and Q8_0 matrices as they are; see `Checkpoint`."""
+        """The codes of every type but Q5_1 and Q5_K as they are; see `Checkpoint`."""
         if name not in self._places:
             self._fail(f"no tensor is named {shown(name)}")
         tensor = self._places[name]
-        if tensor.type.name not in KINDS or len(tensor.shape) != 2:
+        if tensor.type.name not in TYPES or len(tensor.shape) != 2:
             return None
-        matrix = quantized_matrix(self._blocks(name, tensor), tensor.type.name)
+        rows = self._blocks(name, tensor)
+        blocks = rows.reshape(len(rows), -1, tensor.type.block_bytes)
+        matrix = quantized_matrix(blocks, tensor.type.name)
         numbers = (matrix.scales, matrix.offsets)
         if not all(np.isfinite(part).all() for part in numbers if part is not None):
             self._fail(

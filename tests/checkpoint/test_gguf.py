@@ -93,11 +93,23 @@ def test_every_storage_type(architecture: str, type_id: int, tmp_path: Path) -> 
     assert all(fault is None for _, fault in checkpoint.verify())
 
 
+CODES = {  # type -> kind and group size
+    Type.Q4_0: ("int4", 32),
+    Type.Q4_1: ("int4", 32),
+    Type.Q5_0: ("int8", 32),
+    Type.Q8_0: ("int8", 32),
+    Type.Q4_K: ("int4", 32),
+    Type.Q6_K: ("int8", 16),
+}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("type_id", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+@pytest.mark.parametrize("type_id", CODES)
 def test_codes_keep_their_bits(architecture: str, type_id: Type, tmp_path: Path) -> None:
     config = tiny_config(architecture=architecture, has_qkv_bias=architecture == "qwen2")
-    config = config.with_(hidden_size=96, intermediate_size=160, num_heads=4, head_size=24)
+    width = 256 if type_id in (Type.Q4_K, Type.Q6_K) else 32
+    config = config.with_(hidden_size=3 * width, intermediate_size=5 * width)
+    config = config.with_(num_heads=4, head_size=3 * width // 4)
     path = write_gguf(tmp_path / "m.gguf", TinyCheckpoint(config), matrix_type=type_id)
     checkpoint = GGUFCheckpoint(path)
     for name, info in checkpoint.tensors.items():
@@ -106,10 +118,17 @@ def test_codes_keep_their_bits(architecture: str, type_id: Type, tmp_path: Path)
             assert matrix is None
             continue
         assert matrix is not None
-        assert (matrix.shape, matrix.group_size) == (info.shape, 32)
-        assert matrix.kind == ("int8" if type_id == Type.Q8_0 else "int4")
+        assert matrix.shape == info.shape
+        assert (matrix.kind, matrix.group_size) == CODES[type_id]
+        # `read` is held equal to the gguf package's decoder above.
         np.testing.assert_array_equal(matrix.dequantize(), checkpoint.read(name), name)
-    # Row by row, from the blocks themselves: the value of element i of a block.
+
+
+@pytest.mark.parametrize("type_id", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_elements_of_a_block(type_id: Type, tmp_path: Path) -> None:
+    model = TinyCheckpoint(tiny_config())
+    path = write_gguf(tmp_path / "m.gguf", model, matrix_type=type_id)
+    checkpoint = GGUFCheckpoint(path)
     stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
     block = bytes(stored.data.reshape(-1)[: gguf.GGML_QUANT_SIZES[type_id][1]])
     d, m = (float(x) for x in np.frombuffer(block[:4], "<f2"))
@@ -128,7 +147,7 @@ def test_codes_keep_their_bits(architecture: str, type_id: Type, tmp_path: Path)
 
 def test_other_types_have_no_codes(tmp_path: Path) -> None:
     config = tiny_config(hidden_size=256, intermediate_size=256, num_heads=4, head_size=64)
-    for type_id in (Type.Q5_0, Type.Q6_K, Type.BF16):
+    for type_id in (Type.Q5_1, Type.Q5_K, Type.BF16):
         path = write_gguf(tmp_path / "m.gguf", TinyCheckpoint(config), matrix_type=type_id)
         assert GGUFCheckpoint(path).read_quantized("layers.0.q.weight") is None
 
