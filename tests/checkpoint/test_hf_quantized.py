@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nanocupy.checkpoint import open_checkpoint
 from nanocupy.checkpoint.huggingface import HuggingFaceCheckpoint
+from nanocupy.cli import main
 from nanocupy.errors import CheckpointError
 from nanocupy.model.load import load_numpy_weights
 from tests.checkpoint.quantized_folders import (
@@ -135,11 +138,41 @@ def test_every_form_is_read(form: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("form", ["awq", "gptq act-order", "gptq 8 bits act-order"])
+def test_layers_unpacked_in_pieces(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanocupy.checkpoint.hf_quantized._ROWS_AT_ONCE", 24)
+    settings, make, _ = FORMS[form]
+    values = quantized_folder(tmp_path, settings, make)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    for name in checkpoint.tensors:
+        np.testing.assert_array_equal(checkpoint.read(name), values[transformers_name(name)])
+
+
 def test_sizes_count_scales_and_the_rest(tmp_path: Path) -> None:
     settings, make, _ = FORMS["gptq act-order"]
     quantized_folder(tmp_path, settings, make)
     info = HuggingFaceCheckpoint(tmp_path).tensors["layers.0.up.weight"]  # [48, 32], two groups
     assert info.nbytes == 48 * 16 + 2 * 48 * 2 + 2 * 24 + 32 * 4
+
+
+def test_inspect_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, make, _ = FORMS["gptq act-order"]
+    values = quantized_folder(tmp_path / "hf", settings, make)
+    assert main(["inspect", str(tmp_path / "hf"), "--verify", "--json", "--tensors"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtypes"]["int4"]["tensors"] == 14
+    assert report["metadata"]["quantization"] == "gptq, 4 bits, groups of 16, act-order"
+    assert report["verify"]["damaged"] == {}
+    for options, dtype in (((), "int4"), (("--dtype", "float32"), "float32")):
+        out = tmp_path / "m.nano"
+        assert main(["export-llama", str(tmp_path / "hf"), str(out), *options]) == 0
+        capsys.readouterr()
+        with open_checkpoint(out) as opened:
+            assert opened.tensors["layers.0.q.weight"].dtype == dtype
+            for name in opened.tensors:
+                np.testing.assert_array_equal(opened.read(name), values[transformers_name(name)])
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq", "fp8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 
 from nanocupy.checkpoint import open_checkpoint
 from nanocupy.checkpoint.base import GroupedInt8
-from nanocupy.errors import CheckpointError
+from nanocupy.errors import CheckpointError, ConfigError
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
-from tests.checkpoint.nanoinfer2_files import CODES, Nano2, Tensor, honest
+from tests.checkpoint.nanoinfer2_files import CODES, Nano2, Tensor, honest, resealed
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
 MODEL = TinyCheckpoint(tiny_config(num_layers=1), dtype="bfloat16")
@@ -260,6 +261,22 @@ def test_a_changed_code_breaks_the_checksum(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "m.nano") as opened:
         damaged = [name for name, problem in opened.verify() if problem]
     assert damaged == [NAME]
+
+
+def test_resealed_damage_opens_or_fails_cleanly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    path = tmp_path / "m.nano"
+    for dtype, with_order in FORMS:
+        honest_bytes = Packed(dtype, with_order=with_order).file().pack()
+        entry = honest_bytes.index(NAME.encode()) - 56  # of two dimensions, before its name
+        for _ in range(150):
+            data = bytearray(honest_bytes)
+            for _ in range(rng.integers(1, 4)):
+                data[entry + rng.integers(56)] = rng.choice([0, 1, 2, 16, 255, rng.integers(256)])
+            path.write_bytes(resealed(data))
+            with suppress(CheckpointError, ConfigError), open_checkpoint(path) as opened:
+                assert opened.read(NAME).shape == SHAPE
+                opened.read_quantized(NAME)
 
 
 def test_every_float8_code_is_what_ml_dtypes_says() -> None:
