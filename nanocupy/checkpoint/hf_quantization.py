@@ -15,7 +15,7 @@ from nanocupy.strict_json import shown
 
 TAKEN = (
     "nanocupy takes awq (4 bits, version gemm), gptq (4 bits, or 8 with sym), fp8 (e4m3) and "
-    "compressed-tensors (float-quantized, 8 bits)"
+    "compressed-tensors (float-quantized; pack-quantized in 4 bits, or 8 if symmetric)"
 )
 # Layers that stay as they are; every method spells it in its own way.
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")
@@ -25,11 +25,12 @@ _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")
 class Scheme:
     """How the quantised layers of a folder are stored.
 
-    method      "awq", "gptq" or "fp8", which compressed-tensors' float-quantized is, too
+    method      "awq", "gptq", "fp8" (which compressed-tensors' float-quantized is, too), or
+                "packed", its pack-quantized
     bits        of a code
     group_size  inputs with one scale; None: all of a row
-    needs_zeros       awq without zero_point may leave qzeros out
-    needs_order       gptq with desc_act must have g_idx
+    needs_zeros       awq without zero_point and packed symmetric layers may leave zeros out
+    needs_order       act-order: the groups of inputs must be there
     zeros_less_one    gptq's first format stores its zeros less one
     block       rows and inputs with one scale (fp8); None: a scale a row, or one for all
     label       for people
@@ -121,33 +122,60 @@ def _fp8(fields: Fields) -> Scheme:
 
 
 def _compressed(fields: Fields) -> Scheme:
-    _require(fields, "format", fields.text("format"), ("float-quantized",))
+    form = fields.text("format")
+    _require(fields, "format", form, ("float-quantized", "pack-quantized"))
     sparsity = fields.values.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")):
         fields.fail(f"sparsity_config is {shown(sparsity)}: not supported; {TAKEN}")
     groups = fields.values.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         fields.fail(f"config_groups is {shown(groups)}; it must be an object of groups")
-    blocks: set[tuple[int, int] | None] = set()
+    read = _compressed_floats if form == "float-quantized" else _compressed_words
+    schemes: set[Scheme] = set()
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             fields.fail(f"config_groups: {shown(name)} has no weights; {TAKEN}")
-        inner = Fields(f"{fields.where}: config_groups: {shown(name)}: weights", weights)
-        _require(inner, "num_bits", inner.integer("num_bits"), (8,))
-        _require(inner, "type", inner.text("type"), ("float",))
-        strategy = inner.text("strategy")
-        _require(inner, "strategy", strategy, ("tensor", "channel", "block"))
-        if not inner.flag("symmetric", True):
-            inner.fail(f"symmetric is false: not supported; {TAKEN}")
-        block = _block(inner, "block_structure")
-        if (strategy == "block") != (block is not None):
-            inner.fail(f"strategy {shown(strategy)} contradicts block_structure {shown(block)}")
-        blocks.add(block)
-    if len(blocks) > 1:
-        fields.fail("config_groups differ in their blocks: not supported")
-    (block,) = blocks
+        schemes.add(read(Fields(f"{fields.where}: config_groups: {shown(name)}: weights", weights)))
+    if len(schemes) > 1:
+        fields.fail("config_groups differ in how weights are stored: not supported")
+    return schemes.pop()
+
+
+def _compressed_floats(weights: Fields) -> Scheme:
+    _require(weights, "num_bits", weights.integer("num_bits"), (8,))
+    _require(weights, "type", weights.text("type"), ("float",))
+    strategy = weights.text("strategy")
+    _require(weights, "strategy", strategy, ("tensor", "channel", "block"))
+    if not weights.flag("symmetric", True):
+        weights.fail(f"symmetric is false: not supported; {TAKEN}")
+    block = _block(weights, "block_structure")
+    if (strategy == "block") != (block is not None):
+        weights.fail(f"strategy {shown(strategy)} contradicts block_structure {shown(block)}")
     return Scheme("fp8", 8, None, block=block, label=f"compressed-tensors, fp8, {_blocked(block)}")
+
+
+def _compressed_words(weights: Fields) -> Scheme:
+    bits = weights.integer("num_bits")
+    _require(weights, "num_bits", bits, (4, 8))
+    _require(weights, "type", weights.text("type") or "int", ("int",))
+    strategy = weights.text("strategy")
+    _require(weights, "strategy", strategy, ("group", "channel"))
+    group_size = _group_size(weights) if strategy == "group" else None
+    symmetric = weights.flag("symmetric", True)
+    if bits == 8 and not symmetric:
+        weights.fail(f"symmetric is false with 8 bits: not supported; {TAKEN}")
+    act_order = weights.values.get("actorder")
+    _require(weights, "actorder", act_order, (None, False, "static", "weight", "group", "dynamic"))
+    return Scheme(
+        "packed",
+        bits,
+        group_size,
+        needs_zeros=not symmetric,
+        # The other orders leave nothing behind: groups are of consecutive inputs.
+        needs_order=act_order in ("group", "dynamic"),
+        label=f"compressed-tensors, {bits} bits, {_grouped(group_size)}",
+    )
 
 
 def _require(fields: Fields, key: str, value: object, allowed: tuple[object, ...]) -> None:

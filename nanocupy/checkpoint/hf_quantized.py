@@ -19,14 +19,17 @@ from nanocupy.quantized import QuantizedMatrix
 
 Place = tuple[SafetensorsFile, StoredTensor]
 
-# The ends of the names of a layer's tensors. Scales of activations are not needed: products are
-# computed in 16 bits or more.
+# The ends of the names of a layer's tensors. Scales of activations are not needed, as products are
+# computed in 16 bits or more, nor are shapes, which the config gives.
 PARTS: Mapping[str, frozenset[str]] = {
     "awq": frozenset({"qweight", "qzeros", "scales"}),
     "gptq": frozenset({"qweight", "qzeros", "scales", "g_idx"}),
     "fp8": frozenset({"weight", "weight_scale", "weight_scale_inv"}),
+    "packed": frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"}),
 }
-IGNORED_PARTS = frozenset({"input_scale", "output_scale", "q_scale", "k_scale", "v_scale"})
+IGNORED_PARTS = frozenset(
+    {"input_scale", "output_scale", "q_scale", "k_scale", "v_scale", "weight_shape"}
+)
 
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 # Which output of eight the four bits i of an AWQ word belong to.
@@ -83,12 +86,20 @@ class QuantizedLayer:
                 f"has {num_inputs} inputs, which groups of {self.group_size} do not divide; "
                 "quantise the model in another group_size"
             )
-        in_word = 32 // self._scheme.bits
-        packed = num_rows if self._scheme.method == "awq" else num_inputs
+        in_word, method = 32 // self._scheme.bits, self._scheme.method
+        packed = num_rows if method == "awq" else num_inputs
         if num_rows % in_word or packed % in_word or num_inputs % 2:
             self._fail(f"is {list(self.shape)}: {in_word} codes to a word do not fill it")
         num_groups = num_inputs // self.group_size
-        if self._scheme.method == "awq":
+        if method == "packed":
+            self._check_part("weight_packed", ("I32",), (num_rows, num_inputs // in_word))
+            self._check_part("weight_scale", _SCALE_DTYPES, (num_rows, num_groups))
+            if "weight_zero_point" in self._parts or self._scheme.needs_zeros:
+                self._check_part("weight_zero_point", ("I32",), (num_rows // in_word, num_groups))
+            if "weight_g_idx" in self._parts or self._scheme.needs_order:
+                self._check_part("weight_g_idx", ("I32",), (num_inputs,))
+            return
+        if method == "awq":
             words = (num_inputs, num_rows // in_word)
         else:
             words = (num_inputs // in_word, num_rows)
@@ -131,8 +142,10 @@ class QuantizedLayer:
             matrix = self._read_fp8()
         elif self._scheme.method == "awq":
             matrix = self._read_awq()
-        else:
+        elif self._scheme.method == "gptq":
             matrix = self._read_gptq()
+        else:
+            matrix = self._read_packed()
         check_numbers(
             matrix.kind,
             matrix.codes,
@@ -177,37 +190,58 @@ class QuantizedLayer:
             zeros = _nibbles(zeros)
         if self._scheme.zeros_less_one:
             zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
-        scales, order = self._scales(), self._order()
-        if bits == 8 and (zeros != 128).any():
-            self._fail("has 8-bit codes whose zero is not 128: not supported (sym false)")
-        if order is None:
-            # Little-endian words hold their first code lowest: a row of them is a row of bytes.
-            codes = words.T.copy().view(np.uint8)
-        else:
-            codes = np.empty((self.shape[0], self.shape[1] * bits // 8), np.uint8)
-            for start in range(0, len(codes), _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                codes[rows] = _gptq_sorted(words[:, rows], bits, order)
-        if bits == 8:
-            signed = (codes ^ np.uint8(128)).view(np.int8)
-            return QuantizedMatrix("int8", signed, scales, None, self.group_size, order)
-        offsets = -zeros.T.astype(np.float32) * scales
-        return QuantizedMatrix("int4", codes, scales, offsets, self.group_size, order)
+        scales, order = self._scales(), self._order("g_idx")
+        # Little-endian words hold their first code lowest: a row of them is a row of bytes.
+        codes = words.T.copy().view(np.uint8) if order is None else self._sorted(words, order)
+        return self._matrix(codes, scales, zeros.T, order)
 
-    def _order(self) -> np.ndarray | None:
-        """The inputs sorted by their groups, int32 [K]; None where they lie so already."""
-        if "g_idx" not in self._parts:
+    def _read_packed(self) -> QuantizedMatrix:
+        words = self._array("weight_packed")  # [N, K * bits / 32]
+        order = self._order("weight_g_idx")
+        codes = words.view(np.uint8) if order is None else self._sorted(words.T, order)
+        scales = self._array("weight_scale").astype(np.float32)
+        zeros: np.ndarray = np.full((1, 1), 1 << (self._scheme.bits - 1), np.uint8)
+        if "weight_zero_point" in self._parts:
+            zeros = self._array("weight_zero_point").T.copy().view(np.uint8)
+            zeros = (_nibbles(zeros) if self._scheme.bits == 4 else zeros).T
+        return self._matrix(codes, scales, zeros, order)
+
+    def _matrix(
+        self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, order: np.ndarray | None
+    ) -> QuantizedMatrix:
+        """Of codes as bytes [N, …], scales and zeros [N, groups]."""
+        if self._scheme.bits == 4:
+            offsets = -zeros.astype(np.float32) * scales
+            return QuantizedMatrix("int4", codes, scales, offsets, self.group_size, order)
+        if (zeros != 128).any():
+            self._fail("has 8-bit codes whose zero is not 128: not supported (not symmetric)")
+        signed = (codes ^ np.uint8(128)).view(np.int8)
+        return QuantizedMatrix("int8", signed, scales, None, self.group_size, order)
+
+    def _sorted(self, words: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Words [K * bits / 32, N] -> codes as bytes [N, …], inputs in `order`."""
+        bits = self._scheme.bits
+        codes = np.empty((self.shape[0], self.shape[1] * bits // 8), np.uint8)
+        for start in range(0, len(codes), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            codes[rows] = _sorted_inputs(words[:, rows], bits, order)
+        return codes
+
+    def _order(self, part: str) -> np.ndarray | None:
+        """The inputs sorted by their groups, int32 [K]; None where they lie so already. part: the
+        tensor that has each input's group."""
+        if part not in self._parts:
             return None
-        groups = self._array("g_idx").view(np.int32)
+        groups = self._array(part).view(np.int32)
         num_groups = len(groups) // self.group_size
         if groups.min() < 0 or groups.max() >= num_groups:
             wrong = groups.min() if groups.min() < 0 else groups.max()
-            self._fail(f"has a g_idx of {wrong}; there are the groups 0 to {num_groups - 1}")
+            self._fail(f"has a {part} of {wrong}; there are the groups 0 to {num_groups - 1}")
         counts = np.bincount(groups, minlength=num_groups)
         if (counts != self.group_size).any():
             group = int(np.argmax(counts != self.group_size))
             self._fail(
-                f"has {counts[group]} inputs in group {group} by g_idx; groups of other than "
+                f"has {counts[group]} inputs in group {group} by {part}; groups of other than "
                 f"{self.group_size} are not supported"
             )
         order = np.argsort(groups, kind="stable").astype(np.int32)
@@ -248,7 +282,7 @@ def _repack_awq(words: np.ndarray, out: np.ndarray) -> None:
         out[:, _AWQ_ORDER[2 * byte + 1]] = high[:, :, byte].T
 
 
-def _gptq_sorted(words: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
+def _sorted_inputs(words: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
     """uint32 [K * bits / 32, C], inputs packed in their own order -> uint8 [C, K * bits / 8], in
     `order`."""
     in_word, mask = 32 // bits, np.uint32((1 << bits) - 1)

@@ -124,6 +124,46 @@ def gptq_layer(
     return Layer(tensors, values)
 
 
+def packed_layer(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    *,
+    group: int = GROUP,
+    bits: int = 4,
+    sym: bool = True,
+    act_order: bool = False,
+) -> Layer:
+    """compressed-tensors' pack-quantized: signed codes plus half the range, from the lowest bits of
+    a word up along the inputs; zeros likewise along the outputs."""
+    num_rows, num_inputs = shape
+    num_groups = num_inputs // group
+    half = 1 << (bits - 1)
+    codes = rng.integers(-half, half, shape)
+    zeros = np.zeros((num_rows, num_groups), np.int64)
+    if not sym:
+        zeros = rng.integers(-half, half, zeros.shape)
+    scales = rng.uniform(0.01, 0.03, zeros.shape).astype(ml_dtypes.bfloat16)
+    g_idx = np.arange(num_inputs) // group
+    if act_order:
+        g_idx = rng.permutation(g_idx)
+    values = np.zeros(shape, np.float32)
+    for n in range(num_rows):
+        for k in range(num_inputs):
+            g = g_idx[k]
+            values[n, k] = (int(codes[n, k]) - int(zeros[n, g])) * np.float32(scales[n, g])
+    words = gptq_words((codes + half).T, bits).T
+    tensors = {
+        "weight_packed": np.ascontiguousarray(words),
+        "weight_scale": scales,
+        "weight_shape": np.array(shape, np.int64),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = gptq_words(zeros + half, bits)
+    if act_order:
+        tensors["weight_g_idx"] = g_idx.astype(np.int32)
+    return Layer(tensors, values)
+
+
 def float8(code: int) -> float:
     """The value of an e4m3 byte."""
     sign = -1.0 if code >> 7 else 1.0

@@ -20,6 +20,7 @@ from tests.checkpoint.quantized_folders import (
     awq_layer,
     fp8_layer,
     gptq_layer,
+    packed_layer,
     quantized_folder,
 )
 from tests.checkpoint.test_huggingface import transformers_name
@@ -43,6 +44,16 @@ def compressed(strategy: str, **weights: Any) -> dict[str, Any]:
                 "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
             }
         },
+        "ignore": ["lm_head"],
+    }
+
+
+def packed(bits: int = 4, **weights: Any) -> dict[str, Any]:
+    fields = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 16, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": fields}},
         "ignore": ["lm_head"],
     }
 
@@ -98,12 +109,27 @@ FORMS: dict[str, tuple[dict[str, Any], Any, str]] = {
         partial(fp8_layer, scale_shape="block", block=(16, 16)),
         "float8_e4m3",
     ),
+    "packed": (packed(), packed_layer, "int4"),
+    "packed of a row": (packed(strategy="channel", group_size=None), "row packed", "int4"),
+    "packed zeros": (packed(symmetric=False), partial(packed_layer, sym=False), "int4"),
+    "packed act-order": (
+        packed(actorder="group", symmetric=False),
+        partial(packed_layer, act_order=True, sym=False),
+        "int4",
+    ),
+    "packed static": (packed(actorder="static"), packed_layer, "int4"),
+    "packed 8 bits": (packed(8), partial(packed_layer, bits=8), "int8"),
+    "packed 8 bits act-order": (
+        packed(8, actorder="group"),
+        partial(packed_layer, bits=8, act_order=True),
+        "int8",
+    ),
 }
 
 
 def row_layer(kind: str) -> Any:
     """Layers with one group a row, whatever the row's length."""
-    make = awq_layer if kind == "row awq" else gptq_layer
+    make = {"row awq": awq_layer, "row gptq": gptq_layer, "row packed": packed_layer}[kind]
     return lambda rng, shape: make(rng, shape, group=shape[1])
 
 
@@ -138,7 +164,9 @@ def test_every_form_is_read(form: str, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("form", ["awq", "gptq act-order", "gptq 8 bits act-order"])
+@pytest.mark.parametrize(
+    "form", ["awq", "gptq act-order", "gptq 8 bits act-order", "packed act-order"]
+)
 def test_layers_unpacked_in_pieces(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +269,13 @@ def test_what_the_writers_leave_beside_the_weights(tmp_path: Path) -> None:
         (FP8 | {"fmt": "e5m2"}, "fmt is 'e5m2'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size is [128]"),
         (FP8 | {"weight_block_size": [0, 16]}, "weight_block_size is [0, 16]"),
-        (compressed("tensor") | {"format": "pack-quantized"}, "format is 'pack-quantized'"),
+        (compressed("tensor") | {"format": "int-quantized"}, "format is 'int-quantized'"),
+        (packed(3), "num_bits is 3"),
+        (packed(8, symmetric=False), "symmetric is false with 8 bits"),
+        (packed(strategy="tensor"), "strategy is 'tensor'"),
+        (packed(type="float"), "type is 'float'"),
+        (packed(group_size=None), "group_size is missing"),
+        (packed(actorder="x"), "actorder is 'x'"),
         (compressed("tensor") | {"config_groups": {}}, "config_groups is {}"),
         (compressed("tensor") | {"config_groups": {"g": {}}}, "'g' has no weights"),
         (compressed("tensor", num_bits=4), "num_bits is 4"),
@@ -296,6 +330,10 @@ I32, F16, F32 = np.int32, np.float16, np.float32
         ("gptq", put("g_idx", np.zeros(48, I32)), "has g_idx of shape [48]"),
         ("gptq act-order", put("g_idx", None), "has no g_idx"),
         ("gptq 8 bits", put("qweight", np.zeros((4, 48), I32)), "has qweight of shape [4, 48]"),
+        ("packed", put("weight_packed", None), "has no weight_packed, which compressed-tensors, 4"),
+        ("packed", put("weight_scale", np.ones((48, 3), F16)), "has weight_scale of shape [48, 3]"),
+        ("packed zeros", put("weight_zero_point", None), "has no weight_zero_point"),
+        ("packed act-order", put("weight_g_idx", None), "has no weight_g_idx"),
         ("fp8", put("weight_scale", None), "has neither weight_scale nor weight_scale_inv"),
         ("fp8", put("weight_scale_inv", np.ones(1, F32)), "need one of weight_scale and"),
         ("fp8", put("weight", None), "has no weight, which fp8"),
@@ -349,6 +387,8 @@ def with_value(part: str, at: Any, value: Any) -> Any:
         ("gptq", with_value("g_idx", 3, 2), "has a g_idx of 2; there are the groups 0 to 1"),
         ("gptq", with_value("g_idx", 3, -1), "has a g_idx of -1"),
         ("gptq", with_value("g_idx", 3, 1), "has 15 inputs in group 0 by g_idx"),
+        ("packed act-order", with_value("weight_g_idx", 3, 9), "has a weight_g_idx of 9"),
+        ("packed", with_value("weight_scale", (3, 1), 0), "holds a scale of 0 (row 3, group 1)"),
         ("gptq 8 bits", with_value("qzeros", (0, 0), 5), "8-bit codes whose zero is not 128"),
         ("fp8", with_value("weight_scale", 0, 0), "holds a scale of 0"),
         ("fp8", with_value("weight_scale", 0, np.nan), "holds NaN or infinite scales"),
