@@ -60,9 +60,10 @@ class QuantizedView(Checkpoint):
     """`source` with its linear layers in fewer bits.
 
     kind         "int8", "int4" or "fp8"
-    group_size   inputs with one scale; -1: all of a row; None: -1 for fp8, whose steps are finer
-                 around 0 whatever the scale; else 128, or the largest of 64, 32, 16 and 8 that
-                 divides every row
+    group_size   inputs with one scale; -1: all of a row; None: the source's own where it is in this
+                 kind already, so that layers keep their bits; else -1 for fp8, whose steps are
+                 finer around 0 whatever the scale, and 128 for the others, or the largest of 64,
+                 32, 16 and 8 that divides every row
     search       look for the scales of least error (int4)
     lm_head      the LM head, too
 
@@ -107,6 +108,8 @@ class QuantizedView(Checkpoint):
         )
         self._kept: set[str] = set()
         lengths = {name: source.tensors[name].shape[1] for name in self.layers}
+        if group_size is None:
+            group_size = _stored_group_size(source, kind, lengths)
         self.group_size = _settled_group_size(lengths, kind, group_size)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._info(info) for name, info in source.tensors.items()
@@ -171,6 +174,20 @@ class QuantizedView(Checkpoint):
 
     def close(self) -> None:
         self.source.close()
+
+
+def _stored_group_size(source: Checkpoint, kind: str, lengths: Mapping[str, int]) -> int | None:
+    """That of the source's first layer, where it is in this kind; else None."""
+    first = next(iter(lengths), None)
+    if first is None or source.tensors[first].dtype in layout.ITEM_BYTES:
+        return None
+    stored = source.read_quantized(first)
+    if stored is None or stored.kind != kind:
+        return None
+    if stored.group_size == lengths[first]:
+        return -1
+    divides = all(length % stored.group_size == 0 for length in lengths.values())
+    return stored.group_size if divides and stored.group_size >= _SMALLEST_GROUP else None
 
 
 def _settled_group_size(lengths: Mapping[str, int], kind: str, asked: int | None) -> int:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     "--group-size",
     type=int,
     metavar="N",
-    help="Inputs with one scale; -1 = all of a row. [default: -1 for fp8; else 128, or the largest "
-    "of 64, 32, 16 and 8 that divides every row]",
+    help="Inputs with one scale; -1 = all of a row. [default: the model's own, where it is in this "
+    "kind; else -1 for fp8; else 128, or what of 64, 32, 16 and 8 divides every row]",
 )
 @click.option(
     "--no-search", is_flag=True, help="Take int4's scales from the largest values, unsearched."
@@ -59,8 +59,8 @@ def quantize(
 
     MODEL is a file, a folder or a model's name. Embedding, LM head, norms and biases stay in 16
     bits or more. int4 looks for the scale of least squared error in every group; the table says
-    what that saved. Layers that MODEL has in this kind and group size already keep their bits (a
-    GGUF file's Q4_0 and Q4_1 are int4 in groups of 32, its Q8_0 int8).
+    what that saved. Layers that MODEL has in this kind and group size already keep their bits: a
+    GGUF file's Q4_0, Q4_1 and Q4_K are int4 in groups of 32, its Q8_0 and Q5_0 int8.
     """
     from nanocupy.checkpoint.open import open_checkpoint
     from nanocupy.exporters.nanoinfer2 import write_nanoinfer2

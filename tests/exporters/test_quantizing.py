@@ -240,7 +240,8 @@ def test_what_is_in_few_bits_already_keeps_them(tmp_path: Path) -> None:
         gate[4, :32] = 0.25  # and Q4_1 this one
         path = write_gguf(tmp_path / "m.gguf", model, matrix_type=type_id)
         with open_checkpoint(path) as source:
-            view = QuantizedView(source, kind, group_size=32)
+            view = QuantizedView(source, kind)
+            assert view.group_size == 32
             write_nanoinfer2(view, tmp_path / "m.nano")
             assert view.rounded_twice == []
             with open_checkpoint(tmp_path / "m.nano") as opened:
@@ -248,7 +249,11 @@ def test_what_is_in_few_bits_already_keeps_them(tmp_path: Path) -> None:
                     stored = opened.read_quantized(name)
                     assert stored is not None
                     np.testing.assert_array_equal(stored.dequantize(), source.read(name), name)
-            write_nanoinfer2(QuantizedView(source, kind, group_size=16), tmp_path / "m.nano")
+            other = "fp8" if kind == "int8" else "int8"
+            assert QuantizedView(source, other).group_size == {"fp8": -1, "int8": 64}[other]
+            view = QuantizedView(source, kind, group_size=16)
+            write_nanoinfer2(view, tmp_path / "m.nano")
+            assert len(view.rounded_twice) == 1
     folder = tmp_path / "awq"
     settings = {"quant_method": "awq", "bits": 4, "group_size": 16}
     quantized_folder(folder, settings, awq_layer)
