@@ -13,6 +13,7 @@ import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8
 from nanocupy.errors import CheckpointError
+from nanocupy.quantized import quantize
 
 # bytes written, bytes the file will have about
 Progress = Callable[[int, int], None]
@@ -66,23 +67,28 @@ def converted(array: np.ndarray, dtype: str, what: str) -> Iterator[np.ndarray]:
 
 
 def quantised(matrix: np.ndarray, group_size: int, what: str) -> GroupedInt8:
-    """float [rows, cols] -> int8 with a float32 scale for each `group_size` consecutive values.
+    """float [rows, cols] -> int8 with a float32 scale for each `group_size` consecutive values, as
+    `quantize` rounds them.
 
-    Symmetric: the largest magnitude of a group becomes 127, ties round to even. Raises
-    CheckpointError for NaN or infinite values.
+    The scale of a group of zeros, or of denormals, is 0: what the legacy formats' own writers give.
+    Raises CheckpointError for NaN or infinite values.
     """
     values = np.empty(matrix.size, np.int8)
     scales = np.empty(matrix.size // group_size, np.float32)
     flat = matrix.reshape(-1)
     step = max(CHUNK_VALUES // group_size, 1) * group_size
     for start in range(0, flat.size, step):
-        groups = flat[start : start + step].astype(np.float32).reshape(-1, group_size)
-        if not np.isfinite(groups).all():
-            raise CheckpointError(f"{what} holds NaN or infinite values{_DAMAGED}")
-        scale = np.abs(groups).max(axis=1) / np.float32(127)
-        # A group of zeros, or of denormals whose scale vanishes, is all zero.
-        divisor = np.where(scale > 0, scale, np.float32(1))[:, None]
-        rounded = np.clip(np.rint(groups / divisor), -127, 127)
-        values[start : start + step] = rounded.astype(np.int8).reshape(-1)
+        groups = finite_floats(flat[start : start + step], what).reshape(-1, group_size)
+        chunk = quantize(groups, "int8")
+        values[start : start + step] = chunk.codes.reshape(-1)
+        scale = np.where(chunk.codes.any(axis=1), chunk.scales[:, 0], np.float32(0))
         scales[start // group_size : start // group_size + len(scale)] = scale
     return GroupedInt8(values.reshape(matrix.shape), scales, group_size)
+
+
+def finite_floats(values: np.ndarray, what: str) -> np.ndarray:
+    """`values` in float32; CheckpointError where they are no numbers. `what` names them."""
+    values = values.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{what} holds NaN or infinite values{_DAMAGED}")
+    return values

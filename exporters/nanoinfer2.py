@@ -19,6 +19,7 @@ import numpy as np
 from nanocupy.checkpoint import nanoinfer2_layout as layout
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, dequantized
 from nanocupy.checkpoint.nanoinfer2_layout import Entry, align
+from nanocupy.checkpoint.quantized_checks import check_numbers
 from nanocupy.errors import CheckpointError
 from nanocupy.exporters.conversion import Progress, check_dtype, converted, read_checked
 from nanocupy.exporters.output_file import output_file
@@ -35,8 +36,8 @@ def write_nanoinfer2(
     """Write `checkpoint` as the NanoInfer 2 file `out`, which appears whole or not at all.
 
     dtype      float32, float16 or bfloat16 for all matrices; vectors (norms, biases) keep their
-               stored type. None: matrices keep theirs as well; GGUF's quantised types become
-               float16, grouped int8 stays as it is.
+               stored type. None: matrices keep theirs as well, int8, int4 and float8 their codes
+               and scales; GGUF's quantised types become float16.
     progress   called with (bytes written, all bytes) after each piece, as planned beforehand
 
     Raises CheckpointError: a value that float16 cannot hold, NaN or infinite weights, `out` is the
@@ -58,7 +59,8 @@ def write_nanoinfer2(
         file_bytes = tensors.end
         directory = b"".join(layout.pack_entry(entry) for entry in tensors.entries)
         file.seek(0)
-        file.write(_header(checkpoint, sections, directory, file_bytes))
+        minor_version = layout.minor_version(tensors.entries)
+        file.write(_header(checkpoint, sections, directory, file_bytes, minor_version))
 
 
 class _TensorWriter:
@@ -81,16 +83,20 @@ class _TensorWriter:
         self._checksum = 0
 
     def write(self, checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
-        tensor = read_checked(checkpoint, name)
+        info = checkpoint.tensors[name]
         what = f"{checkpoint.path}: tensor {name}"
         self._pad()
         offset, self._checksum = self.end, 0
-        if isinstance(tensor, GroupedInt8) and dtype is None:
-            stored, group_size = "int8", tensor.group_size
-            self._write_int8(tensor, what)
+        if info.dtype in layout.GROUPED and dtype is None:
+            stored, group_size, parts = _grouped(checkpoint, name)
+            flags = layout.HAS_INPUT_ORDER if parts[-1].dtype == np.int32 else 0
+            for part in parts:
+                if part is not parts[0]:
+                    self._pad()
+                self._put(part)
         else:
-            array = dequantized(tensor)
-            stored, group_size = _stored_dtype(checkpoint.tensors[name], dtype), 0
+            array = dequantized(read_checked(checkpoint, name))
+            stored, group_size, flags = _stored_dtype(info, dtype), 0, 0
             num_done = 0
             for piece in converted(array, stored, what):
                 self._put(piece)
@@ -102,20 +108,14 @@ class _TensorWriter:
             Entry(
                 name,
                 stored,
-                tuple(tensor.shape),
+                tuple(info.shape),
                 group_size,
                 offset,
                 self.end - offset,
                 self._checksum,
+                flags,
             )
         )
-
-    def _write_int8(self, tensor: GroupedInt8, what: str) -> None:
-        if not np.isfinite(tensor.scales).all():
-            raise CheckpointError(f"{what} holds NaN or infinite scales")
-        self._put(tensor.values)
-        self._pad()
-        self._put(tensor.scales.astype("<f4", copy=False))
 
     def _put(self, array: np.ndarray) -> None:
         # A view of bytes: bfloat16 has no buffer format of its own.
@@ -137,8 +137,33 @@ class _TensorWriter:
             self._progress(self._done + num_bytes_of_tensor, self._total)
 
 
+def _grouped(checkpoint: Checkpoint, name: str) -> tuple[str, int, list[np.ndarray]]:
+    """A quantised tensor's dtype in the file, its group size and its parts in the file's order."""
+    what = f"{checkpoint.path}: tensor {name}"
+    shape = tuple(checkpoint.tensors[name].shape)
+    matrix = checkpoint.read_quantized(name)
+    if matrix is None:  # int8 whose groups straddle rows
+        tensor = read_checked(checkpoint, name)
+        assert isinstance(tensor, GroupedInt8)
+        if not np.isfinite(tensor.scales).all():
+            raise CheckpointError(f"{what} holds NaN or infinite scales")
+        return "int8", tensor.group_size, [tensor.values, tensor.scales.astype("<f4", copy=False)]
+    if matrix.shape != shape:
+        raise CheckpointError(f"{what} came as {list(matrix.shape)}, not {list(shape)}")
+    scales, offsets, order = matrix.scales, matrix.offsets, matrix.input_order
+    if matrix.kind != "int8" or order is not None:  # nothing is written that the reader refuses
+        check_numbers(matrix.kind, matrix.codes, scales, offsets, order, what)
+    parts = [matrix.codes, scales.astype("<f4", copy=False)]
+    if offsets is not None:
+        parts.append(offsets.astype("<f4", copy=False))
+    if order is not None:
+        parts.append(order.astype("<i4", copy=False))
+    dtype = next(name for name, kind in layout.KINDS.items() if kind == matrix.kind)
+    return dtype, matrix.group_size, parts
+
+
 def _stored_dtype(info: TensorInfo, dtype: str | None) -> str:
-    """The type to store a tensor in that does not stay grouped int8."""
+    """The type to store a tensor in that does not stay quantised."""
     is_matrix = len(info.shape) == 2
     if is_matrix and dtype is not None:
         return dtype
@@ -149,7 +174,7 @@ def _stored_dtype(info: TensorInfo, dtype: str | None) -> str:
 
 def _planned_bytes(info: TensorInfo, dtype: str | None) -> int:
     """About what the tensor will take in the file."""
-    if info.dtype == "int8" and dtype is None:
+    if info.dtype in layout.GROUPED and dtype is None:
         return info.nbytes
     return math.prod(info.shape) * layout.ITEM_BYTES[_stored_dtype(info, dtype)]
 
@@ -189,7 +214,11 @@ def _json(values: Mapping[str, Any], what: str) -> bytes:
 
 
 def _header(
-    checkpoint: Checkpoint, sections: Mapping[int, bytes], directory: bytes, file_bytes: int
+    checkpoint: Checkpoint,
+    sections: Mapping[int, bytes],
+    directory: bytes,
+    file_bytes: int,
+    minor_version: int = 0,
 ) -> bytes:
     """The whole header, with its checksum; its size is that of its sections alone."""
     contents = {**sections, layout.DIRECTORY: directory}
@@ -204,7 +233,7 @@ def _header(
     fixed = [
         layout.MAGIC,
         layout.VERSION,
-        layout.MINOR_VERSION,
+        minor_version,
         layout.FIXED.size,
         layout.config_flags(checkpoint.config),
         layout.TENSOR_ALIGNMENT,

@@ -17,6 +17,7 @@ import numpy as np
 
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, TokenizerError
+from nanocupy.quantized import QuantizedMatrix
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
@@ -43,13 +44,21 @@ class GroupedInt8:
         groups *= self.scales.reshape(-1, 1)
         return groups.reshape(self.values.shape)
 
+    def as_matrix(self) -> QuantizedMatrix | None:
+        """The same codes and scales, not copied; None where groups straddle rows."""
+        num_rows, num_inputs = self.values.shape
+        if num_inputs % self.group_size:
+            return None
+        scales = self.scales.reshape(num_rows, -1)
+        return QuantizedMatrix("int8", self.values, scales, None, self.group_size)
+
 
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as it is stored: canonical name, shape, storage dtype, bytes in the file.
 
-    dtype is the storage's own name: float32, float16, bfloat16, int8 (grouped), or a GGUF type
-    such as q4_1; `nbytes` counts scales too.
+    dtype is the storage's own name: float32, float16, bfloat16, int8, int4 or float8_e4m3 (all
+    three in groups), or a GGUF type such as q4_1; `nbytes` counts scales and the like too.
     """
 
     name: str
@@ -94,8 +103,27 @@ class Checkpoint(ABC):
     @abstractmethod
     def read(self, name: str) -> np.ndarray | GroupedInt8:
         """The tensor in half-split layout: a view of the mapped file where the stored bytes are
-        already that, else a new array (float32 for GGUF's quantised types). Grouped int8 comes as
-        `GroupedInt8`, still quantised. Raises CheckpointError for a name not in `tensors`."""
+        already that, else a new array (float32 for quantised types). Grouped int8 of NanoInfer
+        files comes as `GroupedInt8`, still quantised. Raises CheckpointError for a name not in
+        `tensors`."""
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """The tensor as it is quantised in the file, rows in half-split layout; None where it is
+        stored in floating point, or in a way that `QuantizedMatrix` does not express: `read` gives
+        its values all the same. Raises CheckpointError for a name not in `tensors`, and for codes
+        or scales that are no numbers."""
+        if name in self.tensors and self.tensors[name].dtype != "int8":
+            return None  # known without reading
+        tensor = self.read(name)
+        if not isinstance(tensor, GroupedInt8):
+            return None
+        matrix = tensor.as_matrix()
+        if matrix is not None and not np.isfinite(matrix.scales).all():
+            raise CheckpointError(
+                f"{self.path}: tensor {name} holds NaN or infinite scales; the file is damaged, "
+                "fetch it again"
+            )
+        return matrix
 
     @abstractmethod
     def _load_tokenizer(self) -> Tokenizer | None: ...
@@ -124,7 +152,11 @@ class Checkpoint(ABC):
         Readers whose format has checksums check those too. By default every value must be finite.
         """
         for name in self.tensors:
-            tensor = self.read(name)
+            try:
+                tensor = self.read(name)
+            except CheckpointError as exc:
+                yield name, str(exc).removeprefix(f"{self.path}: ").removeprefix(f"tensor {name} ")
+                continue
             values = tensor.scales if isinstance(tensor, GroupedInt8) else tensor
             finite = bool(np.isfinite(np.asarray(values, dtype=np.float32)).all())
             yield name, None if finite else "holds NaN or infinite values"

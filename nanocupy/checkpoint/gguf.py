@@ -1,8 +1,8 @@
 """GGUF files of LLaMA, Qwen2 and Qwen3 models: metadata -> ModelConfig, tensors -> arrays.
 
 Owns what GGUF's keys and tensor names mean, as llama.cpp reads them, and the way back from its
-layouts (interleaved rotary rows, quantised blocks). `gguf_file` owns the container; the gguf
-package decodes the blocks.
+layouts (interleaved rotary rows, quantised blocks). `gguf_file` owns the container and
+`gguf_quantized` the blocks that keep their bits; the gguf package decodes all of them to floats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors, inte
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.gguf_config import model_config
 from nanocupy.checkpoint.gguf_file import GGUFFile, StoredTensor
+from nanocupy.checkpoint.gguf_quantized import TYPES, quantized_matrix
 from nanocupy.errors import CheckpointError
+from nanocupy.quantized import QuantizedMatrix
 from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file; see `Checkpoint`.
 
     F32, F16 and BF16 tensors come as views of the file (the rotary rows of llama files excepted,
-    which are put in half-split order), quantised ones decoded to float32.
+    which are put in half-split order), quantised ones decoded to float32; most of these as codes,
+    too.
     Raises CheckpointError, ConfigError.
     """
 
@@ -143,19 +146,43 @@ class GGUFCheckpoint(Checkpoint):
         if name not in self._places:
             self._fail(f"no tensor is named {shown(name)}")
         tensor = self._places[name]
-        # llama files rotate pairs of neighbouring rows, qwen files those half a head apart.
-        permute = self.config.architecture == "llama" and _ROTATED.fullmatch(name) is not None
         if tensor.type.name in _FLOATS:
             values = self._file.array(tensor, _FLOATS[tensor.type.name][1], tensor.shape)
+            permute = self._is_interleaved(name)
             return interleaved_to_split(values, self.config.head_size) if permute else values
+        return _decode(self._blocks(name, tensor), tensor)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """The codes of every type but Q5_1 and Q5_K as they are; see `Checkpoint`."""
+        if name not in self._places:
+            self._fail(f"no tensor is named {shown(name)}")
+        tensor = self._places[name]
+        if tensor.type.name not in TYPES or len(tensor.shape) != 2:
+            return None
+        rows = self._blocks(name, tensor)
+        blocks = rows.reshape(len(rows), -1, tensor.type.block_bytes)
+        matrix = quantized_matrix(blocks, tensor.type.name)
+        numbers = (matrix.scales, matrix.offsets)
+        if not all(np.isfinite(part).all() for part in numbers if part is not None):
+            self._fail(
+                f"tensor {name} holds NaN or infinite scales; the file is damaged, fetch it again"
+            )
+        return matrix
+
+    def _is_interleaved(self, name: str) -> bool:
+        """Whether its rows rotate in pairs of neighbours (llama files), not half a head apart."""
+        return self.config.architecture == "llama" and _ROTATED.fullmatch(name) is not None
+
+    def _blocks(self, name: str, tensor: StoredTensor) -> np.ndarray:
+        """Encoded rows uint8 [..., row_bytes] in half-split order."""
         row_bytes = tensor.shape[-1] // tensor.type.block_size * tensor.type.block_bytes
         blocks = self._file.array(tensor, np.dtype("u1"), (*tensor.shape[:-1], row_bytes))
-        if permute:
+        if self._is_interleaved(name):
             if blocks.ndim == 1:
                 self._fail(f"tensor {name} is a quantised vector; its rows cannot be reordered")
             # Blocks lie along rows, so whole encoded rows can change places: cheaper than floats.
             blocks = interleaved_to_split(blocks, self.config.head_size)
-        return _decode(blocks, tensor)
+        return blocks
 
     def close(self) -> None:
         self._file.close()

@@ -165,13 +165,6 @@ def _family(fields: Fields) -> tuple[str, _Family]:
 
 def _refuse_unsupported(fields: Fields, class_name: str, family: _Family) -> None:
     config = fields.values
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        fields.fail(
-            f"quantization_config (quant_method {shown(method)}) is not supported yet; "
-            "use the model's float16 or bfloat16 weights"
-        )
     for key in _EXPERT_KEYS:
         if config.get(key):
             fields.fail(

@@ -17,8 +17,11 @@ import numpy as np
 from nanocupy.checkpoint.base import Checkpoint, TensorInfo, check_tensors
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.hf_config import model_config
-from nanocupy.checkpoint.safetensors_file import READABLE, SafetensorsFile, StoredTensor
+from nanocupy.checkpoint.hf_quantization import quantization_scheme
+from nanocupy.checkpoint.hf_quantized import IGNORED_PARTS, PARTS, Place, QuantizedLayer
+from nanocupy.checkpoint.safetensors_file import READABLE, SafetensorsFile
 from nanocupy.errors import CheckpointError
+from nanocupy.quantized import QuantizedMatrix
 from nanocupy.strict_json import (
     MAX_TOKENIZER_JSON_BYTES,
     read_object,
@@ -83,7 +86,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._files: list[SafetensorsFile] = []
-        self._places: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
+        self._places: dict[str, Place] = {}
         try:
             self._open()
         except BaseException:
@@ -107,7 +110,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         )
         self.chat_template = self._read_chat_template()
 
-        for stored_name, place in self._open_weights().items():
+        self.scheme = quantization_scheme(config, str(self.path))
+        for stored_name, place in self._take_quantized(self._open_weights()).items():
             name = canonical_name(stored_name)
             if name is None:
                 self._fail(
@@ -124,6 +128,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, stored.shape, READABLE[stored.dtype][0], stored.nbytes)
             for name, (_, stored) in self._places.items()
+        } | {
+            name: TensorInfo(name, layer.shape, layer.dtype, layer.nbytes)
+            for name, layer in self._layers.items()
         }
         check_tensors(self.path, self.config, self.tensors)
         self.tensors = {name: self.tensors[name] for name in self.config.tensor_shapes()}
@@ -138,6 +145,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _facts(self, config: dict[str, Any]) -> dict[str, Any]:
         facts: dict[str, Any] = {"shards": len(self._files)}
+        if self.scheme is not None:
+            facts["quantization"] = self.scheme.label
         for key in ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version"):
             if isinstance(config.get(key), (str, list)):
                 facts[key] = config[key]
@@ -145,14 +154,14 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     # ---- weights
 
-    def _open_weights(self) -> dict[str, tuple[SafetensorsFile, StoredTensor]]:
+    def _open_weights(self) -> dict[str, Place]:
         """Every stored tensor but the derived tables, by its stored name."""
         if os.path.lexists(self.path / _WHOLE):
             shards, listed = [_WHOLE], None
         else:
             listed = self._read_index()
             shards = sorted(set(listed.values()))
-        found: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
+        found: dict[str, Place] = {}
         for shard in shards:
             if not (self.path / shard).exists():
                 source = "the target of a link" if listed is None else f"named by {_INDEX}"
@@ -205,6 +214,53 @@ class HuggingFaceCheckpoint(Checkpoint):
             self._fail(f"{_INDEX}: more than {_MAX_SHARDS} shards")
         return listed
 
+    def _take_quantized(self, found: dict[str, Place]) -> dict[str, Place]:
+        """Make `_layers` of the tensors of quantised layers, and give the others.
+
+        The stored tensors decide which layers are quantised: the config's list of those that are
+        not says the same in patterns that every writer means differently.
+        """
+        self._layers: dict[str, QuantizedLayer] = {}
+        if self.scheme is None:
+            return found
+        parts: dict[str, dict[str, Place]] = {}
+        others: dict[str, Place] = {}
+        for stored_name, place in found.items():
+            module, _, part = stored_name.rpartition(".")
+            if part == "weight" and place[1].dtype != "F8_E4M3":
+                others[stored_name] = place
+            elif part in PARTS[self.scheme.method]:
+                parts.setdefault(module, {})[part] = place
+            elif part not in IGNORED_PARTS:
+                others[stored_name] = place
+        shapes = self.config.tensor_shapes()
+        for module, of_module in parts.items():
+            name = canonical_name(f"{module}.weight")
+            if name not in shapes or name == "embed.weight":
+                self._fail(
+                    f"tensor {shown(f'{module}.{next(iter(of_module))}')} is not part of quantised "
+                    f"{self.config.architecture} models"
+                )
+            if f"{module}.weight" in others:
+                self._fail(
+                    f"tensor {name} is stored in floating point, but has "
+                    f"{' and '.join(of_module)} of a quantised layer beside it"
+                )
+            where = f"{self.path}: tensor {name}"
+            self._layers[name] = QuantizedLayer(self.scheme, shapes[name], of_module, where)
+        # AutoGPTQ wrote biases of zeros into every layer, whatever the model has.
+        return {
+            stored_name: place
+            for stored_name, place in others.items()
+            if not (
+                stored_name.endswith(".bias")
+                and canonical_name(stored_name) not in shapes
+                and stored_name.removesuffix(".bias") in parts
+                and place[1].dtype in READABLE
+                and not place[0].read(stored_name).any()
+            )
+        }
+
     def _settle_lm_head(self) -> None:
         """A tied head that is stored all the same is dropped, unless it is another matrix.
 
@@ -227,11 +283,22 @@ class HuggingFaceCheckpoint(Checkpoint):
         del self._places["lm_head.weight"]
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of the mapped file, float32, float16 or bfloat16; see `Checkpoint`."""
+        """A read-only view of the mapped file, float32, float16 or bfloat16, or a quantised layer's
+        values in float32; see `Checkpoint`."""
+        if name in self._layers:
+            return self._layers[name].read().dequantize()
         if name not in self._places:
             self._fail(f"no tensor is named {shown(name)}")
         file, stored = self._places[name]
         return file.read(stored.name)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """A layer of AWQ, GPTQ or FP8 as it is; see `Checkpoint`."""
+        if name in self._layers:
+            return self._layers[name].read()
+        if name not in self._places:
+            self._fail(f"no tensor is named {shown(name)}")
+        return None
 
     def close(self) -> None:
         for file in self._files:

@@ -1,14 +1,13 @@
 """Reads NanoInfer 2 files: the header is checked whole, the tensors are views of the mapped file.
 
-Owns every check on the bytes (docs/formats.md is the format). Knows nothing of how such a file is
+Owns the checks on the bytes (docs/formats.md is the format), but for those of the tensor directory,
+which has a reader of its own. Knows nothing of how such a file is
 written, nor of what a tokenizer's bytes mean.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,12 @@ from nanocupy.checkpoint import nanoinfer2_layout as layout
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, check_tensors
 from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.mapped_file import MappedFile
+from nanocupy.checkpoint.nanoinfer2_directory import DirectoryReader
 from nanocupy.checkpoint.nanoinfer2_layout import MAGIC, Entry, align
+from nanocupy.checkpoint.quantized_checks import check_numbers
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, ConfigError
+from nanocupy.quantized import QuantizedMatrix
 from nanocupy.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class NanoInfer2Checkpoint(Checkpoint):
 
     Arrays that `read` gives are read-only views of the mapped file in the stored dtype (float32,
     float16, bfloat16 by ml_dtypes), or `GroupedInt8` of such views; they start at multiples of 256
-    bytes. Entries of int4 and float8 are listed, but refused by name when read.
+    bytes. int4 and float8 come as float32 from `read`, and as views in a `QuantizedMatrix` from
+    `read_quantized`.
 
     Raises CheckpointError for whatever the header gets wrong.
     """
@@ -65,7 +68,10 @@ class NanoInfer2Checkpoint(Checkpoint):
         self._read_fixed_part()
         self._sections = self._read_sections()
         self.config = self._read_config()
-        self._entries = {entry.name: entry for entry in self._read_directory()}
+        directory = DirectoryReader(
+            self.path, self._minor, self._num_tensors, self._header_bytes, self._file.size
+        )
+        self._entries = directory.read(self._section(layout.DIRECTORY))
         self.tensors = {
             e.name: TensorInfo(e.name, e.shape, e.dtype, e.nbytes) for e in self._entries.values()
         }
@@ -112,6 +118,7 @@ class NanoInfer2Checkpoint(Checkpoint):
             self._fail(f"version is {version}; this nanocupy reads version {layout.VERSION}")
         # A later minor version may use what this one leaves empty; this one's files may not.
         self._lenient = minor > layout.MINOR_VERSION
+        self._minor = minor
         if file_bytes != size:
             kind = (
                 "truncated" if size < file_bytes else "followed by bytes that do not belong to it"
@@ -219,108 +226,56 @@ class NanoInfer2Checkpoint(Checkpoint):
             )
         return config
 
-    def _read_directory(self) -> Iterator[Entry]:
-        directory = self._section(layout.DIRECTORY)
-        if self._num_tensors * layout.ENTRY.size > len(directory):
-            self._fail(
-                f"tensor_count is {self._num_tensors}; the tensor directory's {len(directory)} "
-                "bytes cannot hold so many"
-            )
-        names: set[str] = set()
-        position, end = 0, self._header_bytes
-        for index in range(self._num_tensors):
-            entry, length = self._parse_entry(directory[position:], f"tensor entry {index}")
-            position += length
-            if entry.name in names:
-                self._fail(f"tensor {entry.name}: occurs twice in the tensor directory")
-            names.add(entry.name)
-            expected = align(end, layout.TENSOR_ALIGNMENT)
-            if entry.offset != expected or entry.offset + entry.nbytes > self._file.size:
-                self._fail(
-                    f"tensor {entry.name}: {entry.nbytes} bytes at offset {entry.offset}; it must "
-                    f"start at {expected} and end within the file's {self._file.size} bytes"
-                )
-            end = entry.offset + entry.nbytes
-            yield entry
-        if position != len(directory):
-            self._fail(
-                f"tensor directory: {len(directory)} bytes, but its {self._num_tensors} entries "
-                f"take {position}"
-            )
-        if end != self._file.size:
-            self._fail(f"file_bytes is {self._file.size} but the last tensor ends at {end}")
-
-    def _parse_entry(self, data: memoryview, where: str) -> tuple[Entry, int]:
-        """The entry at the start of `data`, and how many bytes it takes."""
-        if len(data) < layout.ENTRY.size:
-            self._fail(f"{where}: the tensor directory ends within it")
-        length, code, name_bytes, ndim, group_size, offset, nbytes, checksum, reserved = (
-            layout.ENTRY.unpack(data[: layout.ENTRY.size])
-        )
-        used = layout.ENTRY.size + 8 * ndim + name_bytes
-        least = align(used, layout.SECTION_ALIGNMENT)
-        if (
-            length % layout.SECTION_ALIGNMENT
-            or not least <= length <= len(data)
-            or (not self._lenient and length != least)
-        ):
-            self._fail(
-                f"{where}: entry_bytes is {length}; {ndim} dimensions and a name of {name_bytes} "
-                f"bytes take {least}, and the directory has {len(data)} left"
-            )
-        if not self._lenient and (reserved or any(data[used:length])):
-            self._fail(f"{where}: its reserved bytes must be 0")
-        if not 1 <= ndim <= 2:
-            self._fail(f"{where}: dimensions is {ndim}; it must be 1 or 2")
-        shape_end = layout.ENTRY.size + 8 * ndim
-        shape = struct.unpack(f"<{ndim}Q", data[layout.ENTRY.size : shape_end])
-        try:
-            name = str(data[shape_end:used], "utf-8")
-        except UnicodeDecodeError:
-            self._fail(f"{where}: its name {bytes(data[shape_end:used])[:80]!r} is not UTF-8")
-        where = f"tensor {shown(name)}"
-        dtype = layout.DTYPE_NAMES.get(code)
-        if dtype is None:
-            self._fail(f"{where}: dtype code {code} is not known")
-        if min(shape) < 1:
-            self._fail(f"{where}: shape {list(shape)} has a dimension below 1")
-        count = math.prod(shape)
-        if (group_size > 0) != (dtype in layout.GROUPED) or (group_size and count % group_size):
-            self._fail(f"{where}: group_size {group_size} does not suit {count} values of {dtype}")
-        if dtype in layout.ITEM_BYTES:
-            expected = count * layout.ITEM_BYTES[dtype]
-        elif dtype == "int8":
-            expected = layout.int8_nbytes(count, group_size)
-        else:  # reserved types: how their bytes lie is for a later version to say
-            expected = nbytes
-        if nbytes != expected:
-            self._fail(f"{where}: nbytes is {nbytes}; {list(shape)} of {dtype} takes {expected}")
-        return Entry(name, dtype, shape, group_size, offset, nbytes, checksum), length
-
     def read(self, name: str) -> np.ndarray | GroupedInt8:
-        """A view of the stored tensor; see the class. Raises CheckpointError for an unknown name,
-        and for int4 and float8, which this version lists but does not run."""
-        entry = self._entries.get(name)
-        if entry is None:
-            self._fail(f"there is no tensor {shown(name)}")
+        """A view of the stored tensor, or floats; see the class. Raises CheckpointError for an
+        unknown name, and as `read_quantized` does."""
+        entry = self._entry(name)
         if entry.dtype in _NUMPY_DTYPES:
             return self._file.array(
                 entry.offset, _NUMPY_DTYPES[entry.dtype], entry.shape, f"tensor {name}"
             )
-        if entry.dtype != "int8":
-            self._fail(
-                f"tensor {name}: dtype {entry.dtype} is not run by this version of nanocupy; "
-                "export the model again with --dtype bfloat16"
-            )
-        count = math.prod(entry.shape)
-        values = self._file.array(entry.offset, np.int8, entry.shape, f"tensor {name}")
-        scales = self._file.array(
-            entry.offset + layout.int8_scales_offset(count),
-            np.dtype("<f4"),
-            (count // entry.group_size,),
-            f"scales of tensor {name}",
-        )
+        if entry.dtype != "int8" or entry.flags:
+            matrix = self.read_quantized(name)
+            assert matrix is not None
+            return matrix.dequantize()
+        values, scales = self._parts(entry)
         return GroupedInt8(values, scales, entry.group_size)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """Views of the stored codes, scales and the rest; see `Checkpoint`. Raises CheckpointError
+        also for scales of int4 and float8 that are 0 and an order of inputs that is none."""
+        entry = self._entry(name)
+        if entry.dtype in _NUMPY_DTYPES:
+            return None
+        if entry.dtype == "int8" and not entry.flags:
+            return super().read_quantized(name)
+        codes, scales, *rest = self._parts(entry)
+        offsets = rest.pop(0) if entry.dtype == "int4" else None
+        order = rest.pop(0) if rest else None
+        scales = scales.reshape(entry.shape[0], -1)
+        kind = layout.KINDS[entry.dtype]
+        where = f"{self.path}: tensor {name}"
+        check_numbers(kind, codes, scales, offsets, order, where)
+        return QuantizedMatrix(kind, codes, scales, offsets, entry.group_size, order)
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            self._fail(f"there is no tensor {shown(name)}")
+        return entry
+
+    def _parts(self, entry: Entry) -> list[np.ndarray]:
+        """The parts of a grouped tensor, views of the file."""
+        has_order = bool(entry.flags & layout.HAS_INPUT_ORDER)
+        return [
+            self._file.array(
+                entry.offset + part.offset,
+                part.dtype,
+                part.shape,
+                f"{part.name} of tensor {entry.name}",
+            )
+            for part in layout.parts(entry.dtype, entry.shape, entry.group_size, has_order)
+        ]
 
     def _load_tokenizer(self) -> Tokenizer | None:
         if layout.TOKENIZER not in self._sections:
@@ -348,7 +303,11 @@ class NanoInfer2Checkpoint(Checkpoint):
                 f"its bytes have checksum {checksum:08x}, the directory says "
                 f"{entry.checksum:08x}: the file is damaged"
             )
-        if entry.dtype not in _NUMPY_DTYPES and entry.dtype != "int8":
+        if entry.dtype not in _NUMPY_DTYPES and (entry.dtype != "int8" or entry.flags):
+            try:
+                self.read_quantized(entry.name)  # checks its numbers
+            except CheckpointError as exc:
+                return str(exc).removeprefix(f"{self.path}: tensor {entry.name} ")
             return None
         tensor = self.read(entry.name)
         values = tensor.scales if isinstance(tensor, GroupedInt8) else tensor.reshape(-1)

@@ -6,7 +6,9 @@ neither files nor tensors' contents, and checks nothing: that is the reader's bu
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanocupy.config import ModelConfig
@@ -15,7 +17,9 @@ from nanocupy.config import ModelConfig
 # count there. The rest shows transfers that rewrite line ends or stop at the first Ctrl-Z.
 MAGIC = b"NNI\xf2\r\n\x1a\n"
 VERSION = 2
-MINOR_VERSION = 0
+# 1 gave int4 and float8_e4m3 their layouts, and entries their flags. A file that has none of these
+# is written as 0, which older readers take.
+MINOR_VERSION = 1
 
 # A whole number of 16-byte loads, of 128-byte cache lines, and what cudaMalloc aligns to.
 TENSOR_ALIGNMENT = 256
@@ -59,7 +63,7 @@ FLAG_BITS = {
 # Of the bits a later version may add, these change the forward pass: an older reader refuses.
 REQUIRED_FLAGS = 0x0000FFFF
 
-# entry bytes, dtype, name bytes, dimensions, group size, offset, byte count, checksum, reserved
+# entry bytes, dtype, name bytes, dimensions, group size, offset, byte count, checksum, flags
 ENTRY = struct.Struct("<IHHIIQQII")
 DTYPE_CODES = {
     "float32": 1,
@@ -71,7 +75,9 @@ DTYPE_CODES = {
 }
 DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-GROUPED = frozenset({"int8", "int4"})
+GROUPED = frozenset({"int8", "int4", "float8_e4m3"})
+KINDS = {"int8": "int8", "int4": "int4", "float8_e4m3": "fp8"}  # as `QuantizedMatrix` has them
+HAS_INPUT_ORDER = 1  # flag of an entry
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,22 @@ class Entry:
     offset: int
     nbytes: int
     checksum: int  # CRC-32 of the nbytes at offset
+    flags: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a grouped tensor: codes, scales, offsets or input_order; `offset` counts from the
+    tensor's own."""
+
+    name: str
+    dtype: str  # as NumPy writes it
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype[-1])
 
 
 def align(offset: int, alignment: int) -> int:
@@ -108,7 +130,7 @@ def pack_entry(entry: Entry) -> bytes:
         entry.offset,
         entry.nbytes,
         entry.checksum,
-        0,
+        entry.flags,
     )
     packed += struct.pack(f"<{len(entry.shape)}Q", *entry.shape) + name
     return packed.ljust(entry_bytes(entry.name, len(entry.shape)), b"\0")
@@ -119,11 +141,38 @@ def config_flags(config: ModelConfig) -> int:
     return sum(bit for name, bit in FLAG_BITS.items() if getattr(config, name))
 
 
-def int8_scales_offset(num_values: int) -> int:
-    """Where a grouped int8 tensor's scales start, counted from its own offset."""
-    return align(num_values, TENSOR_ALIGNMENT)
+def minor_version(entries: Sequence[Entry]) -> int:
+    """The least that a file with these tensors needs."""
+    return int(any(entry.flags or entry.dtype in ("int4", "float8_e4m3") for entry in entries))
 
 
-def int8_nbytes(num_values: int, group_size: int) -> int:
-    """Bytes of a grouped int8 tensor: values, zeros up to the alignment, float32 scales."""
-    return int8_scales_offset(num_values) + 4 * (num_values // group_size)
+def parts(
+    dtype: str, shape: tuple[int, ...], group_size: int, has_input_order: bool = False
+) -> list[Part]:
+    """What a grouped tensor is made of, in the order in which it lies in the file, each part at a
+    multiple of the alignment. int4 and float8 are matrices [R, K] whose K the groups divide; int8
+    is anything whose values they divide."""
+    groups = (shape[0], shape[-1] // group_size)
+    if dtype == "int8":
+        pieces = [("codes", "|i1", shape), ("scales", "<f4", (math.prod(shape) // group_size,))]
+    elif dtype == "int4":
+        half = (shape[0], shape[1] // 2)
+        pieces = [("codes", "|u1", half), ("scales", "<f4", groups), ("offsets", "<f4", groups)]
+    else:
+        pieces = [("codes", "|u1", shape), ("scales", "<f4", groups)]
+    if has_input_order:
+        pieces.append(("input_order", "<i4", (shape[1],)))
+    found: list[Part] = []
+    end = 0
+    for name, number, dims in pieces:
+        found.append(Part(name, number, dims, align(end, TENSOR_ALIGNMENT)))
+        end = found[-1].offset + found[-1].nbytes
+    return found
+
+
+def grouped_nbytes(
+    dtype: str, shape: tuple[int, ...], group_size: int, has_input_order: bool = False
+) -> int:
+    """Bytes of a grouped tensor, the zeros between its parts included."""
+    last = parts(dtype, shape, group_size, has_input_order)[-1]
+    return last.offset + last.nbytes

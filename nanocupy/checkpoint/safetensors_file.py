@@ -34,6 +34,8 @@ READABLE: Mapping[str, tuple[str, np.dtype]] = {
     "F16": ("float16", np.dtype("<f2")),
     "BF16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
 }
+# What quantised layers keep their codes in, as the words or bytes they lie in.
+CODES: Mapping[str, np.dtype] = {"I32": np.dtype("<u4"), "F8_E4M3": np.dtype("|u1")}
 _MAX_RANK = 8
 
 
@@ -143,6 +145,13 @@ class SafetensorsFile:
             )
         return self._file.array(
             tensor.offset, READABLE[tensor.dtype][1], tensor.shape, f"tensor {shown(name)}"
+        )
+
+    def codes(self, name: str) -> np.ndarray:
+        """A tensor of I32 as a read-only view in uint32, of F8_E4M3 as its bytes in uint8."""
+        tensor = self.tensors[name]
+        return self._file.array(
+            tensor.offset, CODES[tensor.dtype], tensor.shape, f"tensor {shown(name)}"
         )
 
     def close(self) -> None:

@@ -48,6 +48,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Convert a LLaMA-type model to a NanoInfer file.",
     ),
     "export-gguf": ("nanocupy.cli.export:export_gguf", "Convert a GGUF file to a NanoInfer file."),
+    "quantize": (
+        "nanocupy.cli.quantize:quantize",
+        "Write a model in int4, int8 or fp8 to a NanoInfer file.",
+    ),
 }
 
 

@@ -17,12 +17,12 @@ USABLE_SHARE = 0.9  # the rest is the driver's, the workspace's and the allocato
 WEIGHT_DTYPES = ("fp32", "bf16", "int8", "int4")
 KV_DTYPES = ("fp32", "bf16", "int8")
 
-# Bytes of a linear layer's weight, its share of the scales included: int8 in groups of 64 with
-# 32-bit scales, int4 in groups of 128 with 16-bit scales and zero points.
-_LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 128}
+# Bytes of a linear layer's weight, its share of 32-bit scales (and int4's offsets) included, in
+# groups of 128: what `nanocupy quantize` writes.
+_LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 128, "int4": 0.5 + 8 / 128}
 _NOTE = (
     f"Contexts: one sequence, {USABLE_SHARE:.0%} of the memory, KV cache in bf16 (fp32 beside fp32 "
-    "weights). int8 and int4 keep embedding, norms and biases in 16 bits."
+    "weights). int8 (fp8 is as large) and int4 leave embedding, LM head, norms, biases in 16 bits."
 )
 
 
@@ -34,7 +34,7 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     other_bytes = 4 if dtype == "fp32" else 2
     total = 0.0
     for name, shape in config.tensor_shapes().items():
-        is_linear = len(shape) == 2 and name != "embed.weight"
+        is_linear = len(shape) == 2 and name not in ("embed.weight", "lm_head.weight")
         total += math.prod(shape) * (_LINEAR_BYTES[dtype] if is_linear else other_bytes)
     return math.ceil(total)
 

@@ -19,6 +19,7 @@ from nanocupy.checkpoint import GenerationDefaults, open_checkpoint
 from nanocupy.checkpoint.gguf import GGUFCheckpoint
 from nanocupy.checkpoint.gguf_file import TENSOR_TYPES, GGUFFile
 from nanocupy.config import RopeScaling
+from nanocupy.errors import CheckpointError
 from tests.checkpoint.gguf_files import array, gguf_name, pair, raw_gguf, text, write_gguf
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
@@ -90,6 +91,81 @@ def test_every_storage_type(architecture: str, type_id: int, tmp_path: Path) -> 
     assert down.dtype == (storage or "float32")
     assert down.flags.owndata is False or storage is None  # floats are views of the file
     assert all(fault is None for _, fault in checkpoint.verify())
+
+
+CODES = {  # type -> kind and group size
+    Type.Q4_0: ("int4", 32),
+    Type.Q4_1: ("int4", 32),
+    Type.Q5_0: ("int8", 32),
+    Type.Q8_0: ("int8", 32),
+    Type.Q4_K: ("int4", 32),
+    Type.Q6_K: ("int8", 16),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("type_id", CODES)
+def test_codes_keep_their_bits(architecture: str, type_id: Type, tmp_path: Path) -> None:
+    config = tiny_config(architecture=architecture, has_qkv_bias=architecture == "qwen2")
+    width = 256 if type_id in (Type.Q4_K, Type.Q6_K) else 32
+    config = config.with_(hidden_size=3 * width, intermediate_size=5 * width)
+    config = config.with_(num_heads=4, head_size=3 * width // 4)
+    path = write_gguf(tmp_path / "m.gguf", TinyCheckpoint(config), matrix_type=type_id)
+    checkpoint = GGUFCheckpoint(path)
+    for name, info in checkpoint.tensors.items():
+        matrix = checkpoint.read_quantized(name)
+        if len(info.shape) == 1:
+            assert matrix is None
+            continue
+        assert matrix is not None
+        assert matrix.shape == info.shape
+        assert (matrix.kind, matrix.group_size) == CODES[type_id]
+        # `read` is held equal to the gguf package's decoder above.
+        np.testing.assert_array_equal(matrix.dequantize(), checkpoint.read(name), name)
+
+
+@pytest.mark.parametrize("type_id", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_elements_of_a_block(type_id: Type, tmp_path: Path) -> None:
+    model = TinyCheckpoint(tiny_config())
+    path = write_gguf(tmp_path / "m.gguf", model, matrix_type=type_id)
+    checkpoint = GGUFCheckpoint(path)
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
+    block = bytes(stored.data.reshape(-1)[: gguf.GGML_QUANT_SIZES[type_id][1]])
+    d, m = (float(x) for x in np.frombuffer(block[:4], "<f2"))
+    matrix = checkpoint.read_quantized("layers.0.down.weight")
+    assert matrix is not None
+    values = matrix.dequantize()[0]
+    for i in range(32):
+        if type_id == Type.Q8_0:
+            expected = d * int.from_bytes(block[2 + i : 3 + i], signed=True)
+        else:
+            byte = block[(4 if type_id == Type.Q4_1 else 2) + i % 16]
+            code = byte & 15 if i < 16 else byte >> 4
+            expected = d * code + m if type_id == Type.Q4_1 else d * (code - 8)
+        assert values[i] == np.float32(expected)
+
+
+def test_other_types_have_no_codes(tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=256, num_heads=4, head_size=64)
+    for type_id in (Type.Q5_1, Type.Q5_K, Type.BF16):
+        path = write_gguf(tmp_path / "m.gguf", TinyCheckpoint(config), matrix_type=type_id)
+        assert GGUFCheckpoint(path).read_quantized("layers.0.q.weight") is None
+
+
+def test_codes_with_scales_that_are_no_numbers(tmp_path: Path) -> None:
+    model = TinyCheckpoint(tiny_config())
+    path = write_gguf(tmp_path / "m.gguf", model, matrix_type=Type.Q4_1)
+    checkpoint = GGUFCheckpoint(path)
+    offset = checkpoint._places["layers.1.up.weight"].offset
+    checkpoint.close()
+    for at in (0, 2):  # the scale, the minimum
+        data = bytearray(path.read_bytes())
+        data[offset + at : offset + at + 2] = np.float16(np.inf).tobytes()
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"layers.1.up.weight holds NaN or infinite sc"):
+            GGUFCheckpoint(tmp_path / "bad.gguf").read_quantized("layers.1.up.weight")
+    with pytest.raises(CheckpointError, match="no tensor is named 'x'"):
+        GGUFCheckpoint(path).read_quantized("x")
 
 
 def test_type_table_is_the_packages() -> None:

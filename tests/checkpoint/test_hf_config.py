@@ -199,7 +199,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'.*not supported yet"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),

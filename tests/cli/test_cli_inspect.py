@@ -88,8 +88,8 @@ def test_memory_by_hand() -> None:
     assert fit.weight_bytes(LLAMA_1B, "fp32") == 4 * 1_235_814_400
     linear = 16 * (2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192)
     others = 1_235_814_400 - linear
-    assert fit.weight_bytes(LLAMA_1B, "int8") == 2 * others + linear + linear // 64 * 4
-    assert fit.weight_bytes(LLAMA_1B, "int4") == 2 * others + linear // 2 + linear // 128 * 4
+    assert fit.weight_bytes(LLAMA_1B, "int8") == 2 * others + linear + linear // 128 * 4
+    assert fit.weight_bytes(LLAMA_1B, "int4") == 2 * others + linear // 2 + linear // 128 * 8
 
 
 def test_longest_context_just_fits() -> None:

@@ -18,6 +18,7 @@ from nanocupy.config import ModelConfig, RopeScaling
 from nanocupy.errors import CheckpointError
 from nanocupy.exporters.legacy import write_legacy
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
+from nanocupy.exporters.quantizing import QuantizedView
 from tests.model.driving import (
     CONTEXT,
     FIXTURES,
@@ -232,6 +233,27 @@ def test_legacy_int8_is_within_quantisation(
         (logits,) = every_row(copy.runner(), [reference])
         # About half a percent of every weight: visible in the logits, and far from another model.
         assert TOLERANCE < reference.error(logits) < 0.2
+
+
+# How far fewer bits may move logits, as a share of their own size: half as much again as they do
+# here. Random weights forgive least.
+QUANTISED = {"int8": 0.03, "fp8": 0.15, "int4": 0.3}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_fewer_bits_are_within_quantisation(
+    models: Models, name: str, kind: str, tmp_path: Path
+) -> None:
+    with open_checkpoint(models.folder(name)) as source:
+        write_nanoinfer2(QuantizedView(source, kind), tmp_path / "m.nano")
+    with open_checkpoint(tmp_path / "m.nano") as checkpoint:
+        assert checkpoint.read_quantized("layers.0.q.weight") is not None
+        copy = load(checkpoint)
+    exact = np.concatenate(every_row(models[name].runner(), references(name)))
+    logits = np.concatenate(every_row(copy.runner(), references(name)))
+    error = np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2))
+    assert TOLERANCE < error < QUANTISED[kind]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in LEGACY])
