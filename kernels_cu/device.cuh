@@ -233,6 +233,40 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(
 }
 #endif
 
+// Two 16-bit values of T (__half or __nv_bfloat16) in a register: a - b and a * b, each rounded;
+// subnormal numbers count.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+#if HAS_MMA
+template <>
+__device__ __forceinline__ uint32_t subtract_pairs<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t subtract_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;  // b * -1 + a: a subtraction of its own exists from 9.0 only
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+    return y;
+}
+#endif
+
 // ------------------------------------------------------------------------------ across blocks
 
 // Returns the value before. Relaxed: fence around them what must be seen with them.

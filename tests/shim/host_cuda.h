@@ -275,6 +275,32 @@ inline void mma_m16n8k16(
 }
 #endif
 
+namespace shim {
+
+inline uint32_t bits_of_half(float x, __half*) { return __float2half_rn(x).bits; }
+inline uint32_t bits_of_half(float x, __nv_bfloat16*) { return __float2bfloat16_rn(x).bits; }
+
+}  // namespace shim
+
+template <typename T>
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    uint32_t y = 0;
+    for (int i = 0; i < 2; ++i) {
+        const float x = shim::half_of(a, i, (T*)nullptr) - shim::half_of(b, i, (T*)nullptr);
+        y |= shim::bits_of_half(x, (T*)nullptr) << 16 * i;
+    }
+    return y;
+}
+template <typename T>
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    uint32_t y = 0;
+    for (int i = 0; i < 2; ++i) {
+        const float x = shim::half_of(a, i, (T*)nullptr) * shim::half_of(b, i, (T*)nullptr);
+        y |= shim::bits_of_half(x, (T*)nullptr) << 16 * i;
+    }
+    return y;
+}
+
 // ------------------------------------------------------------------------------ across blocks
 
 template <typename T>
