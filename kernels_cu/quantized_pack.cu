@@ -85,13 +85,15 @@ extern "C" __global__ void __launch_bounds__(256) pack_quantized(
 // dequantize_rows: a packed matrix as scalar_t, each weight rounded once
 // grid: strips * K / 128 up / warps of a block, up; block any multiple of 32
 // packed  [strips, K / 128 up, CHUNK_BYTES]
+// order   int32 [K]: the input of each column; or null: k itself
 // out     scalar_t [R, K]; strips = R / 16 up, or with pairs (gate, then up) R / 16 with R / 2 up to 8s
 // unit    of scales and offsets
 // K a multiple of 8; out aligned to 16 bytes.
 // REF: numpy_ops.norm_linear, whose weight it is
 // COST: the packed bytes read, R * K * sizeof(scalar_t) written
 extern "C" __global__ void __launch_bounds__(256) dequantize_rows(
-    const uint8_t* packed, scalar_t* out, float unit, int32_t R, int32_t K, int32_t pairs) {
+    const uint8_t* packed, const int32_t* order, scalar_t* out, float unit, int32_t R, int32_t K,
+    int32_t pairs) {
     grid_dependency_wait();
     grid_dependency_launch();
     const int half = R / 2;
@@ -123,6 +125,12 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_rows(
                 } else {
                     values[i] = *reinterpret_cast<const float*>(scale) * code * unit;
                 }
+            }
+            if (order != nullptr) {
+                for (int i = 0; i < 8; ++i) {
+                    out[row * K + order[k + i]] = from_float<scalar_t>(values[i]);
+                }
+                continue;
             }
             constexpr int N = Wide<scalar_t>::N;
 #pragma unroll
