@@ -33,7 +33,7 @@ from nanocupy.engine.device_plan import (
 )
 from nanocupy.engine.device_step import addresses_on, layer_table
 from nanocupy.engine.device_swap import HostBlocks, blocks_written
-from nanocupy.engine.device_weights import upload_weights
+from nanocupy.engine.device_weights import placed_weight, upload_weights
 from nanocupy.engine.request import Request
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
@@ -69,7 +69,8 @@ class DeviceRunner(Runner):
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)
         self.forward = decoder_forward(config, rope)
-        self.weights = {w.name: view(f"weight.{w.name}") for w in weight_layout(config)}
+        self.weights = {w.name: placed_weight(w, settings, view) for w in weight_layout(config)}
+        self._staging = view("dequantized", dtype=np.uint8) if settings.quantized else None
         sizes = self._sizes = op_sizes(config, settings, limits)
         self._main = Lane(device, view, sizes, limits, self.weights)
         self.ops = self._main.ops
@@ -130,7 +131,10 @@ class DeviceRunner(Runner):
         """Copy the checkpoint's tensors into place, or make random ones there; progress is called
         with bytes done and in all. Raises CheckpointError, CudaError."""
         with self._device.current():
-            upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
+            upload_weights(
+                self.config, checkpoint, self.weights, self._device, self.ops, progress,
+                stored=self.settings.quantized, staging=self._staging,
+            )  # fmt: skip
 
     def kernel_variants(self) -> list[Variant]:
         """The kernel modules that steps need: to compile them all at once, beforehand."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from nanocupy.ops.launch_quantized import PackedFormat
@@ -66,3 +67,15 @@ def packed_row_order(num_rows: int) -> np.ndarray:
     half = num_rows // 2
     outputs = np.minimum(np.arange(-(-half // 8) * 8), half - 1).reshape(-1, 1, 8)
     return np.concatenate([outputs, half + outputs], axis=1).reshape(-1)
+
+
+def random_scales(kind: str, deviation: float) -> tuple[float, float]:
+    """(scale, offset) under which codes that are each as likely have mean 0, or nearly, and this
+    standard deviation; of fp8, codes of values below 2, as `fill_quantized` makes them."""
+    if kind == "int4":
+        scale = deviation / math.sqrt((16**2 - 1) / 12)
+        return scale, -7.5 * scale
+    if kind == "int8":
+        return deviation / math.sqrt((256**2 - 1) / 12), 0.0
+    values = np.arange(64, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return deviation / float(np.sqrt(np.mean(values**2))), 0.0
