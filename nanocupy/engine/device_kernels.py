@@ -52,7 +52,7 @@ def kernel_variants(
     }
     ops = CudaOps(collector, lambda *args: None, workspaces, sizes, traits)
     weights = {
-        weight.name: placed_weight(weight, settings, lambda name, *shape: Outline(*shape))
+        weight.name: placed_weight(weight, settings, lambda name, shape: Outline(*shape))
         for weight in weight_layout(config)
     }
     # Layers are alike, but for the form that their weights are stored in.

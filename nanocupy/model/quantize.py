@@ -1,5 +1,8 @@
-"""Quantising a model at load: which of its matrices, and in what groups. The setting `weight_format`
-names the kind; embedding, norms, biases and the LM head stay as they are."""
+"""Quantising a model at load: which of its matrices, and in what groups.
+
+The setting `weight_format` names the kind; embedding, norms, biases and the LM head stay as they
+are.
+"""
 
 from __future__ import annotations
 

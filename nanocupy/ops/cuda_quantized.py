@@ -173,7 +173,6 @@ class QuantizedProducts(CudaLauncher):
         )  # fmt: skip
 
 
-
 def _pack_shape(packed: Array, format: PackedFormat) -> LaunchShape:
     """A warp for each chunk of a packed matrix."""
     strips, strip_bytes = packed.shape

@@ -155,9 +155,7 @@ def plan_quantized(
                 if sizes.bytes(stages, min(tile, whole)) <= room:
                     yield stages, min(tile, whole)
 
-    chosen = next(layouts(most, least), None) or next(
-        layouts(max_shared_bytes, 2 * at_once), None
-    )
+    chosen = next(layouts(most, least), None) or next(layouts(max_shared_bytes, 2 * at_once), None)
     if chosen is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no tile of inputs")
     stages, tile_segments = chosen

@@ -1,4 +1,4 @@
-"""Runs products with quantised weights as ops: packing, launch, arguments, and what must come out."""
+"""Runs products with quantised weights: packing, launch, arguments, and what must come out."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from tests.kernels.quantized_runs import ENTRIES, Storage, check_op, make_call
