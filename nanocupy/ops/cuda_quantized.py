@@ -16,10 +16,10 @@ from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_quantized import (
     FILE,
-    MAX_TOKENS,
-    PACK_FILE,
+        PACK_FILE,
     PackedFormat,
     QuantizedLaunch,
+    launch_tokens,
     plan_quantized,
     uses_codes,
 )
@@ -97,8 +97,7 @@ class QuantizedProducts(CudaLauncher):
         x = self._ordered(x, weight)
         # The residual's type matters to one of them; the others share a module where they can.
         wide = plan.folds_norm or entry == "quantized_linear_add"
-        for first in range(0, len(x), MAX_TOKENS):
-            part = slice(first, first + MAX_TOKENS)
+        for part in self._launch_parts(len(x)):
             self._quantized_part(
                 entry, weight, x[part], () if norm is None else (norm[0], _f32(norm[1])),
                 (bias,), out[part], norm=plan.folds_norm, wide=wide,
@@ -121,8 +120,7 @@ class QuantizedProducts(CudaLauncher):
         normed = self._workspace("head_rows", num_rows, x.shape[1])
         self._norm_rows(x, rows, norm_weight, eps, normed)
         normed = self._ordered(normed, weight)
-        for first in range(0, num_rows, MAX_TOKENS):
-            part = slice(first, first + MAX_TOKENS)
+        for part in self._launch_parts(num_rows):
             self._quantized_part(
                 "quantized_logits", weight, normed[part], (None, *norm), (), out[part],
                 norm=False, wide=False,
@@ -131,12 +129,17 @@ class QuantizedProducts(CudaLauncher):
     def _quantized_plan(
         self, weight: PackedMatrix, num_rows: int, out: Array, norm: bool
     ) -> QuantizedLaunch:
+        most = launch_tokens(self._traits.max_shared_bytes)
         return plan_quantized(
-            weight.format, out.shape[1], weight.shape[1], min(num_rows, MAX_TOKENS),
+            weight.format, out.shape[1], weight.shape[1], min(num_rows, most),
             self._traits.num_multiprocessors, pairs=weight.pairs,
-            norm=norm and num_rows <= MAX_TOKENS and weight.input_order is None,
+            norm=norm and num_rows <= most and weight.input_order is None,
             max_shared_bytes=self._traits.max_shared_bytes, tuning=self._quantized_tuning,
         )  # fmt: skip
+
+    def _launch_parts(self, num_rows: int) -> list[slice]:
+        most = launch_tokens(self._traits.max_shared_bytes)
+        return [slice(first, min(first + most, num_rows)) for first in range(0, num_rows, most)]
 
     def _quantized_part(
         self, entry: str, weight: PackedMatrix, x: Array, before: tuple[Any, ...],

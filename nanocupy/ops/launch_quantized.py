@@ -8,6 +8,7 @@ together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FILE = "quantized.cu"
@@ -20,6 +21,7 @@ SEGMENT = WARPS * CHUNK
 INPUT_PAD = 32
 MAX_NORM_INPUTS = 40960
 LEAST_GROUP = 16
+_ROOM_OF_MOST = 160 << 10  # shared memory with which MAX_TOKENS fit
 
 
 @dataclass(frozen=True)
@@ -135,39 +137,57 @@ def plan_quantized(
     tokens = next(n for n in TOKENS if n >= rows)
     strips = -(-num_outputs // (STRIP // 2 if pairs else STRIP))
     blocks = min(strips, num_multiprocessors)
+    block_strips = -(-strips // max(1, blocks))
+    few = tokens == TOKENS[0]
+    most = min(max_shared_bytes, tuning.shared_kb << 10) if few else max_shared_bytes
+    fold = norm and tuning.fold_norm and few and num_inputs <= MAX_NORM_INPUTS
     # int4 codes take half the time of a byte's, and their sums meet as often for twice the rows.
     at_once = tuning.strips or (2 if packed.kind == "int4" else 1)
-    sizes = _Sizes(packed, num_inputs, rows, tokens, at_once, -(-strips // max(1, blocks)), pairs)
-    most = min(max_shared_bytes, (tuning.shared_kb << 10) if tokens == 8 else max_shared_bytes)
-    wanted = max(2 * at_once, (tuning.ring_kb << 10) // (WARPS * packed.chunk_bytes))
-    least = min(wanted, 2 * at_once if tokens > 8 else 2 * at_once + 1)
-    fold = norm and tuning.fold_norm and tokens == 8 and num_inputs <= MAX_NORM_INPUTS
-    fold = fold and sizes.bytes(least, sizes.num_segments) <= most
 
-    def layouts(room: int, least: int):
-        """(stages, segments of a tile) that fit, the best first: rather all inputs at once with a
-        shorter ring, as long as that holds what memory needs."""
-        whole = sizes.num_segments
-        fewer = [] if fold else [n for n in (8, 4, 2, 1) if n < whole]
-        segments = [tuning.tile_segments] if tuning.tile_segments and not fold else [whole, *fewer]
-        for tile in segments:
-            for stages in range(wanted, least - 1, -1):
-                if sizes.bytes(stages, min(tile, whole)) <= room:
-                    yield stages, min(tile, whole)
+    def layout(at_once: int, room: int, fold: bool, least: int) -> _Layout | None:
+        sizes = _Sizes(packed, num_inputs, rows, tokens, at_once, block_strips, pairs)
+        wanted = max(2 * at_once, (tuning.ring_kb << 10) // (WARPS * packed.chunk_bytes))
+        least = min(wanted, least)
+        # Few lengths, as each is a build of its own.
+        stages = sorted({wanted, max(least, wanted * 3 // 4), least}, reverse=True)
+        return sizes.layout(room, stages, fold, tuning)
 
-    chosen = next(layouts(most, least), None) or next(layouts(max_shared_bytes, 2 * at_once), None)
+    # Two chunks a warp more than are in use keep memory busy; rather that than the norm folded in,
+    # than room for another block, and than two strips at once.
+    ring = 2 * at_once + (1 if few or at_once == 1 else 0)
+    chosen = layout(at_once, most, True, ring) if fold else None
+    fold = chosen is not None
+    chosen = chosen or layout(at_once, most, False, ring)
+    if chosen is None:
+        chosen = layout(at_once, max_shared_bytes, False, 2 * at_once)
+    if chosen is None and tuning.strips is None:
+        chosen = layout(1, max_shared_bytes, False, 2)
     if chosen is None:
         raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no tile of inputs")
-    stages, tile_segments = chosen
-    shared_bytes = sizes.bytes(stages, tile_segments)
     macros = packed.macros | {
-        "TOKENS": tokens, "STRIPS": at_once, "STAGES": stages, "NORM_INPUTS": int(fold),
-        "MIN_BLOCKS": tuning.resident_blocks if tokens == 8 else 1,
+        "TOKENS": tokens, "STRIPS": chosen.at_once, "STAGES": chosen.stages,
+        "NORM_INPUTS": int(fold), "MIN_BLOCKS": tuning.resident_blocks if few else 1,
     }  # fmt: skip
     return QuantizedLaunch(
-        macros, (blocks,), 32 * WARPS, shared_bytes, tile_segments,
-        sizes.round_strips(tile_segments), fold,
+        macros, (blocks,), 32 * WARPS, chosen.shared_bytes, chosen.tile_segments,
+        chosen.passes * chosen.at_once, fold,
     )  # fmt: skip
+
+
+def launch_tokens(max_shared_bytes: int) -> int:
+    """The most tokens of a launch on a card whose blocks can have so much shared memory."""
+    return MAX_TOKENS if max_shared_bytes >= _ROOM_OF_MOST else TOKENS[1]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """passes: of a round, of at_once strips each."""
+
+    at_once: int
+    stages: int
+    tile_segments: int
+    passes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -182,25 +202,45 @@ class _Sizes:
     block_strips: int
     pairs: bool
 
-    @property
-    def num_segments(self) -> int:
-        return -(-self.num_inputs // SEGMENT)
+    def layout(
+        self, room: int, stages: Sequence[int], whole_only: bool, tuning: QuantizedTuning
+    ) -> _Layout | None:
+        """The best that fits: rather all inputs at once with a shorter ring; in tiles, all of a
+        block's strips in a round, so that each tile comes once, or as many as there is room for."""
+        whole = -(-self.num_inputs // SEGMENT)
+        all_passes = max(1, -(-self.block_strips // self.at_once))
+        tiles = [whole, *(n for n in (8, 4, 2, 1) if n < whole)]
+        if tuning.tile_segments and not whole_only:
+            tiles = [min(tuning.tile_segments, whole)]
+        best: _Layout | None = None
+        for tile in tiles[:1] if whole_only else tiles:
+            wanted = 1 if tile == whole else all_passes
+            for count in stages:
+                fixed = self.bytes(count, tile)
+                each = self.pass_bytes if whole > 1 else 0
+                passes = wanted if not each else min(wanted, (room - fixed) // each)
+                if fixed > room or passes < 1:
+                    continue
+                shared = fixed + passes * each
+                found = _Layout(self.at_once, count, tile, passes, shared)
+                if passes == wanted:
+                    return found
+                if best is None or passes > best.passes:
+                    best = found
+        return best
 
-    def round_strips(self, tile_segments: int) -> int:
-        """All of a block's where inputs come by tiles, so that each comes once."""
-        if tile_segments >= self.num_segments:
-            return self.at_once
-        return -(-self.block_strips // self.at_once) * self.at_once
+    @property
+    def pass_bytes(self) -> int:
+        """Of the sums so far, of a pass."""
+        values = 2 if self.pairs else 1
+        items = -(-self.tokens * self.at_once * STRIP // values // 256) * 256
+        return 4 * items * values
 
     def bytes(self, stages: int, tile_segments: int) -> int:
+        """Without the sums so far."""
         ring = WARPS * stages * self.packed.chunk_bytes
         chunks = min(tile_segments * WARPS, -(-self.num_inputs // CHUNK))
         inputs = self.rows * (-(-chunks * CHUNK // SPAN) * SPAN + INPUT_PAD) * 2
         groups = chunks * CHUNK // self.packed.group if self.packed.kind == "int4" else 0
         sums = WARPS * self.tokens * (self.at_once * STRIP + 4) * (2 if self.tokens <= 16 else 1)
-        so_far = 0
-        if self.num_segments > 1:
-            values = 2 if self.pairs else 1
-            items = -(-self.tokens * self.at_once * STRIP // values // 256) * 256 * values
-            so_far = items * self.round_strips(tile_segments) // self.at_once
-        return ring + inputs + 4 * (groups * self.tokens + sums + so_far)
+        return ring + inputs + 4 * (groups * self.tokens + sums)
