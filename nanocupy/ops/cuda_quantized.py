@@ -16,7 +16,7 @@ from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_quantized import (
     FILE,
-        PACK_FILE,
+    PACK_FILE,
     PackedFormat,
     QuantizedLaunch,
     launch_tokens,

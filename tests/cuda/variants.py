@@ -101,7 +101,10 @@ VARIANTS = (
     Variants(
         "quantized.cu",
         (
-            "quantized_linear", "quantized_linear_add", "quantized_swiglu", "quantized_logits",
+            "quantized_linear",
+            "quantized_linear_add",
+            "quantized_swiglu",
+            "quantized_logits",
         ),
         (
             {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 8, "STRIPS": 2, "STAGES": 6},
@@ -109,7 +112,11 @@ VARIANTS = (
             {"SCALAR": BFLOAT16, "WEIGHT_KIND": 2, "TOKENS": 32, "MIN_BLOCKS": 1},
             {"SCALAR": FLOAT16, "WEIGHT_KIND": 1, "GROUP": 32, "TOKENS": 16, "MIN_BLOCKS": 1},
             {
-                "SCALAR": BFLOAT16, "WEIGHT_KIND": 0, "GROUP": 16, "TOKENS": 8, "NORM_INPUTS": 1,
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 0,
+                "GROUP": 16,
+                "TOKENS": 8,
+                "NORM_INPUTS": 1,
                 "RESIDUAL": FLOAT32,
             },
             {"SCALAR": FLOAT16, "WEIGHT_KIND": 2, "TOKENS": 8, "FORCE_PLAIN": 1},
@@ -122,7 +129,10 @@ VARIANTS = (
         tuple(
             {"SCALAR": scalar, "WEIGHT_KIND": kind, "GROUP": group}
             for scalar, kind, group in (
-                (BFLOAT16, 1, 128), (FLOAT16, 0, 32), (FLOAT32, 2, 128), (FLOAT32, 1, 16),
+                (BFLOAT16, 1, 128),
+                (FLOAT16, 0, 32),
+                (FLOAT32, 2, 128),
+                (FLOAT32, 1, 16),
             )
         ),
     ),

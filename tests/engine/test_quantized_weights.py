@@ -199,3 +199,34 @@ def unpacked(runner, weight) -> np.ndarray:
         out = runner.ops._unpacked(weight)
     runner._device.synchronize("a test")
     return np.asarray(out, np.float32)
+
+
+@needs_compiler
+def test_the_kernels_that_steps_need_are_known_beforehand():
+    """Layers whose weights are stored in different ways too."""
+
+    class Mixed(QuantizedCheckpoint):
+        def _kind(self, name):
+            kind = super()._kind(name)
+            return ("int8", 64) if kind is not None and name.startswith("layers.1.") else kind
+
+    checkpoint = Mixed(all_of("int4"))
+    formats, _ = plan_weight_formats(checkpoint, "auto")
+    assert {s.kind for s in formats.values()} == {"int4", "int8"}
+    settings = DeviceSettings("bfloat16", "bfloat16", "bfloat16", quantized=formats)
+    device = ShimDevice()
+    runner = DeviceRunner(CONFIG, device, RunnerLimits(40, 4, 96, 80, 12), settings)
+    known = {(file, tuple(sorted(m.items()))) for file, m in runner.kernel_variants()}
+    asked: set = set()
+    get = device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        asked.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    runner.upload_weights(checkpoint)
+    for num_tokens in (1, 64, 80):
+        logits(runner, num_tokens)
+    assert asked
+    assert {m for m in asked if m[0].startswith("quantized")} <= known

@@ -48,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "a chunk copied over while lanes read it",
-        "                warp_sync();\n#pragma unroll\n                for (int s = 0; s < STRIPS; ++s) "
-        "stream.bring();",
+        "                warp_sync();\n#pragma unroll\n                for (int s = 0; s < STRIPS; "
+        "++s) stream.bring();",
         "#pragma unroll\n                for (int s = 0; s < STRIPS; ++s) stream.bring();",
     ),
     Mutant(

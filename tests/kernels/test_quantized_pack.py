@@ -1,4 +1,4 @@
-"""Matrices of codes between their forms (quantized_pack.cu), against the layout written in NumPy."""
+"""Matrices of codes between their forms (quantized_pack.cu), against the layout in NumPy."""
 
 from __future__ import annotations
 
