@@ -56,6 +56,13 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ int count_bits(uint32_t x) { return __popc(x); }
 
+// (x & mask) | ones, in one instruction: of two constants the compiler makes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t ones) {
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(ones));
+    return y;
+}
+
 // Index of the lowest bit set; x is not 0.
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(x) - 1; }
 
@@ -133,6 +140,16 @@ __device__ __forceinline__ uint4 ld_shared_16(const void* p) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(p))
+                 : "memory");
+    return v;
+}
+
+// 8 bytes of shared memory, aligned to 8.
+__device__ __forceinline__ uint2 ld_shared_8(const void* p) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
                  : "r"(shared_address(p))
                  : "memory");
     return v;

@@ -15,7 +15,7 @@ typedef scalar_t input_t;
 
 #if QUANTIZED_ON_TENSOR_CORES
 #define QUANTIZED_INPUT(x, rows) \
-    QuantizedInput<input_t> { x, rows, norm_weight, eps, num_rows, K, 0, nullptr, 0, nullptr, nullptr }
+    QuantizedInput<input_t> { x, rows, norm_weight, eps, num_rows, K }
 #endif
 
 // quantized_linear: out = x @ weight.T + bias, of num_rows tokens; x is rms_norm(x) with NORM_INPUTS
@@ -30,7 +30,8 @@ typedef scalar_t input_t;
 // packed       [R / 16 up, K / 128 up, CHUNK_BYTES], as quantized_format.cuh says
 // bias         scalar_t [R], or null
 // out          scalar_t [num_rows, R], no part of the inputs
-// num_rows 1 to TOKENS; K a multiple of 8, with NORM_INPUTS 40960 at most; x, norm_weight and packed
+// num_rows 1 to TOKENS; K a multiple of 8, with NORM_INPUTS such that 2 * K + 4 * num_rows * K / 256
+// up bytes fit in the sums' room; x, norm_weight and packed
 // aligned to 16 bytes; any R; 16-bit types; tile_segments from 1, all segments with NORM_INPUTS;
 // round_strips a multiple of STRIPS. x may come from the kernel before, weights may not.
 // REF: numpy_ops.norm_linear

@@ -204,16 +204,20 @@ struct ChunkSums {
         const float* input_sums) {
         const unsigned char* place = chunk + CODE_BYTES + number * (STRIP * 4) + lane_id() / 4 * 8;
         float scales[2], offsets[2] = {0.0f, 0.0f};
-        if constexpr (WEIGHT_KIND == 1) {
-            float pairs[4];
-            load_floats<half_t, 4>(reinterpret_cast<const half_t*>(place), pairs);
+        union {
+            uint2 words;
+            Vec<half_t, 4> halves;
+            Vec<float, 2> floats;
+        } read;
+        read.words = ld_shared_8(place);
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                scales[r] = pairs[2 * r];
-                offsets[r] = fmaf(-CODE_BIAS, scales[r], pairs[2 * r + 1]);
+        for (int r = 0; r < 2; ++r) {
+            if constexpr (WEIGHT_KIND == 1) {
+                scales[r] = to_float(read.halves.data[2 * r]);
+                offsets[r] = fmaf(-CODE_BIAS, scales[r], to_float(read.halves.data[2 * r + 1]));
+            } else {
+                scales[r] = read.floats.data[r];
             }
-        } else {
-            load_floats<float, 2>(reinterpret_cast<const float*>(place), scales);
         }
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
@@ -289,7 +293,6 @@ __device__ __forceinline__ void run_quantized(
     }
     const int num_rows = input.num_rows, tile_segments = weights.tile_segments;
     const int tile_chunks = min(tile_segments * WARPS, share.num_chunks);
-    const bool is_one_tile = tile_segments >= share.num_segments;
     input.tile_inputs = tile_segments * SEGMENT;
     input.stride = (tile_chunks * CHUNK + SPAN - 1) / SPAN * SPAN + INPUT_PAD;
     input.tile = reinterpret_cast<scalar_t*>(dynamic_shared() + RING_BYTES);
@@ -297,20 +300,24 @@ __device__ __forceinline__ void run_quantized(
     float* const partial =
         input.sums + (WEIGHT_KIND == 1 ? tile_chunks * GROUPS * TOKENS : 0);
     float* const so_far = partial + SUM_BUFFERS * SUM_FLOATS;
-    input.squares = partial;  // done with before the first sums
+    // Done with before the first sums.
+    input.norm_row = reinterpret_cast<scalar_t*>(partial);
+    input.squares = partial + (input.num_inputs + 1) / 2;
 
-    typename QuantizedInput<In>::Early early;
-    if (NORM_INPUTS) input.request(early);
+#if NORM_INPUTS
+    input.request();
+#endif
     QuantizedStream<PAIRS> stream(share, weights);
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) stream.bring();
     grid_dependency_wait();
-    if (NORM_INPUTS) {
-        input.load_normed(early, tile_chunks);
-    } else {
-        input.load(0, tile_chunks);
-    }
+#if NORM_INPUTS
+    input.template load_normed<STAGES>(tile_chunks);
     block_sync();
+    int in_tile = 0;  // the tile that is there
+#else
+    int in_tile = -1;
+#endif
 
     const scalar_t* own_inputs[TOKEN_TILES];
 #pragma unroll
@@ -319,19 +326,21 @@ __device__ __forceinline__ void run_quantized(
         own_inputs[n] = input.tile + token * input.stride + lane_id() % 4 * 8;
     }
     ChunkSums own;
-    int buffer = 0, in_tile = 0;  // the tile that is there
+    int buffer = 0;
 #pragma unroll 1
     for (int first = 0; first < share.num_strips; first += weights.round_strips) {
         const int end = share.round_end(first, weights.round_strips);
 #pragma unroll 1
         for (int segment = 0; segment < share.num_segments; ++segment) {
-            const int tile = is_one_tile ? 0 : segment / tile_segments;
+            const int tile = segment / tile_segments;
             const int tile_chunk = (segment - tile * tile_segments) * WARPS;
+#if !NORM_INPUTS
             if (tile != in_tile) {
                 input.load(tile, min(tile_chunks, share.num_chunks - tile * tile_segments * WARPS));
                 in_tile = tile;
                 block_sync();
             }
+#endif
             const int num_active = min(WARPS, share.num_chunks - segment * WARPS);
             const bool is_last = segment + 1 == share.num_segments;
             const scalar_t* inputs[TOKEN_TILES];

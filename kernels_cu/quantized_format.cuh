@@ -97,16 +97,16 @@ constexpr float CODE_BIAS = WEIGHT_KIND == 1 ? PairCodes<scalar_t>::BIAS : 0.0f;
 __device__ __forceinline__ uint32_t code_pair(uint32_t word, int i) {
     typedef PairCodes<scalar_t> Pair;
     if constexpr (WEIGHT_KIND == 1) {
-        const uint32_t bits = (word >> (4 * i) & 0x000f000fu) | Pair::ONES;
+        const uint32_t bits = and_or(word >> (4 * i), 0x000f000fu, Pair::ONES);
         return Pair::BIAS != 0.0f ? bits : subtract_pairs<scalar_t>(bits, Pair::ONES);
     } else if constexpr (WEIGHT_KIND == 0) {
         if (i % 2) word >>= 8;
         // A byte is its low seven bits less 128 where the eighth is set.
         return subtract_pairs<scalar_t>(
-            (word & 0x007f007fu) | Pair::ONES, (word & 0x00800080u) | Pair::ONES);
+            and_or(word, 0x007f007fu, Pair::ONES), and_or(word, 0x00800080u, Pair::ONES));
     } else {
         if (i % 2 == 0) word <<= 8;
-        const uint32_t bits = (word >> Pair::SHIFT & Pair::MASK) | (word & 0x80008000u);
+        const uint32_t bits = and_or(word >> Pair::SHIFT, Pair::MASK, word & 0x80008000u);
         return multiply_pairs<scalar_t>(bits, Pair::FACTOR);
     }
 }

@@ -31,10 +31,28 @@ union LaneInputs {
     Vec<In, LANE_INPUTS> values;
 };
 
+// A warp's spans of a tile, one after the other: every WARPSth of all tokens'.
+struct Turn {
+    int spans, token = 0, span = warp_id();
+
+    __device__ __forceinline__ explicit Turn(int spans) : spans(spans) { settle(); }
+    __device__ __forceinline__ void next() {
+        span += WARPS;
+        settle();
+    }
+    __device__ __forceinline__ void settle() {
+#pragma unroll 1
+        while (span >= spans) {
+            span -= spans;
+            ++token;
+        }
+    }
+};
+
 template <typename In>
 struct QuantizedInput {
     const In* x;          // [T, num_inputs]
-    const int32_t* rows;  // which rows of x; null: the first ones
+    const int32_t* rows;  // with NORM_INPUTS, which rows of x; null: the first ones
     const scalar_t* norm_weight;
     float eps;
     int num_rows, num_inputs;
@@ -42,7 +60,9 @@ struct QuantizedInput {
     scalar_t* tile;   // shared, [num_rows, stride]
     int stride;
     float* sums;      // shared, int4: [groups of a tile, TOKENS]
-    float* squares;   // shared, with NORM_INPUTS: [num_rows, spans]
+    // Shared, with NORM_INPUTS: its weights, and the squares of spans, [num_rows, spans].
+    scalar_t* norm_row;
+    float* squares;
 
     // Spans that a warp asks for before it uses the first.
     static constexpr int HELD = NORM_INPUTS || sizeof(In) == 4 ? 4 : 8;
@@ -55,7 +75,7 @@ struct QuantizedInput {
     __device__ __forceinline__ void read(
         LaneInputs<In>& held, int token, int first, int span) const {
         const int k = first + span * SPAN + lane_id() * LANE_INPUTS;
-        const int64_t row = rows == nullptr ? token : rows[token];
+        const int64_t row = NORM_INPUTS && rows != nullptr ? rows[token] : token;
 #pragma unroll
         for (int w = 0; w < LANE_INPUTS * static_cast<int>(sizeof(In)) / 16; ++w) {
             held.words[w] = make_uint4(0, 0, 0, 0);
@@ -65,16 +85,9 @@ struct QuantizedInput {
         }
     }
 
-    // One span to its place. The whole warp comes.
+    // One span to its place, as it is stored. The whole warp comes.
     __device__ __forceinline__ void put(
-        const LaneInputs<In>& held, int token, int span, int num_chunks, float factor,
-        const Vec<scalar_t, LANE_INPUTS>& scales) const {
-        float values[LANE_INPUTS];
-#pragma unroll
-        for (int j = 0; j < LANE_INPUTS; ++j) {
-            values[j] = to_float(held.values.data[j]);
-            if (NORM_INPUTS) values[j] = values[j] * factor * to_float(scales.data[j]);
-        }
+        const float (&values)[LANE_INPUTS], int token, int span, int num_chunks) const {
         const int k = span * SPAN + lane_id() * LANE_INPUTS;
         store_floats<scalar_t, LANE_INPUTS>(tile + token * stride + k, values);
         if constexpr (WEIGHT_KIND == 1) {
@@ -86,107 +99,105 @@ struct QuantizedInput {
         }
     }
 
-    // The norm's weights of a span, 0 beyond the inputs.
-    __device__ __forceinline__ Vec<scalar_t, LANE_INPUTS> norm_weights(int span) const {
-        Vec<scalar_t, LANE_INPUTS> scales = {};
-        const int k = span * SPAN + lane_id() * LANE_INPUTS;
-        if (NORM_INPUTS && k < num_inputs) {
-            scales = load_vec<scalar_t, LANE_INPUTS>(norm_weight + k);
-        }
-        return scales;
+    static __device__ __forceinline__ void to_floats(
+        const LaneInputs<In>& held, float (&values)[LANE_INPUTS]) {
+#pragma unroll
+        for (int j = 0; j < LANE_INPUTS; ++j) values[j] = to_float(held.values.data[j]);
     }
 
     // A tile of inputs, of all tokens. A barrier must lie between the last use of the one before and
     // this, and one between this and its use. num_chunks: of the tile.
     __device__ __forceinline__ void load(int tile_number, int num_chunks) const {
         const int first = tile_number * tile_inputs, spans = spans_of(tile_number);
-        const int total = num_rows * spans;
-        const Vec<scalar_t, LANE_INPUTS> none = {};
+        Turn turn(spans);
 #pragma unroll 1
-        for (int i = warp_id(); i < total; i += HELD * WARPS) {
+        while (turn.token < num_rows) {
             LaneInputs<In> held[HELD];
+            Turn ahead = turn;
 #pragma unroll
-            for (int h = 0; h < HELD; ++h) {
-                const int own = i + h * WARPS;
-                if (own < total) read(held[h], own / spans, first, own % spans);
+            for (int h = 0; h < HELD; ++h, ahead.next()) {
+                if (ahead.token < num_rows) read(held[h], ahead.token, first, ahead.span);
             }
 #pragma unroll
-            for (int h = 0; h < HELD; ++h) {
-                const int own = i + h * WARPS;
-                if (own < total) put(held[h], own / spans, own % spans, num_chunks, 1.0f, none);
+            for (int h = 0; h < HELD; ++h, turn.next()) {
+                if (turn.token < num_rows) {
+                    float values[LANE_INPUTS];
+                    to_floats(held[h], values);
+                    put(values, turn.token, turn.span, num_chunks);
+                }
             }
         }
     }
 
-    // What does not depend on the kernel before: the norm's weights of this warp's first spans.
-    struct Early {
-        Vec<scalar_t, LANE_INPUTS> scales[HELD];
-    };
-    __device__ __forceinline__ void request(Early& early) const {
-        const int spans = spans_of(0), total = num_rows * spans;
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-            const int own = warp_id() + h * WARPS;
-            if (own < total) early.scales[h] = norm_weights(own % spans);
-        }
-    }
-
-    // The only tile, normalised. The whole block comes.
-    __device__ __forceinline__ void load_normed(const Early& early, int num_chunks) const {
-        const int spans = spans_of(0), total = num_rows * spans;
-        LaneInputs<In> held[HELD];
-        const auto square = [&](const LaneInputs<In>& values, int own) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < LANE_INPUTS; ++j) {
-                const float value = to_float(values.values.data[j]);
-                sum += value * value;
-            }
-            sum = warp_sum(sum);
-            if (lane_id() == 0) squares[own] = sum;
-        };
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-            const int own = warp_id() + h * WARPS;
-            if (own < total) read(held[h], own / spans, 0, own % spans);
-        }
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-            const int own = warp_id() + h * WARPS;
-            if (own < total) square(held[h], own);
-        }
+    // Before the wait for the kernel before: ask for the norm's weights, as one group of copies.
+    __device__ __forceinline__ void request() const {
 #pragma unroll 1
-        for (int own = warp_id() + HELD * WARPS; own < total; own += WARPS) {
-            LaneInputs<In> other;
-            read(other, own / spans, 0, own % spans);
-            square(other, own);
+        for (int k = threadIdx.x * LANE_INPUTS; k < num_inputs; k += BLOCK_THREADS * LANE_INPUTS) {
+            cp_async_16(norm_row + k, norm_weight + k);
         }
+        cp_async_commit();
+    }
+
+    // The only tile, normalised. The whole block comes. GROUPS: of copies that were committed after
+    // that of request().
+    template <int GROUPS_AFTER>
+    __device__ __forceinline__ void load_normed(int num_chunks) const {
+        constexpr bool STAYS = sizeof(In) == sizeof(scalar_t);  // in its place, until normalised
+        const int spans = spans_of(0);
+        Turn turn(spans);
+#pragma unroll 1
+        while (turn.token < num_rows) {
+            LaneInputs<In> held[HELD];
+            Turn ahead = turn;
+#pragma unroll
+            for (int h = 0; h < HELD; ++h, ahead.next()) {
+                if (ahead.token < num_rows) read(held[h], ahead.token, 0, ahead.span);
+            }
+#pragma unroll
+            for (int h = 0; h < HELD; ++h, turn.next()) {
+                if (turn.token >= num_rows) continue;
+                float values[LANE_INPUTS], sum = 0.0f;
+                to_floats(held[h], values);
+#pragma unroll
+                for (int j = 0; j < LANE_INPUTS; ++j) sum += values[j] * values[j];
+                sum = warp_sum(sum);
+                if (lane_id() == 0) squares[turn.token * spans + turn.span] = sum;
+                if constexpr (STAYS) *place(turn) = held[h].words[0];
+            }
+        }
+        cp_async_wait<GROUPS_AFTER>();
         block_sync();
         int known = -1;
         float factor = 0.0f;
-        const auto factor_of = [&](int token) {
-            if (token != known) {
-                float sum = 0.0f;
-                for (int i = lane_id(); i < spans; i += 32) sum += squares[token * spans + i];
-                factor = 1.0f / sqrtf(warp_sum(sum) / num_inputs + eps);
-                known = token;
-            }
-            return factor;
-        };
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-            const int own = warp_id() + h * WARPS;
-            if (own < total) {
-                const float scale = factor_of(own / spans);
-                put(held[h], own / spans, own % spans, num_chunks, scale, early.scales[h]);
-            }
-        }
 #pragma unroll 1
-        for (int own = warp_id() + HELD * WARPS; own < total; own += WARPS) {
-            LaneInputs<In> other;
-            read(other, own / spans, 0, own % spans);
-            const float scale = factor_of(own / spans);
-            put(other, own / spans, own % spans, num_chunks, scale, norm_weights(own % spans));
+        for (turn = Turn(spans); turn.token < num_rows; turn.next()) {
+            LaneInputs<In> own;
+            if constexpr (STAYS) {
+                own.words[0] = *place(turn);
+            } else {
+                read(own, turn.token, 0, turn.span);
+            }
+            if (turn.token != known) {
+                float sum = 0.0f;
+                for (int i = lane_id(); i < spans; i += 32) {
+                    sum += squares[turn.token * spans + i];
+                }
+                factor = 1.0f / sqrtf(warp_sum(sum) / num_inputs + eps);
+                known = turn.token;
+            }
+            const int k = turn.span * SPAN + lane_id() * LANE_INPUTS;
+            float values[LANE_INPUTS], weights[LANE_INPUTS] = {};
+            to_floats(own, values);
+            if (k < num_inputs) load_floats<scalar_t, LANE_INPUTS>(norm_row + k, weights);
+#pragma unroll
+            for (int j = 0; j < LANE_INPUTS; ++j) values[j] = values[j] * factor * weights[j];
+            put(values, turn.token, turn.span, num_chunks);
         }
+    }
+
+    // Of this lane's inputs of a span, where they will lie.
+    __device__ __forceinline__ uint4* place(const Turn& turn) const {
+        return reinterpret_cast<uint4*>(
+            tile + turn.token * stride + turn.span * SPAN + lane_id() * LANE_INPUTS);
     }
 };

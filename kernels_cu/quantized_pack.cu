@@ -110,21 +110,20 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_rows(
             const int64_t output = pairs ? place.strip * 8 + g : place.strip * STRIP + g + second * 8;
             if (output >= (pairs ? half : R)) continue;
             const int64_t row = pairs && second ? half + output : output;
+            // Eight inputs in a row share a scale.
+            const uint8_t* scale = from + CODE_BYTES + first / GROUP * (STRIP * 4) +
+                                   scale_place(g + second * 8) * 4;
+            float pair[2] = {0.0f, 0.0f};
+            if constexpr (WEIGHT_KIND == 1) {
+                load_floats<half_t, 2>(reinterpret_cast<const half_t*>(scale), pair);
+            } else {
+                pair[0] = *reinterpret_cast<const float*>(scale);
+            }
             float values[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const uint32_t word = vector[word_of_vector(q, code_word(i), second)];
-                const int group = (first + i) / GROUP;
-                const uint8_t* scale = from + CODE_BYTES + group * (STRIP * 4) +
-                                       scale_place(g + second * 8) * 4;
-                const float code = code_value(word >> code_shift(i));
-                if (WEIGHT_KIND == 1) {
-                    float pair[2];
-                    load_floats<half_t, 2>(reinterpret_cast<const half_t*>(scale), pair);
-                    values[i] = (pair[0] * code + pair[1]) * unit;
-                } else {
-                    values[i] = *reinterpret_cast<const float*>(scale) * code * unit;
-                }
+                values[i] = (pair[0] * code_value(word >> code_shift(i)) + pair[1]) * unit;
             }
             if (order != nullptr) {
                 for (int i = 0; i < 8; ++i) {

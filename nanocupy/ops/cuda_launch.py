@@ -58,6 +58,7 @@ class CudaLauncher:
         self._quantized_tuning = quantized_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
+        self._starts_alone = False  # whether the next must not
         self._maps: TensorMaps | None = None  # made where a kernel takes any
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
@@ -73,9 +74,11 @@ class CudaLauncher:
     def _launch(self, file: str, entry: str, shape: LaunchShape, *args: Any, **macros: int) -> None:
         if 0 not in shape.grid:
             kernel = self._kernels.get(file, entry, **macros)
+            overlap = self._overlap and not self._starts_alone
+            self._starts_alone = False
             kernel.launch(
                 shape.grid, (shape.block,), args, shape.shared_bytes,
-                cluster=shape.cluster, overlap_previous=self._overlap, resident=shape.resident,
+                cluster=shape.cluster, overlap_previous=overlap, resident=shape.resident,
             )  # fmt: skip
 
     def _workspace(self, name: str, *shape: int) -> Array:

@@ -79,6 +79,8 @@ class QuantizedProducts(CudaLauncher):
             weight.packed, weight.input_order, out, _f32(weight.unit), _i32(num_outputs),
             _i32(num_inputs), _i32(weight.pairs), **self._types, **weight.format.macros,
         )  # fmt: skip
+        # Products read weights before they wait for the kernel in front, and these it writes.
+        self._starts_alone = True
         return out
 
     def _quantized(

@@ -19,7 +19,6 @@ MAX_TOKENS = TOKENS[-1]  # of a launch
 STRIP, CHUNK, SPAN, WARPS = 16, 128, 256, 8
 SEGMENT = WARPS * CHUNK
 INPUT_PAD = 32
-MAX_NORM_INPUTS = 40960
 LEAST_GROUP = 16
 _ROOM_OF_MOST = 160 << 10  # shared memory with which MAX_TOKENS fit
 
@@ -140,7 +139,7 @@ def plan_quantized(
     block_strips = -(-strips // max(1, blocks))
     few = tokens == TOKENS[0]
     most = min(max_shared_bytes, tuning.shared_kb << 10) if few else max_shared_bytes
-    fold = norm and tuning.fold_norm and few and num_inputs <= MAX_NORM_INPUTS
+    fold = norm and tuning.fold_norm and few
     # int4 codes take half the time of a byte's, and their sums meet as often for twice the rows.
     at_once = tuning.strips or (2 if packed.kind == "int4" else 1)
 
@@ -205,13 +204,18 @@ class _Sizes:
     def layout(
         self, room: int, stages: Sequence[int], whole_only: bool, tuning: QuantizedTuning
     ) -> _Layout | None:
-        """The best that fits: rather all inputs at once with a shorter ring; in tiles, all of a
-        block's strips in a round, so that each tile comes once, or as many as there is room for."""
+        """The best that fits; whole_only: with all inputs at once, normalised.
+
+        Rather all inputs at once with a shorter ring; in tiles, all of a block's strips in a round,
+        so that each tile comes once, or as many as there is room for.
+        """
         whole = -(-self.num_inputs // SEGMENT)
         all_passes = max(1, -(-self.block_strips // self.at_once))
         tiles = [whole, *(n for n in (8, 4, 2, 1) if n < whole)]
         if tuning.tile_segments and not whole_only:
             tiles = [min(tuning.tile_segments, whole)]
+        if whole_only and self.norm_bytes > 4 * self.sum_floats:
+            return None
         best: _Layout | None = None
         for tile in tiles[:1] if whole_only else tiles:
             wanted = 1 if tile == whole else all_passes
@@ -242,5 +246,15 @@ class _Sizes:
         chunks = min(tile_segments * WARPS, -(-self.num_inputs // CHUNK))
         inputs = self.rows * (-(-chunks * CHUNK // SPAN) * SPAN + INPUT_PAD) * 2
         groups = chunks * CHUNK // self.packed.group if self.packed.kind == "int4" else 0
-        sums = WARPS * self.tokens * (self.at_once * STRIP + 4) * (2 if self.tokens <= 16 else 1)
-        return ring + inputs + 4 * (groups * self.tokens + sums)
+        return ring + inputs + 4 * (groups * self.tokens + self.sum_floats)
+
+    @property
+    def sum_floats(self) -> int:
+        """Room for a pass's sums of all warps."""
+        buffers = 2 if self.tokens <= 16 else 1
+        return buffers * WARPS * self.tokens * (self.at_once * STRIP + 4)
+
+    @property
+    def norm_bytes(self) -> int:
+        """What a norm needs, in the room of the sums."""
+        return 2 * self.num_inputs + 4 * self.rows * -(-self.num_inputs // SPAN)

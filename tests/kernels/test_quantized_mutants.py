@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant("inputs' sums of the wrong token", "inputs[i % 2], sum);", "inputs[1 - i % 2], sum);"),
     Mutant(
         "nibbles in another order",
-        "word >> (4 * i) & 0x000f000fu",
-        "word >> (4 * (i ^ 1)) & 0x000f000fu",
+        "and_or(word >> (4 * i), 0x000f000fu",
+        "and_or(word >> (4 * (i ^ 1)), 0x000f000fu",
     ),
     Mutant("the codes' bias left in", "fmaf(-CODE_BIAS, scales[r],", "fmaf(0.0f, scales[r],"),
     Mutant(
@@ -93,8 +93,8 @@ MUTANTS = [
         "if (i % 2 == 0) word >>= 8;",
         kind="int8",
     ),
-    Mutant("no sign", "(word & 0x00800080u) | Pair::ONES);", "Pair::ONES);", kind="int8"),
-    Mutant("no sign of fp8", "| (word & 0x80008000u);", ";", kind="fp8", group_size=None),
+    Mutant("no sign", "and_or(word, 0x00800080u, Pair::ONES));", "Pair::ONES);", kind="int8"),
+    Mutant("no sign of fp8", "word & 0x80008000u);", "0);", kind="fp8", group_size=None),
     Mutant(
         "fp8 bytes in another order",
         "if (i % 2 == 0) word <<= 8;",
@@ -163,7 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "the first token's norm for all",
-        "if (token != known) {",
+        "if (turn.token != known) {",
         "if (known < 0) {",
         tuning=SMALL,
         inputs=1152,

@@ -18,7 +18,7 @@ from tests.kernels.backends import TOLERANCES, assert_close
 from tests.kernels.quantized_runs import ENTRIES, make_call
 from tests.ops.cases import DTYPES
 from tests.shim import build
-from tests.shim.device import MODERN, OLD, shim_ops
+from tests.shim.device import MODERN, OLD, _ShimKernel, shim_ops
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -111,6 +111,24 @@ def test_old_cards_and_float32_unpack_always(op: str, kind: str) -> None:
         for traits, dtype in ((OLD, "float16"), (MODERN, "float32")):
             names = launched(op, rows, traits, kind=kind, dtype=dtype, ordered=rows == 9)
             assert names[0] == "dequantize_rows"
+
+
+@pytest.mark.parametrize("op", ENTRIES)
+def test_no_product_starts_before_its_matrix_is_unpacked(op: str, monkeypatch) -> None:
+    """Products read weights before they wait for the kernel in front of them."""
+    found: list[tuple[str, bool]] = []
+    launch = _ShimKernel.launch
+
+    def noted(self, *args: Any, **options: Any) -> None:
+        found.append((self._entry, options["overlap_previous"]))
+        launch(self, *args, **options)
+
+    monkeypatch.setattr(_ShimKernel, "launch", noted)
+    launched(op, 1, dtype="float32")
+    assert [name for name, overlaps in found if not overlaps] == [found[-1][0]]
+    found.clear()
+    launched(op, 12)
+    assert all(overlaps for _, overlaps in found)
 
 
 @pytest.mark.parametrize("op", ENTRIES)

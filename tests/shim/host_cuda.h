@@ -45,6 +45,7 @@ constexpr uint32_t FULL_WARP = 0xffffffffu;
 
 inline float infinity() { return __builtin_inff(); }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t ones) { return (x & mask) | ones; }
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline bool is_aligned_16(const void* p) { return (uintptr_t(p) & 15) == 0; }
 inline float exp2_approx(float x) { return exp2f(x); }
@@ -152,6 +153,11 @@ inline uint4 ld_shared_16(const void* p, CALLER) {
     if (!shim::in_shared(p, 16)) shim::fail("line %d: a load not from shared memory", line);
     if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
     return *static_cast<const uint4*>(p);
+}
+inline uint2 ld_shared_8(const void* p, CALLER) {
+    if (!shim::in_shared(p, 8)) shim::fail("line %d: a load not from shared memory", line);
+    if (uintptr_t(p) & 7) shim::fail("line %d: an 8-byte load not aligned to 8", line);
+    return *static_cast<const uint2*>(p);
 }
 template <typename T>
 inline T* keep_pointer(T* p) {
