@@ -1,7 +1,7 @@
 // Products of 1 to 32 tokens with weights of int8, int4 or fp8 codes, with what belongs to them folded
 // in: the norm before (or a kernel of its own, norm.cu), bias, residual, SwiGLU, float32 logits. The
 // macros stand in quantized_format.cuh (WEIGHT_KIND, GROUP), quantized_input.cuh (TOKENS,
-// NORM_INPUTS) and quantized.cuh (STRIPS, STAGES, MIN_BLOCKS).
+// NORM_INPUTS), quantized_sums.cuh (STRIPS) and quantized.cuh (STAGES, MIN_BLOCKS).
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.

@@ -42,6 +42,7 @@ from nanocupy.memory.host_pool import SwapCosts
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
+from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.kernel_variants import Variant
 from nanocupy.sampling_params import SamplingParams
 
@@ -70,8 +71,9 @@ class DeviceRunner(Runner):
         rope = rope_parameters(config)
         self.forward = decoder_forward(config, rope)
         self.weights = {w.name: placed_weight(w, settings, view) for w in weight_layout(config)}
-        self._staging = view("dequantized", dtype=np.uint8) if settings.quantized else None
         sizes = self._sizes = op_sizes(config, settings, limits)
+        num_bytes = sizes.dequantized_size * ITEMSIZES[sizes.dtype]
+        self._staging = view("dequantized", (num_bytes,), np.uint8) if num_bytes else None
         self._main = Lane(device, view, sizes, limits, self.weights)
         self.ops = self._main.ops
         # Where prompts go while others decode, if that is to be side by side.

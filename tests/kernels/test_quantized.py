@@ -239,7 +239,7 @@ def test_the_plan_knows_the_kernels_constants() -> None:
     from tests.shim.build import KERNELS
 
     text = "".join((KERNELS / f"quantized{part}.cuh").read_text() for part in
-                   ("_format", "_input", ""))  # fmt: skip
+                   ("_format", "_input", "_sums", ""))  # fmt: skip
     for name in ("STRIP", "CHUNK", "SPAN", "WARPS", "INPUT_PAD"):
         found = re.search(rf"constexpr int {name} = (\d+);", text)
         assert found is not None

@@ -18,7 +18,10 @@ from tests.shim.build import KERNELS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-HEADERS = ("epilogues.cuh", "quantized_format.cuh", "quantized_input.cuh", "quantized.cuh")
+HEADERS = (
+    "epilogues.cuh", "quantized_format.cuh", "quantized_input.cuh", "quantized_sums.cuh",
+    "quantized.cuh",
+)  # fmt: skip
 PLAIN = replace(SMALL, fold_norm=False)
 TILED = replace(PLAIN, tile_segments=1)
 
@@ -194,7 +197,7 @@ def passes(mutant: Mutant, backend: Any) -> bool:
 def inlined() -> str:
     """quantized.cu with its own headers in it."""
     source = (KERNELS / "quantized.cu").read_text()
-    for _ in range(3):
+    for _ in range(4):
         for header in HEADERS:
             text = re.sub(r"^#pragma once\n", "", (KERNELS / header).read_text(), flags=re.M)
             line = f'#include "{header}"\n'
