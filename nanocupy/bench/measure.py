@@ -55,7 +55,7 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
         f"decode/{shape}/{dtype}/b{batch}",
         "ms",
         values,
-        num_bytes=(weights + kv_values) * itemsize,
+        num_bytes=weight_bytes(engine, itemsize) + kv_values * itemsize,
         num_flops=2 * weights * batch + attention_flops,
     )
 
@@ -103,7 +103,7 @@ def prefill(
         f"prefill/{shape}/{dtype}/t{num_tokens}",
         "ms",
         values,
-        num_bytes=(weights.body + weights.head) * itemsize_of(dtype),
+        num_bytes=weight_bytes(engine, itemsize_of(dtype)),
         num_flops=2 * (weights.body * num_tokens + weights.head) + attention_flops,
     )
 
@@ -146,6 +146,16 @@ class WeightCounts:
 def weight_counts(config: ModelConfig) -> WeightCounts:
     head = config.vocab_size * config.hidden_size
     return WeightCounts(config.num_parameters - (head if config.tied_lm_head else 2 * head), head)
+
+
+def weight_bytes(engine: LLMEngine, itemsize: int) -> int:
+    """Bytes of the weights that a step reads whole, as the runner keeps them."""
+    kept = getattr(engine.runner, "weights", None)
+    if not kept:
+        counts = weight_counts(engine.config)
+        return (counts.body + counts.head) * itemsize
+    rows_alone = set() if engine.config.tied_lm_head else {"embed.weight"}
+    return sum(weight.nbytes for name, weight in kept.items() if name not in rows_alone)
 
 
 def itemsize_of(dtype: str) -> int:

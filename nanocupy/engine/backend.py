@@ -20,6 +20,7 @@ from nanocupy.progress import byte_progress, say
 
 if TYPE_CHECKING:
     from nanocupy.engine.device_plan import DeviceSettings
+    from nanocupy.ops.cuda_sizes import DeviceTraits
 
 BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 arithmetic
 
@@ -90,6 +91,24 @@ def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -
     )
 
 
+def with_weight_formats(
+    settings: DeviceSettings, checkpoint: Checkpoint, config: EngineConfig, traits: DeviceTraits
+) -> tuple[DeviceSettings, list[str]]:
+    """`settings` with the weights that stay quantised on a card of these traits, and notes for the
+    user. Raises CheckpointError."""
+    from nanocupy.engine.weight_formats import plan_weight_formats
+    from nanocupy.ops.cuda_sizes import ITEMSIZES
+    from nanocupy.ops.launch_quantized import uses_codes
+
+    multiplies_codes = uses_codes(
+        1, ITEMSIZES[settings.dtype], traits.compute_capability, force_plain=traits.force_plain
+    )
+    formats, notes = plan_weight_formats(
+        checkpoint, config.weight_format, multiplies_codes=multiplies_codes
+    )
+    return replace(settings, quantized=formats), notes
+
+
 def make_engine(
     checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False
 ) -> LLMEngine:
@@ -137,7 +156,9 @@ def _cpu_runner(
         num_host_blocks=_num_host_blocks(checkpoint.config, config, wanted, 4),
     )
     with byte_progress("loading", progress, quiet_s=1.0) as report:
-        weights = load_numpy_weights(checkpoint, progress=report)
+        weights = load_numpy_weights(
+            checkpoint, progress=report, weight_format=config.weight_format
+        )
     return NumpyRunner(checkpoint.config, weights, limits)
 
 
@@ -151,6 +172,9 @@ def _cuda_runner(
 
     device = CudaDevice(use_graphs=config.use_graphs)
     settings = device_settings(config, device.traits.compute_capability)
+    settings, notes = with_weight_formats(settings, checkpoint, config, device.traits)
+    for note in notes:
+        say(note, progress)
     limits = plan_limits(
         checkpoint.config,
         device,

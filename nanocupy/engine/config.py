@@ -123,6 +123,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
+    weight_format: Literal["auto", "float", "int8", "int4", "fp8"] = _choice(
+        "auto", ("auto", "float", "int8", "int4", "fp8"),
+        "matrices of layers: auto = as stored, float = as dtype, or quantised at load")
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of the key/value cache; auto: as dtype")

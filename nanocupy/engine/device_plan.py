@@ -5,7 +5,9 @@ Pure planning: nothing is allocated here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from nanocupy.config import ModelConfig
 from nanocupy.cuda.arena import ArenaPlan, BufferSpec
@@ -14,10 +16,11 @@ from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import StepShape
+from nanocupy.engine.weight_formats import StoredWeight, is_pairs
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
-from nanocupy.model.weights import weight_layout
+from nanocupy.model.weights import Weight, weight_layout
 from nanocupy.ops.cuda_sizes import (
     ITEMSIZES,
     DeviceTraits,
@@ -37,6 +40,7 @@ PENALTY_RECORD_WORDS = 8 + 2 * MAX_PENALTY_ENTRIES
 # Penalties come behind the other inputs of a step, through memory of twice this size: enough for
 # the penalised entries of any one sequence.
 MIN_INPUT_BYTES = 8 << 20
+MIN_STAGING_SIZE = 1 << 20  # 16-bit numbers: room for some rows of codes of any matrix
 _INPUTS = (
     "token_ids", "positions", "slots", "rope_lens", "query_starts", "kv_lens", "block_tables",
     "sample_rows",
@@ -47,13 +51,15 @@ _INPUTS = (
 class DeviceSettings:
     """Storage types by name: of weights and activations, of the residual stream, of the cache;
     gpu_memory_utilization: the share of the card's free memory to take, weights included;
-    two_streams: prompts beside decodes, on a stream and in workspaces of their own."""
+    two_streams: prompts beside decodes, on a stream and in workspaces of their own; quantized: the
+    weights that stay so, by name, as `plan_weight_formats` gives them."""
 
     dtype: str = "bfloat16"
     residual_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
     gpu_memory_utilization: float = 0.9
     two_streams: bool = False
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
 
 
 def check_model(config: ModelConfig) -> None:
@@ -103,10 +109,7 @@ def buffer_specs(
     """The table of everything on the device, by owner."""
     sizes = op_sizes(config, settings, limits)
     width = table_width(limits)
-    table = [
-        BufferSpec(f"weight.{weight.name}", weight.shape, settings.dtype, "weights")
-        for weight in weight_layout(config)
-    ]
+    table = [spec for w in weight_layout(config) for spec in _weight_buffers(w, settings)]
     largest = step_dims(limits.max_step_tokens, limits.max_num_seqs, sizes.max_rows, 1)
     largest |= {"N": limits.num_blocks, "P": limits.block_size, "M": width}
     types = {
@@ -156,6 +159,24 @@ def buffer_specs(
     return table
 
 
+def _weight_buffers(weight: Weight, settings: DeviceSettings) -> Iterator[BufferSpec]:
+    """What a weight takes: itself, or its packed codes and the order of its inputs."""
+    name, stored = f"weight.{weight.name}", settings.quantized.get(weight.name)
+    if stored is None:
+        yield BufferSpec(name, weight.shape, settings.dtype, "weights")
+        return
+    num_rows, num_inputs = weight.shape
+    shape = stored.packed(num_inputs).packed_shape(num_rows, num_inputs, is_pairs(weight.name))
+    yield BufferSpec(name, shape, "uint8", "weights")
+    if stored.has_order:
+        yield BufferSpec(order_name(name), (num_inputs,), "int32", "weights")
+
+
+def order_name(buffer: str) -> str:
+    """The buffer beside a weight's that has the order of its inputs."""
+    return f"{buffer}.order"
+
+
 def lane_buffers(config: ModelConfig, sizes: OpSizes, traits: DeviceTraits) -> frozenset[str]:
     """Buffers of which each stream that computes has its own."""
     written = {
@@ -168,6 +189,9 @@ def lane_buffers(config: ModelConfig, sizes: OpSizes, traits: DeviceTraits) -> f
 
 
 def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:
+    shapes = {w.name: w.shape for w in weight_layout(config) if w.name in settings.quantized}
+    unpacked = [math.prod(shapes[n]) for n, s in settings.quantized.items() if s.is_unpacked]
+    ordered = [shapes[n][1] for n, s in settings.quantized.items() if s.has_order]
     return OpSizes(
         max_tokens=limits.max_step_tokens,
         max_num_seqs=limits.max_num_seqs,
@@ -182,6 +206,9 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         dtype=settings.dtype,
         residual_dtype=settings.residual_dtype,
         cache_dtype=settings.cache_dtype,
+        # Codes come to the card through the same memory, as many at a time as it holds.
+        dequantized_size=max([MIN_STAGING_SIZE, *unpacked]) if shapes else 0,
+        ordered_width=max(ordered, default=0),
     )
 
 

@@ -33,7 +33,7 @@ from nanocupy.engine.device_plan import (
 )
 from nanocupy.engine.device_step import addresses_on, layer_table
 from nanocupy.engine.device_swap import HostBlocks, blocks_written
-from nanocupy.engine.device_weights import upload_weights
+from nanocupy.engine.device_weights import placed_weight, upload_weights
 from nanocupy.engine.request import Request
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
@@ -42,6 +42,7 @@ from nanocupy.memory.host_pool import SwapCosts
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
+from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.kernel_variants import Variant
 from nanocupy.sampling_params import SamplingParams
 
@@ -69,8 +70,10 @@ class DeviceRunner(Runner):
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)
         self.forward = decoder_forward(config, rope)
-        self.weights = {w.name: view(f"weight.{w.name}") for w in weight_layout(config)}
+        self.weights = {w.name: placed_weight(w, settings, view) for w in weight_layout(config)}
         sizes = self._sizes = op_sizes(config, settings, limits)
+        num_bytes = sizes.dequantized_size * ITEMSIZES[sizes.dtype]
+        self._staging = view("dequantized", (num_bytes,), np.uint8) if num_bytes else None
         self._main = Lane(device, view, sizes, limits, self.weights)
         self.ops = self._main.ops
         # Where prompts go while others decode, if that is to be side by side.
@@ -130,7 +133,10 @@ class DeviceRunner(Runner):
         """Copy the checkpoint's tensors into place, or make random ones there; progress is called
         with bytes done and in all. Raises CheckpointError, CudaError."""
         with self._device.current():
-            upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
+            upload_weights(
+                self.config, checkpoint, self.weights, self._device, self.ops, progress,
+                stored=self.settings.quantized, staging=self._staging,
+            )  # fmt: skip
 
     def kernel_variants(self) -> list[Variant]:
         """The kernel modules that steps need: to compile them all at once, beforehand."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, dequantized
 from nanocupy.errors import CapacityError
+from nanocupy.model.quantize import requantized
 from nanocupy.model.weights import Weight, weight_layout
 
 
@@ -18,21 +19,26 @@ def load_numpy_weights(
     checkpoint: Checkpoint,
     dtype: type[np.floating] = np.float32,
     progress: Callable[[int, int], None] | None = None,
+    weight_format: str = "auto",
 ) -> dict[str, np.ndarray]:
     """All weights in `dtype`, by the names of `weight_layout`. A tensor already stored so is not
     copied: it stays a view of the mapped file.
 
+    weight_format: as the setting; where it names a kind, matrices of layers are rounded to that.
     progress is called with (done, total) bytes. Raises CheckpointError, CapacityError.
     """
     layout = list(weight_layout(checkpoint.config))
 
+    def read(source: str) -> np.ndarray:
+        return requantized(dequantized(checkpoint.read(source)), source, weight_format)
+
     def load(weight: Weight) -> np.ndarray:
         if len(weight.sources) == 1:
-            return dequantized(checkpoint.read(weight.sources[0])).astype(dtype, copy=False)
+            return read(weight.sources[0]).astype(dtype, copy=False)
         stacked = np.empty(weight.shape, dtype)
         row = 0
         for source in weight.sources:
-            part = dequantized(checkpoint.read(source))
+            part = read(source)
             stacked[row : row + len(part)] = part
             row += len(part)
         return stacked

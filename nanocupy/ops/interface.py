@@ -12,6 +12,11 @@ Dtypes: "storage" is float32, float16 or bfloat16; `x` (the residual stream) may
 other activations. Products and sums accumulate in float32 at least. A value is rounded only when it
 is stored in a buffer, and at the points marked "rounded" below, to the dtype of `out` (of `x` where
 an op has no `out`), so that fused and unfused paths round alike.
+
+Where a product's `weight` may be quantised (norm_linear, linear_add, norm_swiglu, lm_head) it is a
+`quantized.QuantizedMatrix`, on a device its packed form, `packed_matrix.PackedMatrix`; its value is
+`dequantize()` of that. A backend may round its scales and offsets to 11 bits (int4), or its weights
+to storage.
 """
 
 from __future__ import annotations

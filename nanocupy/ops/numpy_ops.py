@@ -10,6 +10,7 @@ import numpy as np
 
 from nanocupy.ops import philox
 from nanocupy.ops.interface import Ops
+from nanocupy.quantized import QuantizedMatrix
 
 # Scores of one tile of attention, in elements: bounds the temporary memory of a long prefill.
 MAX_SCORE_ELEMENTS = 1 << 24
@@ -41,8 +42,13 @@ class NumpyOps(Ops):
         inverse = 1 / np.sqrt(mean_square + self.compute.type(eps))
         return x * inverse[..., None] * self._up(weight)
 
-    def _product(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        y = x @ self._up(weight).T
+    def _weight(self, weight: np.ndarray | QuantizedMatrix) -> np.ndarray:
+        return self._up(weight.dequantize() if isinstance(weight, QuantizedMatrix) else weight)
+
+    def _product(
+        self, x: np.ndarray, weight: np.ndarray | QuantizedMatrix, bias: np.ndarray | None
+    ) -> np.ndarray:
+        y = x @ self._weight(weight).T
         if bias is not None:
             y += self._up(bias)
         return y
@@ -177,7 +183,7 @@ class NumpyOps(Ops):
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
         normed = self._rounded(self._rms_norm(x[rows], norm_weight, eps), x.dtype)
-        weight = self._up(weight)
+        weight = self._weight(weight)
         if out.dtype == self.compute:
             np.matmul(normed, weight.T, out=out)
         else:

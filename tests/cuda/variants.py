@@ -98,6 +98,44 @@ VARIANTS = (
         ("penalize_slots", "count_tokens", "set_token_counts"),
         ({"SCALAR": FLOAT32},),
     ),
+    Variants(
+        "quantized.cu",
+        (
+            "quantized_linear",
+            "quantized_linear_add",
+            "quantized_swiglu",
+            "quantized_logits",
+        ),
+        (
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 8, "STRIPS": 2, "STAGES": 6},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 0, "TOKENS": 8, "NORM_INPUTS": 1},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 2, "TOKENS": 32, "MIN_BLOCKS": 1},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 1, "GROUP": 32, "TOKENS": 16, "MIN_BLOCKS": 1},
+            {
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 0,
+                "GROUP": 16,
+                "TOKENS": 8,
+                "NORM_INPUTS": 1,
+                "RESIDUAL": FLOAT32,
+            },
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 2, "TOKENS": 8, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT32, "WEIGHT_KIND": 1, "TOKENS": 8},
+        ),
+    ),
+    Variants(
+        "quantized_pack.cu",
+        ("pack_quantized", "dequantize_rows", "fill_quantized", "gather_inputs"),
+        tuple(
+            {"SCALAR": scalar, "WEIGHT_KIND": kind, "GROUP": group}
+            for scalar, kind, group in (
+                (BFLOAT16, 1, 128),
+                (FLOAT16, 0, 32),
+                (FLOAT32, 2, 128),
+                (FLOAT32, 1, 16),
+            )
+        ),
+    ),
     Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
     Variants(

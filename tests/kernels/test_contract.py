@@ -25,7 +25,7 @@ ENTRIES = {
 # Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
 READ_BEFORE = (
     "gemv.cu", "norm.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
-    "decode_step.cu",
+    "decode_step.cu", "quantized.cu",
 )  # fmt: skip
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
@@ -33,6 +33,7 @@ ELSEWHERE = {
     "count_tokens": "engine.request.Request.output_counts",
     "set_token_counts": "engine.device_penalties.PenaltySlots",
     "resolve_tokens": "engine.decode_state.DecodeState.updates",
+    "fill_quantized": "philox of ops.philox",
     "fill_normal": "Box and Muller 1958",
     "stamp_step": "cuda.step_stamps.StepStamps.read",
 }

@@ -53,6 +53,16 @@ def test_costs_by_hand():
     assert found["lm_head"] == Cost(2 * (48 * 32 + 2 * 32) + 4 * 2 * 48, 2 * 2 * 48 * 32)
 
 
+def test_the_bytes_of_weights_that_are_stored_otherwise() -> None:
+    step = step_shape(step_dims(4, 2, 2, 3), [0, 3, 4], [8, 10])
+    shapes = {weight.name: weight.shape for weight in weight_layout(CONFIG)}
+    call = next(c for c in decoder_forward(CONFIG, rope_parameters(CONFIG)) if c.op == "linear_add")
+    plain = call_cost(call, step, shapes, 2)
+    packed = call_cost(call, step, shapes, 2, {"layers.0.o.weight": 700})
+    assert plain.num_bytes - packed.num_bytes == 2 * 32 * 32 - 700
+    assert plain.num_flops == packed.num_flops
+
+
 class TickingClock:
     """Every mark is one second after the one before."""
 
