@@ -16,13 +16,12 @@ from nanocupy.engine.device_plan import (
     DeviceSettings,
     check_model,
     decode_bucket,
+    forward_calls,
     op_sizes,
     table_width,
 )
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import bucket, coarse_bucket
-from nanocupy.model.forward import decoder_forward
-from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
@@ -51,7 +50,7 @@ def kernel_variants(
     ops = CudaOps(collector, lambda *args: None, workspaces, sizes, traits)
     weights = {weight.name: Outline(*weight.shape) for weight in weight_layout(config)}
     # The layers are alike.
-    calls = [call for call in decoder_forward(config, rope_parameters(config)) if not call.layer]
+    calls = [call for call in forward_calls(config, settings.cache_dtype) if not call.layer]
     fixed = {"N": limits.num_blocks, "P": limits.block_size, "M": table_width(limits)}
 
     def forward(*counts: int) -> None:

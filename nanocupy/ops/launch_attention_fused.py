@@ -65,6 +65,7 @@ def can_fuse(
     return (
         compute_capability >= (9, 0)  # below there are no clusters, and it was never measured
         and num_heads // num_kv_heads <= MAX_HEADS_PER_GROUP
+        and cache == scalar
         and uses_tensor_cores(head_size, scalar, cache, compute_capability, force_plain)
     )
 
