@@ -103,8 +103,8 @@ class Layers:
     def two_launches(self, layer: int) -> None:
         self.ops.attend(
             self.qkv, self.head_norm, self.head_norm, 1e-6, self.rope, self.slots,
-            *self.caches[layer], self.starts, self.lens, self.tables, self.config.head_size**-0.5,
-            1, 0, self.scratch, self.out,
+            *self.caches[layer], None, None, self.starts, self.lens, self.tables,
+            self.config.head_size**-0.5, 1, 0, self.scratch, self.out,
         )  # fmt: skip
 
     def macros(self, tuning: FusedTuning) -> dict[str, int]:

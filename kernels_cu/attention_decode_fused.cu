@@ -22,7 +22,7 @@
 #include "attention_decode_mma.cuh"
 #include "rope.cuh"
 
-#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
+#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS && !QUANTIZED
 
 // HEAD_SIZE values to row `row` of a tile, rounded to scalar_t.
 __device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const HeadPairs& x) {
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
     const int32_t* query_starts, const int32_t* kv_lens, const int32_t* block_tables, float scale,
     scalar_t* out, int num_kv_heads, int heads_per_group, int block_size, int table_width) {
-#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
+#if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS && !QUANTIZED
     grid_dependency_launch();
     if (!READ_EARLY) grid_dependency_wait();
     const int ranks = cluster_size(), rank = cluster_rank();

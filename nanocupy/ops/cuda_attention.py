@@ -42,7 +42,8 @@ class AttentionOps(CudaLauncher):
         self._launch(
             "rope.cu", "rope_write_kv", shapes.rope_write_kv(num_tokens, num_heads, num_kv_heads),
             qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, key_scales,
-            value_scales, q_out, _i32(num_heads), _i32(num_kv_heads), _i32(block_size), **self._cache_types,
+            value_scales, q_out, _i32(num_heads), _i32(num_kv_heads), _i32(block_size),
+            **self._cache_types,
         )  # fmt: skip
 
     def attend(

@@ -119,14 +119,14 @@ class Ops(ABC):
         """Causal attention of ragged queries over the paged cache.
 
         q storage [T, H, d]; key_cache, value_cache [N, G, P, d], key_scales, value_scales [N, G, P]
-        or None; query_starts int32 [B + 1]: sequence b owns tokens
-        query_starts[b] … query_starts[b+1]-1, which are the last of its kv_lens[b] positions;
-        block_tables int32 [B, M]: position p of sequence b lies in block block_tables[b, p // P],
-        row p % P; out storage [T, H, d]. Query head h reads key/value head h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included, and so may columns
-        of block_tables beyond a sequence's own blocks. A sequence without queries is skipped.
-        Probabilities may be rounded to storage before they meet v, after they have met its scale.
-        max_queries: no sequence has
-        more queries; the host knows it, and a backend may choose its kernel by it.
+        or None; query_starts int32 [B + 1]: sequence b owns tokens query_starts[b] …
+        query_starts[b+1]-1, which are the last of its kv_lens[b] positions; block_tables int32 [B,
+        M]: position p of sequence b lies in block block_tables[b, p // P], row p % P; out storage
+        [T, H, d]. Query head h reads key/value head h // (H / G). Slots at or beyond kv_lens may
+        hold anything, NaN included, and so may columns of block_tables beyond a sequence's own
+        blocks. A sequence without queries is skipped. Probabilities may be rounded to storage
+        before they meet v, after they have met its scale. max_queries: no sequence has more
+        queries; the host knows it, and a backend may choose its kernel by it.
         """
 
     @abstractmethod

@@ -97,9 +97,9 @@ def launch_attention_decode(
     scalar, cache: type codes of the kernels' macros. max_shared_bytes: what a block can have. The
     grid has a zero where there are no sequences; it must not be launched then. Arguments of all
     entries, in order: q, key_cache, value_cache, key_scales, value_scales (null where the cache is
-    not quantised), query_starts, kv_lens, block_tables, scale (float32), out, partial_values, partial_states, counters, then int32: num_sequences,
-    num_kv_heads, heads of each of them, block_size, columns of block_tables, num_items, least_part,
-    num_row_tiles.
+    not quantised), query_starts, kv_lens, block_tables, scale (float32), out, partial_values,
+    partial_states, counters, then int32: num_sequences, num_kv_heads, heads of each of them,
+    block_size, columns of block_tables, num_items, least_part, num_row_tiles.
     """
     tuning = tuning or DecodeTuning()
     heads_per_group = num_heads // num_kv_heads

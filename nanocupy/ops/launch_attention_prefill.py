@@ -212,10 +212,12 @@ def launch_attention_prefill(
 ) -> PrefillLaunch:
     """The launch for at most `num_tokens` tokens of at most `num_sequences` sequences.
 
-    cache: the type code of the cache, which matters where it is quantised. tile: that of `attention_prefill`; None launches `attention_prefill_plain`. The grid is 0 where
-    there is nothing to do; it must not be launched then. Arguments of both entries, in order: q,
-    key_cache, value_cache, key_scales, value_scales (null where the cache is not quantised),
-    query_starts, kv_lens, block_tables, out, scale (float32), then int32: num_sequences, num_heads, num_kv_heads, block_size, num_columns of block_tables.
+    cache: the type code of the cache, which matters where it is quantised. tile: that of
+    `attention_prefill`; None launches `attention_prefill_plain`. The grid is 0 where there is
+    nothing to do; it must not be launched then. Arguments of both entries, in order: q, key_cache,
+    value_cache, key_scales, value_scales (null where the cache is not quantised), query_starts,
+    kv_lens, block_tables, out, scale (float32), then int32: num_sequences, num_heads, num_kv_heads,
+    block_size, num_columns of block_tables.
     """
     rows = PLAIN_ROWS if tile is None else tile.rows
     packed_rows = num_tokens * (num_heads // num_kv_heads)

@@ -75,14 +75,14 @@ def unfused(backend: Any, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarra
     numbers = (num_heads, num_kv_heads, block_size)
     args = (
         a["qkv"], a["q_norm"], a["k_norm"], np.float32(a["eps"]), a["rope"], a["slots"],
-        a["key_cache"], a["value_cache"], a["q_scratch"], *map(np.int32, numbers),
+        a["key_cache"], a["value_cache"], None, None, a["q_scratch"], *map(np.int32, numbers),
     )  # fmt: skip
     macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size}
-    backend.run("rope.cu", "rope_write_kv", shape, args, (6, 7, 8), **macros)
+    backend.run("rope.cu", "rope_write_kv", shape, args, (6, 7, 10), **macros)
     out = np.full(a["out"].shape, np.nan)
     NumpyOps(np.float64).attention(
-        a["q_scratch"], a["key_cache"], a["value_cache"], a["query_starts"], a["kv_lens"],
-        a["block_tables"], a["scale"], 1, out,
+        a["q_scratch"], a["key_cache"], a["value_cache"], None, None, a["query_starts"],
+        a["kv_lens"], a["block_tables"], a["scale"], 1, out,
     )  # fmt: skip
     return a["key_cache"], a["value_cache"], out
 

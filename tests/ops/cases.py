@@ -348,8 +348,9 @@ def _attend(
     bounded: bool = True,
     codes: str = "",
 ) -> Callable[..., Call]:
-    """`sequences` and `codes` as above; the last positions' keys and values come from qkv, and what
-    the cache holds there before is NaN. `norms` as in `_rope_write_kv`; bounded: the longest length is told.
+    """`sequences` and `codes` as above; the last positions' keys and values come from qkv, and
+    what the cache holds there before is NaN. `norms` as in `_rope_write_kv`; bounded: the longest
+    length is told.
     """
     make_attention = _attention(sequences, heads, kv_heads, head_size, block_size, codes=codes)
 
