@@ -183,13 +183,13 @@ struct CodeRows : MmaRows<TILES> {
     // As MmaRows::finish; the sums leave their unit.
     __device__ __forceinline__ void finish() {
         MmaRows<TILES>::finish();
-        if (!ValueUnit::NEEDED) return;
+        const float factor = ValueUnit::NEEDED ? unit.value() : 1.0f;
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) this->summed[m][n][i] *= unit.value();
+                for (int i = 0; i < 4; ++i) this->summed[m][n][i] *= factor;
     }
 };
 

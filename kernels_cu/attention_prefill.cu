@@ -113,6 +113,40 @@ __device__ __forceinline__ float2 scales_at(
     return make_float2(
         to_float(key_scales[offset / HEAD_SIZE]), to_float(value_scales[offset / HEAD_SIZE]));
 }
+
+// Where the scale of a row of the tile is kept: of each 16 rows a lane's four lie together.
+__device__ __forceinline__ int step_place(int row) {
+    return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
+}
+
+// This lane's scales of rows 16 * k + 2t, + 2t + 1, + 2t + 8, + 2t + 9, t = lane % 4. They are read
+// where they are wanted: ahead of the products they would take registers from the fragments.
+__device__ __forceinline__ void load_steps(const float* steps, int k, float (&out)[4]) {
+    const uint4 bits = ld_shared_16(steps + k * 16 + lane_id() % 4 * 4);
+    out[0] = float_of(bits.x);
+    out[1] = float_of(bits.y);
+    out[2] = float_of(bits.z);
+    out[3] = float_of(bits.w);
+}
+
+// Multiply each column of fragments by its row's scale, and by `factor`.
+__device__ __forceinline__ void scale_columns(
+    float (&columns)[ROW_TILES][KEY_GROUPS][4], const float* steps, float factor) {
+#pragma unroll
+    for (int k = 0; k < KEY_TILE / 16; ++k) {
+        float own[4];
+        load_steps(steps, k, own);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[i] *= factor;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                columns[m][2 * k + i / 4][i % 4] *= own[i / 4 * 2 + i % 2];
+            }
+        }
+    }
+}
 #endif
 
 #endif  // TENSOR_CORES
@@ -141,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
     __shared__ RowTile tile;  // not in registers, which the fragments fill
     unsigned char* const query_rows = dynamic_shared();
 #if QUANTIZED
-    __shared__ __align__(8) float steps[STAGES][2][KEY_TILE];  // scales of keys, of values
+    __shared__ __align__(16) float steps[STAGES][2][KEY_TILE];  // scales of keys, of values
     unsigned char* const widened = query_rows + QUERY_BYTES;
     unsigned char* const stages = widened + 2 * KEY_BYTES;
     ValueUnit unit;
@@ -183,8 +217,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 #if QUANTIZED
             if (thread < KEY_TILE) {
                 const float2 own = scales_at(key_scales, value_scales, offsets[stage][thread]);
-                steps[stage][0][thread] = own.x;
-                steps[stage][1][thread] = own.y;
+                steps[stage][0][step_place(thread)] = own.x;
+                steps[stage][1][step_place(thread)] = own.y;
             }
 #endif
         }
@@ -234,16 +268,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 
         const int first_key = j * KEY_TILE;
 #if QUANTIZED
-        float2 next_steps = make_float2(0.0f, 0.0f);  // under way while this tile is worked on
-        if (j + STAGES - 1 < num_key_tiles && thread < KEY_TILE) {
-            next_steps = scales_at(key_scales, value_scales, offsets[next][thread]);
-        }
+        const bool has_next = j + STAGES - 1 < num_key_tiles && thread < KEY_TILE;
+        float2 next_steps = make_float2(0.0f, 0.0f);  // under way while this tile is widened
+        if (has_next) next_steps = scales_at(key_scales, value_scales, offsets[next][thread]);
         widen_keys(widened, stages + stage * STAGE_BYTES);
+        if (has_next) {
+            steps[next][0][step_place(thread)] = next_steps.x;
+            steps[next][1][step_place(thread)] = next_steps.y;
+        }
         block_sync();  // the tile is whole
         const unsigned char* keys = widened + key_row;
         const unsigned char* values = widened + KEY_BYTES + low_row;
-        const float* key_steps = steps[stage][0] + lane % 4 * 2;
-        const float* value_steps = steps[stage][1] + lane % 4 * 2;
 #else
         const unsigned char* keys = stages + stage * STAGE_BYTES + key_row;
         const unsigned char* values = stages + stage * STAGE_BYTES + KEY_BYTES + low_row;
@@ -300,21 +335,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 
 #if QUANTIZED
             float raised = 1.0f;  // what the sums' unit has become smaller by
-#pragma unroll
-            for (int n = 0; n < KEY_GROUPS; ++n) {
-                const Vec<float, 2> own = load_vec<float, 2>(key_steps + n * 8);
-#pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) scores[m][n][i] *= own.data[i % 2];
-                }
-            }
+            scale_columns(scores, steps[stage][0], 1.0f);
             if (ValueUnit::NEEDED) {
                 uint32_t largest = 0;  // by their bits, in which a NaN comes last
 #pragma unroll
-                for (int n = 0; n < KEY_GROUPS; ++n) {
-                    const Vec<float, 2> own = load_vec<float, 2>(value_steps + n * 8);
-                    largest = max(largest, max(bits_of(own.data[0]), bits_of(own.data[1])));
+                for (int k = 0; k < KEY_TILE / 16; ++k) {
+                    float own[4];
+                    load_steps(steps[stage][1], k, own);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) largest = max(largest, bits_of(own[i]));
                 }
                 largest = max(largest, shuffle_xor(largest, 1));
                 largest = max(largest, shuffle_xor(largest, 2));
@@ -377,6 +406,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 #endif
                 }
             }
+#if QUANTIZED
+            scale_columns(scores, steps[stage][1], ValueUnit::NEEDED ? unit.inverse() : 1.0f);
+#endif
             if (warp_ballot(is_raised)) {  // seldom after the first tiles
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
@@ -391,28 +423,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
 #pragma unroll
             for (int k = 0; k < KEY_TILE / 16; ++k) {
                 uint32_t weights[ROW_TILES][4];
-#if QUANTIZED
-                float own[2][2];  // scales of the values, of this lane's keys
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    load_floats<float, 2>(value_steps + (2 * k + n) * 8, own[n]);
-                    if (ValueUnit::NEEDED) {
-                        own[n][0] *= unit.inverse();
-                        own[n][1] *= unit.inverse();
-                    }
-                }
-#endif
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float(&pair)[4] = scores[m][2 * k + i / 2];
-                        float first = pair[i % 2 * 2], second = pair[i % 2 * 2 + 1];
-#if QUANTIZED
-                        first *= own[i / 2][0];
-                        second *= own[i / 2][1];
-#endif
-                        weights[m][i] = pack_pair<scalar_t>(first, second);
+                        weights[m][i] =
+                            pack_pair<scalar_t>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
                     }
                 }
 #pragma unroll
@@ -427,12 +444,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                 }
             }
         }
-#if QUANTIZED
-        if (thread < KEY_TILE) {
-            steps[next][0][thread] = next_steps.x;
-            steps[next][1][thread] = next_steps.y;
-        }
-#endif
         if (thread < KEY_TILE) {
             const int ahead = (j + STAGES) * KEY_TILE + thread;
             offsets[stage][thread] =

@@ -172,6 +172,8 @@ def _mma_block(
     shapes = [(4, 3), (3, 3), (2, 3), (2, 2), (1, 2)]
     if quantized:  # a stage has half the bytes; scales need three of them
         shapes = [(4, 4), (4, 3), (3, 3), (2, 3), (1, 3)]
+        if head_size > 128:  # so that two blocks have room
+            shapes.pop(0)
     if tuning.warps is not None or tuning.stages is not None:
         warps, stages = tuning.warps or shapes[0][0], tuning.stages or shapes[0][1]
         shapes.insert(0, (warps, max(stages, 3) if quantized else stages))
