@@ -78,9 +78,7 @@ VARIANTS = (
             {"SCALAR": FLOAT16, "HEAD_SIZE": 64, "FORCE_PLAIN": 1},
         ),
     ),
-    Variants(
-        "attention_prefill_plain.cu", ("attention_prefill_plain",), (*_heads(), *_caches())
-    ),
+    Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), (*_heads(), *_caches())),
     Variants(
         "decode_state.cu",
         ("resolve_tokens", "apply_updates"),

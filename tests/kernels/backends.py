@@ -163,6 +163,8 @@ def assert_close(
     tolerance = TOLERANCES[got.dtype.name] if tolerance is None else tolerance
     smallest = 2.0**-24 if got.dtype == np.float16 else 1e-37  # the spacing of subnormal numbers
     values, wanted = got.astype(np.float64), wanted.astype(np.float64)
+    if ignored is not None:
+        wanted = np.where(ignored, 0, wanted)
     rms = np.sqrt(np.mean(wanted**2, axis=-1, keepdims=True)) if wanted.size else np.float64(0)
     bound = tolerance * (abs(wanted) + rms) + smallest
     share = abs(values - wanted) / bound

@@ -347,10 +347,8 @@ DECODE_BUGS = {
     "even and odd values swapped": (
         "mma_m16n8k16<scalar_t>(sums[0], weights[m], even[0], even[1])",
         "mma_m16n8k16<scalar_t>(sums[0], weights[m], odd[0], odd[1])"),
-    "codes of another chunk": ("index % CODE_CHUNKS;", "(index + 1) % CODE_CHUNKS;"),
-    "codes behind the end": (
-        "cp_async_16_or_zero(keys + 2 * TILE + to, value_cache + from, token < left)",
-        "cp_async_16(keys + 2 * TILE + to, value_cache + from)"),
+    "codes of another chunk": (
+        "from_row * HEAD_SIZE + chunk * 16", "from_row * HEAD_SIZE + (chunk ^ 1) * 16"),
     "unit never left": ("ValueUnit::NEEDED ? unit.value()", "ValueUnit::NEEDED ? 1.0f"),
     "unit raised without the sums": ("highest) * raised;", "highest);"),
     "sign lost": ("^ 0x64806480u, 0x64806480u", "^ 0x64006400u, 0x64006400u"),
@@ -371,7 +369,7 @@ PREFILL_BUGS = {
     "values where keys are": ("unsigned char* target = tile + kind * KEY_BYTES",
                               "unsigned char* target = tile + (1 - kind) * KEY_BYTES"),
     "halves of a piece swapped": ("place(row, piece + 1)) = high", "place(row, piece + 1)) = low"),
-    "unit never left": ("inverse *= unit.value();", ""),
+    "unit never left": ("inverse *= unit.value();", "inverse *= 1.0f;"),
     "unit raised without the sums": ("factor[m][h] *= raised;", ""),
     "bytes out of order": ("pick_bytes<0x3120>(codes.y, 0)", "codes.y"),
 }  # fmt: skip
