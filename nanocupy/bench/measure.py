@@ -49,13 +49,12 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
     context = DECODE_PROMPT + DECODE_OUTPUT // 2
     counts = weight_counts(config)
     weights = counts.body + counts.head
-    kv_values = 2 * config.num_layers * config.kv_size * context * batch
     attention_flops = 4 * config.num_layers * config.q_size * context * batch
     return Measurement(
         f"decode/{shape}/{dtype}/b{batch}",
         "ms",
         values,
-        num_bytes=(weights + kv_values) * itemsize,
+        num_bytes=weights * itemsize + kv_token_bytes(engine) * context * batch,
         num_flops=2 * weights * batch + attention_flops,
     )
 
@@ -146,6 +145,13 @@ class WeightCounts:
 def weight_counts(config: ModelConfig) -> WeightCounts:
     head = config.vocab_size * config.hidden_size
     return WeightCounts(config.num_parameters - (head if config.tied_lm_head else 2 * head), head)
+
+
+def kv_token_bytes(engine: LLMEngine) -> int:
+    """Bytes of a token's keys and values in the engine's cache, scales included."""
+    limits = engine.runner.limits
+    num_tokens = limits.num_blocks * limits.block_size
+    return engine.runner.bytes_by_owner()["kv cache"] // num_tokens
 
 
 def itemsize_of(dtype: str) -> int:

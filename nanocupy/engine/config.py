@@ -126,8 +126,7 @@ class EngineConfig:
         "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = _choice(
         "auto", _KV_DTYPES,
-        "type of the key/value cache; auto: as dtype; int8 and fp8 (from compute capability 8.9) "
-        "take half the memory of 16 bits")
+        "type of the key/value cache; auto: as dtype; int8, fp8: 8 bits and a scale a row")
     max_context: int | None = _setting(
         int, None, "prompt and output of one sequence at most; null = the model's",
         unit="tokens", low=2, high=_MAX_TOKENS, optional=True)
