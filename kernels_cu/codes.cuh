@@ -13,12 +13,12 @@
 __device__ __forceinline__ uint32_t widen_even(uint32_t codes) {
 #if CACHE == 3 && SCALAR == 1
     // 0x6400 | n is 1024 + n, and n the code + 128.
-    return pair_difference<scalar_t>((codes & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+    return pair_difference<scalar_t>(masked_xor(codes, 0x00ff00ffu, 0x64806480u), 0x64806480u);
 #elif CACHE == 3
     // 0x4300 | n is 128 + n for n up to 127; with the sign bit as well it is 256, so that the
     // difference of the two is n, or n - 128.
     return pair_difference<scalar_t>(
-        (codes & 0x007f007fu) | 0x43004300u, (codes & 0x00800080u) | 0x43004300u);
+        masked_or(codes, 0x007f007fu, 0x43004300u), masked_or(codes, 0x00800080u, 0x43004300u));
 #elif SCALAR == 1
     // The exponent's bias is 7, that of float16 15.
     const uint32_t high = codes << 8;

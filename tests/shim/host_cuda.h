@@ -71,6 +71,9 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high) {
     return picked;
 }
 
+inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline uint32_t masked_xor(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) ^ bits; }
+
 // By search, unlike the device's: of all finite numbers of the type the nearest.
 inline float e4m3_to_float(uint8_t bits) {
     const int exponent = bits >> 3 & 15, fraction = bits & 7;
