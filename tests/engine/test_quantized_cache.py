@@ -191,6 +191,25 @@ def test_logits_in_sixteen_bits(kind):
     assert {"attention_prefill", "attention_decode_mma", "rope_write_kv"} <= entries
 
 
+@ON_SHIM
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_that_steps_need_are_known_beforehand(kind):
+    device = ShimDevice()
+    on_device, _ = pair("qwen3-ntk", kind, device)
+    known = {(file, tuple(sorted(m.items()))) for file, m in on_device.kernel_variants()}
+    asked: set = set()
+    get = device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        asked.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    generate(on_device, arrivals(5, GREEDY))
+    assert {file for file, _ in asked - known} <= {"gemv.cu"}, "batches between the powers"
+    assert any(file == "rope.cu" and dict(macros)["CACHE"] >= 3 for file, macros in asked)
+
+
 def test_paths_that_take_no_codes_are_not_chosen():
     config = device_runs.CONFIGS["llama"]
     limits = RunnerLimits(40, 16, 96, 64, 4)

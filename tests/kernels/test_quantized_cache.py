@@ -351,7 +351,8 @@ DECODE_BUGS = {
         "from_row * HEAD_SIZE + chunk * 16", "from_row * HEAD_SIZE + (chunk ^ 1) * 16"),
     "unit never left": ("ValueUnit::NEEDED ? unit.value()", "ValueUnit::NEEDED ? 1.0f"),
     "unit raised without the sums": ("highest) * raised;", "highest);"),
-    "sign lost": ("0x00ff00ffu, 0x64806480u), 0x64806480u", "0x00ff00ffu, 0x64006400u), 0x64006400u"),
+    "sign lost": (
+        "0x00ff00ffu, 0x64806480u), 0x64806480u", "0x00ff00ffu, 0x64006400u), 0x64006400u"),
 }  # fmt: skip
 PREFILL_BUGS = {
     "no barrier behind the codes": ("        block_sync();  // the tile is whole\n", ""),
