@@ -10,7 +10,6 @@
 // SCALAR, CACHE, QUERIES: as in the headers.
 // nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
 #include "attention_decode_codes.cuh"
-#include "attention_decode_mma.cuh"
 
 // ------------------------------------------------------------------------------ any card
 

@@ -350,7 +350,7 @@ class PlantedBackend:
 def whole_source() -> str:
     """The kernels with their own headers in the text, so that bugs can be planted in all."""
     source = (KERNELS / FILE).read_text()
-    for name in ("attention_decode_mma.cuh", "attention_decode.cuh"):
+    for name in ("attention_decode_codes.cuh", "attention_decode_mma.cuh", "attention_decode.cuh"):
         source = source.replace(f'#include "{name}"', (KERNELS / name).read_text())
     return source
 
