@@ -187,7 +187,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 #ifdef DECODE_ON_TENSOR_CORES
     constexpr int ROWS = 16 * ROW_TILES;
     constexpr int OUT_STRIDE = HEAD_SIZE + 8;  // floats: rows in different banks
-    static_assert(RING * 2 >= ROWS * OUT_STRIDE * 4, "the results of a warp take its ring's place");
+    constexpr int RESULTS = 2 * ROWS * OUT_STRIDE;  // which take the ring's place
+    constexpr int WARP_ROOM = RING > RESULTS ? RING : RESULTS;
+    static_assert(QUANTIZED || RING >= RESULTS, "only rings of codes are as short");
+    static_assert(!QUANTIZED || STAGES >= 3, "scales are stored a step behind");
 
     grid_dependency_launch();
     grid_dependency_wait();
@@ -199,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 
     scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
     scalar_t* rings = shared_queries + ROWS * STRIDE;
-    scalar_t* ring = rings + warp_id() * RING;
+    scalar_t* ring = rings + warp_id() * WARP_ROOM;
 
     // Step s of this warp takes the 16 positions from first_position + s * stride on.
     const int32_t* table = block_tables + static_cast<int64_t>(work.sequence) * table_width;
@@ -298,8 +301,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
             if (lane_id() % 4 == 0) states[warp_id()][row] = rows.state[m][h];
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n) {
-#if QUANTIZED  // of 16 columns the even ones, then the odd
-                float* at = results + row * OUT_STRIDE + n / 2 * 16 + lane_id() % 4 * 4 + n % 2;
+#if QUANTIZED
+                float* at = results + row * OUT_STRIDE + sorted_column(n, lane_id() % 4 * 2);
                 at[0] = rows.summed[m][n][h * 2];
                 at[2] = rows.summed[m][n][h * 2 + 1];
 #else
@@ -313,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
     const Partials partials = {partial_values, partial_states};
     float* all_results = reinterpret_cast<float*>(rings);
     combine_warps<ROWS, OUT_STRIDE>(
-        batch, work, tile, all_results, RING / 2, states, out, partials);
+        batch, work, tile, all_results, WARP_ROOM / 2, states, out, partials);
     merge_if_last(batch, work, tile, partials, counters, all_results, out);
 #endif
 }

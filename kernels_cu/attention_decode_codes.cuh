@@ -16,9 +16,7 @@ constexpr bool CODES_SWIZZLED = CODE_CHUNKS % 8 == 0;
 constexpr int CODE_STRIDE = (CODES_SWIZZLED ? CODE_CHUNKS : CODE_CHUNKS | 1) * 16;  // bytes
 constexpr int TILE = STEP_TOKENS * CODE_STRIDE / 2;  // of keys, counted in scalar_t as all is here
 constexpr int STAGE = 2 * TILE + 2 * STEP_TOKENS;
-constexpr int RESULTS = 2 * 16 * ROW_TILES * (HEAD_SIZE + 8);  // which take the ring's place
-constexpr int RING = STAGES * STAGE > RESULTS ? STAGES * STAGE : RESULTS;
-static_assert(STAGES >= 3, "scales come to their stage while the next one's are on their way");
+constexpr int RING = STAGES * STAGE;  // of a warp, at least
 
 // Where a tile has 16 codes of a row, in bytes.
 __device__ __forceinline__ int codes_at(int row, int chunk) {
@@ -26,7 +24,8 @@ __device__ __forceinline__ int codes_at(int row, int chunk) {
 }
 
 // Brings positions into stages. Codes are copied; scales are of 2 bytes, which a copy cannot bring, so
-// each lane loads one and stores it when the next step's copies are started.
+// each lane loads one and stores it when the next step's copies are started. So a step's are there for
+// the warp after a warp_sync that comes behind that start, or behind finish().
 struct CodeCopies {
     const cache_t *key_cache, *value_cache;
     const scale_t* scales;          // of keys in lanes 0 to 15, of values in the others
@@ -52,12 +51,16 @@ struct CodeCopies {
         }
         finish();
         const int token = lane_id() % STEP_TOKENS, kind = lane_id() / STEP_TOKENS;
-        // Lanes of `rows.attend` read theirs at once: the scales of keys 2t, 2t + 1, 2t + 8, 2t + 9,
-        // then those of the values.
-        place = reinterpret_cast<scale_t*>(stage + 2 * TILE) + token % 8 / 2 * 8 + kind * 4 +
-                token / 8 * 2 + token % 2;
+        place = place_of(stage, token, kind);
         scale = from_float<scale_t>(0.0f);
         if (token < left) scale = scales[row];
+    }
+
+    // Where a stage has the scale of a position's key (kind 0) or value (1). Lanes of attend() read
+    // theirs at once: those of keys 2t, 2t + 1, 2t + 8, 2t + 9, then those of the values.
+    static __device__ __forceinline__ scale_t* place_of(scalar_t* stage, int token, int kind) {
+        return reinterpret_cast<scale_t*>(stage + 2 * TILE) + token % 8 / 2 * 8 + kind * 4 +
+               token / 8 * 2 + token % 2;
     }
 
     // The scale that is on its way goes to its stage.
@@ -76,9 +79,14 @@ __device__ __forceinline__ void sort_even_odd(uint4& low, uint4& high) {
                       pick_bytes<0x7632>(b.x, b.y), pick_bytes<0x7632>(b.z, b.w));
 }
 
+// Where column `column` of chunk `chunk` of sorted values is in a head.
+__device__ __forceinline__ int sorted_column(int chunk, int column) {
+    return chunk / 2 * 16 + column * 2 + chunk % 2;
+}
+
 // MmaRows over codes: its queries are sorted, and so are its sums, until they are stored.
-template <int TILES>
-struct CodeRows : MmaRows<TILES> {
+template <int TILES, int HALVES = 2>
+struct CodeRows : MmaRows<TILES, HALVES> {
     ValueUnit unit;
 
     // As MmaRows::attend, of a stage of CodeCopies.
@@ -129,11 +137,11 @@ struct CodeRows : MmaRows<TILES> {
 #pragma unroll
             for (int i = 0; i < 4; ++i) value_steps[i] *= unit.inverse();
         }
-        uint32_t weights[TILES][4];
+        uint32_t weights[TILES][4] = {};
 #pragma unroll
         for (int m = 0; m < TILES; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
+            for (int h = 0; h < HALVES; ++h) {
                 float own[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -172,9 +180,9 @@ struct CodeRows : MmaRows<TILES> {
                 widen(codes[2 * j + 1], even[1], odd[1]);
 #pragma unroll
                 for (int m = 0; m < TILES; ++m) {
-                    float(*sums)[4] = this->summed[m] + 2 * (n + j);
-                    mma_m16n8k16<scalar_t>(sums[0], weights[m], even[0], even[1]);
-                    mma_m16n8k16<scalar_t>(sums[1], weights[m], odd[0], odd[1]);
+                    auto* sums = this->summed[m] + 2 * (n + j);
+                    this->add_product(sums[0], weights[m], even[0], even[1]);
+                    this->add_product(sums[1], weights[m], odd[0], odd[1]);
                 }
             }
         }
@@ -182,14 +190,14 @@ struct CodeRows : MmaRows<TILES> {
 
     // As MmaRows::finish; the sums leave their unit.
     __device__ __forceinline__ void finish() {
-        MmaRows<TILES>::finish();
+        MmaRows<TILES, HALVES>::finish();
         const float factor = ValueUnit::NEEDED ? unit.value() : 1.0f;
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) this->summed[m][n][i] *= factor;
+                for (int i = 0; i < 2 * HALVES; ++i) this->summed[m][n][i] *= factor;
     }
 };
 

@@ -152,6 +152,7 @@ struct MmaRows {
             }
         }
     }
+#endif
 
     static __device__ __forceinline__ void add_product(
         float (&sums)[2 * HALVES], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -164,7 +165,6 @@ struct MmaRows {
 #pragma unroll
         for (int i = 0; i < 2 * HALVES; ++i) sums[i] = all[i];
     }
-#endif
 
     // The sums become those of whole rows. The whole warp must come.
     __device__ __forceinline__ void finish() {

@@ -65,8 +65,8 @@ class AttentionOps(CudaLauncher):
         self._launch(
             fused.FILE, fused.ENTRY,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes, launch.cluster),
-            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, query_starts,
-            kv_lens, block_tables, _f32(scale), out, _i32(num_kv_heads),
+            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, key_scales,
+            value_scales, query_starts, kv_lens, block_tables, _f32(scale), out, _i32(num_kv_heads),
             _i32(out.shape[1] // num_kv_heads), _i32(block_size), _i32(block_tables.shape[1]),
             **self._cache_types, **launch.macros,
         )  # fmt: skip

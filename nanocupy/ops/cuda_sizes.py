@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nanocupy.kv_types import FP8
+from nanocupy.kv_types import FP8, is_quantized
 from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_decode_step as whole
@@ -156,4 +156,5 @@ def fused_launch(
     return fused.launch_attention_fused(
         num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, max_kv_len=max_kv_len,
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
+        quantized=is_quantized(sizes.cache_dtype),
     )  # fmt: skip

@@ -67,7 +67,12 @@ VARIANTS = (
     Variants(
         "attention_decode_fused.cu",
         ("attention_decode_fused",),
-        (*_heads(), {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0}),
+        (
+            *_heads(),
+            {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0},
+            *_caches(STAGES=2),
+            {"SCALAR": BFLOAT16, "CACHE": INT8, "HEAD_SIZE": 128, "STAGES": 1, "ROW_HALVES": 1},
+        ),
     ),
     Variants("attention_prefill.cu", ("attention_prefill",), (*_heads(), *_caches())),
     Variants(
