@@ -129,8 +129,8 @@ class Layers:
                 launch.grid, (launch.block,),
                 (
                     self.qkv, self.head_norm, self.head_norm, np.float32(1e-6), self.rope,
-                    self.slots, *self.caches[layer], None, None, self.starts, self.lens, self.tables,
-                    np.float32(c.head_size**-0.5), self.out, *map(np.int32, numbers),
+                    self.slots, *self.caches[layer], None, None, self.starts, self.lens,
+                    self.tables, np.float32(c.head_size**-0.5), self.out, *map(np.int32, numbers),
                 ),
                 launch.shared_bytes, cluster=launch.cluster, overlap_previous=True,
             )  # fmt: skip

@@ -240,8 +240,9 @@ def test_launches_fit(shared_kb: int, head_size: int) -> None:
             max_shared_bytes=shared_kb << 10,
         )  # fmt: skip
         warps, stages = launch.block // 32, launch.macros["STAGES"]
-        need = fused_shared_bytes(head_size, heads // 8, warps, stages, launch.cluster)
-        assert need == launch.shared_bytes <= shared_kb << 10
+        shape = head_size, heads // 8, warps, stages, launch.cluster
+        assert fused_shared_bytes(*shape) == launch.shared_bytes <= shared_kb << 10
+        assert fused_shared_bytes(*shape, quantized=True) < launch.shared_bytes
         assert launch.grid == (8 * launch.cluster, num_seqs)
 
 
@@ -269,28 +270,52 @@ PLANTED = {
 }  # fmt: skip
 
 
+QUANTIZED_PLANTED = {
+    "the newest scale is forgotten": ("fresh_scales[lane_id()];", "from_float<scale_t>(0.02f);"),
+    "the newest key's codes are the value's": ("from[CODE_CHUNKS]", "from[0]"),
+    "scales are written elsewhere": (
+        "[slot / HEAD_SIZE] = scale", "[(slot / HEAD_SIZE) ^ 1] = scale"),
+    "queries unsorted": ("low / 16 * 2 + low % 2) + low % 16 / 2", "low / 8) + low % 8"),
+    "results unsorted": (
+        "place = sorted_column(chunk, column % 8)", "place = chunk * 8 + column % 8"),
+    "the last scales are never stored": ("if (step >= num_steps) copies.finish();", ""),
+    "scales that nobody waits for": ("if (STAGES == 1) copies.finish();", ""),
+}  # fmt: skip
+
+
 @cache
-def planting_call() -> Call:
-    case = attend_case("planted", [(1, 700), (1, 81), (1, 1)], 6, 2, 64, 8, norms="qk")
+def planting_call(codes: str = "") -> Call:
+    sequences = [(1, 700), (1, 81), (1, 1)]
+    case = attend_case("planted", sequences, 6, 2, 64, 8, norms="qk", codes=codes)
     return case.build(DTYPES["float16"])
+
+
+def plant(bugs: dict[str, tuple[str, str]], bug: str, call: Call, stages: int) -> None:
+    source = (KERNELS / FILE).read_text()
+    if bug != "none":
+        old, new = bugs[bug]
+        assert old in source, "the kernel has changed: plant this bug anew"
+        source = source.replace(old, new)
+    backend = ShimBackend((0, 1), {FILE: source})
+    *caches, wanted = unfused(ShimBackend(), call)
+    try:
+        *got, out = run(backend, call, FusedTuning(cluster=4, warps=2, stages=stages))
+        assert_close(out, wanted)
+        for a, b in zip(caches, got, strict=True):
+            assert a is b is None or a.tobytes() == b.tobytes()
+    except (KernelFault, AssertionError):
+        assert bug != "none"
+    else:
+        assert bug == "none", "not found"
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 @pytest.mark.parametrize("bug", ["none", *PLANTED])
 def test_planted_bugs_are_found(bug: str) -> None:
-    source = (KERNELS / FILE).read_text()
-    if bug != "none":
-        old, new = PLANTED[bug]
-        assert old in source, "the kernel has changed: plant this bug anew"
-        source = source.replace(old, new)
-    call = planting_call()
-    backend = ShimBackend((0, 1), {FILE: source})
-    *caches, wanted = unfused(ShimBackend(), call)
-    try:
-        *got, out = run(backend, call, FusedTuning(cluster=4, warps=2, stages=2))
-        assert_close(out, wanted)
-        assert all(a.tobytes() == b.tobytes() for a, b in zip(caches, got, strict=True))
-    except (KernelFault, AssertionError):
-        assert bug != "none"
-    else:
-        assert bug == "none", "not found"
+    plant(PLANTED, bug, planting_call(), 2)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("bug", ["none", *QUANTIZED_PLANTED])
+def test_planted_bugs_with_codes_are_found(bug: str) -> None:
+    plant(QUANTIZED_PLANTED, bug, planting_call("int8"), 1 if "nobody waits" in bug else 2)
