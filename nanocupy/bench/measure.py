@@ -49,13 +49,12 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
     context = DECODE_PROMPT + DECODE_OUTPUT // 2
     counts = weight_counts(config)
     weights = counts.body + counts.head
-    kv_values = 2 * config.num_layers * config.kv_size * context * batch
     attention_flops = 4 * config.num_layers * config.q_size * context * batch
     return Measurement(
         f"decode/{shape}/{dtype}/b{batch}",
         "ms",
         values,
-        num_bytes=weight_bytes(engine, itemsize) + kv_values * itemsize,
+        num_bytes=weight_bytes(engine, itemsize) + kv_token_bytes(engine) * context * batch,
         num_flops=2 * weights * batch + attention_flops,
     )
 
@@ -156,6 +155,13 @@ def weight_bytes(engine: LLMEngine, itemsize: int) -> int:
         return (counts.body + counts.head) * itemsize
     rows_alone = set() if engine.config.tied_lm_head else {"embed.weight"}
     return sum(weight.nbytes for name, weight in kept.items() if name not in rows_alone)
+
+
+def kv_token_bytes(engine: LLMEngine) -> int:
+    """Bytes of a token's keys and values in the engine's cache, scales included."""
+    limits = engine.runner.limits
+    num_tokens = limits.num_blocks * limits.block_size
+    return engine.runner.bytes_by_owner()["kv cache"] // num_tokens
 
 
 def itemsize_of(dtype: str) -> int:

@@ -125,17 +125,6 @@ class Checkpoint(ABC):
             )
         return matrix
 
-    def read_quantized(self, name: str) -> QuantizedMatrix | None:
-        """The matrix as it is stored, still quantised; None where it is not, or where its groups
-        are not whole parts of rows. Raises CheckpointError for a name not in `tensors`."""
-        if name in self.tensors and self.tensors[name].dtype != "int8":
-            return None
-        tensor = self.read(name)
-        if not isinstance(tensor, GroupedInt8) or tensor.shape[-1] % tensor.group_size:
-            return None
-        scales = tensor.scales.reshape(tensor.shape[0], -1)
-        return QuantizedMatrix("int8", tensor.values, scales, None, tensor.group_size)
-
     @abstractmethod
     def _load_tokenizer(self) -> Tokenizer | None: ...
 

@@ -16,14 +16,13 @@ from nanocupy.engine.device_plan import (
     DeviceSettings,
     check_model,
     decode_bucket,
+    forward_calls,
     op_sizes,
     table_width,
 )
 from nanocupy.engine.device_weights import placed_weight
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import bucket, coarse_bucket
-from nanocupy.model.forward import decoder_forward
-from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
@@ -65,8 +64,7 @@ def kernel_variants(
         )  # fmt: skip
         kinds.setdefault(frozenset(forms), layer)
     seen = {None, *kinds.values()}
-    forward_calls = decoder_forward(config, rope_parameters(config))
-    calls = [call for call in forward_calls if call.layer in seen]
+    calls = [call for call in forward_calls(config, settings.cache_dtype) if call.layer in seen]
     for weight in weights.values():
         if isinstance(weight, PackedMatrix):
             codes, scales = Outline(16, weight.shape[1]), Outline(16, 1)

@@ -18,16 +18,11 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import StepShape
 from nanocupy.engine.weight_formats import StoredWeight, is_pairs
 from nanocupy.errors import CapacityError, ConfigError
-from nanocupy.model.forward import Buffer, decoder_forward
+from nanocupy.kv_types import SCALE_DTYPE, is_quantized
+from nanocupy.model.forward import Buffer, OpCall, decoder_forward
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import Weight, weight_layout
-from nanocupy.ops.cuda_sizes import (
-    ITEMSIZES,
-    DeviceTraits,
-    OpSizes,
-    step_launch,
-    workspace_plan,
-)
+from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, step_launch, workspace_plan
 from nanocupy.ops.launch_decode_step import LAYER_POINTERS
 from nanocupy.progress import human_bytes
 
@@ -49,7 +44,8 @@ _INPUTS = (
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """Storage types by name: of weights and activations, of the residual stream, of the cache;
+    """Storage types by name: of weights and activations, of the residual stream, of the cache (a
+    quantised one as `kv_types` names it);
     gpu_memory_utilization: the share of the card's free memory to take, weights included;
     two_streams: prompts beside decodes, on a stream and in workspaces of their own; quantized: the
     weights that stay so, by name, as `plan_weight_formats` gives them."""
@@ -90,7 +86,7 @@ def plan_limits(
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
     fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
-    block_bytes = config.kv_bytes_per_token(ITEMSIZES[settings.cache_dtype]) * block_size
+    block_bytes = config.kv_bytes_per_token(settings.cache_dtype) * block_size
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
     num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
     num_blocks = min(num_blocks, _MAX_CACHE_ROWS // (config.num_kv_heads * block_size))
@@ -116,14 +112,15 @@ def buffer_specs(
         "activation": settings.dtype,
         "residual": settings.residual_dtype,
         "cache": settings.cache_dtype,
+        "cache scales": SCALE_DTYPE,
     }
     seen = set(_INPUTS)
-    for call in decoder_forward(config, rope_parameters(config)):
+    for call in forward_calls(config, settings.cache_dtype):
         for buffer in call.arguments.values():
             if isinstance(buffer, Buffer) and buffer.name not in seen:
                 seen.add(buffer.name)
                 shape = tuple(largest.get(n, n) for n in buffer.shape)
-                owner = "kv cache" if buffer.dtype == "cache" else "activations"
+                owner = "kv cache" if buffer.is_cache else "activations"
                 table.append(
                     BufferSpec(buffer.name, shape, types.get(buffer.dtype, buffer.dtype), owner)
                 )
@@ -181,11 +178,18 @@ def lane_buffers(config: ModelConfig, sizes: OpSizes, traits: DeviceTraits) -> f
     """Buffers of which each stream that computes has its own."""
     written = {
         buffer.name
-        for call in decoder_forward(config, rope_parameters(config))
+        for call in forward_calls(config, sizes.cache_dtype)
         for buffer in call.arguments.values()
-        if isinstance(buffer, Buffer) and buffer.dtype != "cache"
+        if isinstance(buffer, Buffer) and not buffer.is_cache
     }
     return frozenset(written - {"inv_freq"}) | workspace_plan(sizes, traits).keys() | {"inputs"}
+
+
+def forward_calls(config: ModelConfig, cache_dtype: str) -> list[OpCall]:
+    """The model's forward over a cache of this dtype."""
+    return decoder_forward(
+        config, rope_parameters(config), quantized_cache=is_quantized(cache_dtype)
+    )
 
 
 def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:

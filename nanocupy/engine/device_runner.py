@@ -28,6 +28,7 @@ from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import (
     DeviceSettings,
     buffer_specs,
+    forward_calls,
     lane_buffers,
     op_sizes,
 )
@@ -39,7 +40,7 @@ from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
 from nanocupy.memory.host_pool import SwapCosts
-from nanocupy.model.forward import decoder_forward
+from nanocupy.model.forward import Buffer
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_sizes import ITEMSIZES
@@ -69,7 +70,7 @@ class DeviceRunner(Runner):
         self.plan = ArenaPlan(buffer_specs(config, device, settings, limits))
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)
-        self.forward = decoder_forward(config, rope)
+        self.forward = forward_calls(config, settings.cache_dtype)
         self.weights = {w.name: placed_weight(w, settings, view) for w in weight_layout(config)}
         sizes = self._sizes = op_sizes(config, settings, limits)
         num_bytes = sizes.dequantized_size * ITEMSIZES[sizes.dtype]
@@ -96,7 +97,8 @@ class DeviceRunner(Runner):
         if "step_layers" in self.plan.specs:
             constants["step_layers"] = layer_table(self.forward, addresses_on(self._main))
         sent = [self._put(name, values) for name, values in constants.items()]
-        caches = [view(n) for n in self.plan.specs if n.startswith(("key_cache.", "value_cache."))]
+        buffers = (b for call in self.forward for b in call.arguments.values())
+        caches = [view(b.name) for b in buffers if isinstance(b, Buffer) and b.is_cache]
         # A cache that was never written must not hold NaN where padding reads it.
         for cache in caches:
             device.fill(cache, 0)

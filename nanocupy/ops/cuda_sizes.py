@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nanocupy.kv_types import FP8, is_quantized
 from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_decode_step as whole
 from nanocupy.ops import launch_shapes as shapes
 
-TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, FP8: 4}
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -166,4 +167,5 @@ def fused_launch(
     return fused.launch_attention_fused(
         num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, max_kv_len=max_kv_len,
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
+        quantized=is_quantized(sizes.cache_dtype),
     )  # fmt: skip

@@ -75,7 +75,9 @@ def call_cost(
     tokens = step.dims["T"]
     if call.op == "attend":
         _, heads, head_size = args["out"].shape
-        kv_bytes = 2 * step.kv_tokens * args["key_cache"].shape[1] * head_size * itemsize
+        # A quantised cache has codes of a byte, and a scale of 16 bits for each row.
+        row_bytes = head_size * itemsize if args["key_scales"] is None else head_size + 2
+        kv_bytes = 2 * step.kv_tokens * args["key_cache"].shape[1] * row_bytes
         num_flops = 4 * step.pairs * heads * head_size + 6 * elements(args["qkv"])
         return Cost(size(args["qkv"]) + size(args["out"]) + kv_bytes, num_flops)
     if call.op == "embed":
