@@ -174,7 +174,7 @@ class Prepared:
         return [
             self.queries, self.keys[index], self.values[index], self.key_scales[index],
             self.value_scales[index], self.query_starts, self.kv_lens, self.device_tables[index],
-             np.float32(p.head_size**-0.5), self.out, *workspace,
+            np.float32(p.head_size**-0.5), self.out, *workspace,
             *(np.int32(n) for n in numbers),
         ]  # fmt: skip
 

@@ -5,8 +5,8 @@
 // HEAD_SIZE         attention_decode: any; attention_decode_mma: a multiple of 16
 // TILE_ROWS         attention_decode: rows (query, head) of a block
 // ROW_TILES         attention_decode_mma: rows of a block, in units of 16
-// STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2; from
-//                   3 over a quantised cache
+// STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2, over
+//                   a quantised cache from 3
 // SCALAR, CACHE, QUERIES: as in the headers.
 // nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
 #include "attention_decode_codes.cuh"
@@ -36,7 +36,8 @@ constexpr int STEP = AHEAD * (WARP_SIZE / LANES);                  // positions 
 // grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / TILE_ROWS); block 32 to 128;
 //   shared: warps * TILE_ROWS * d * 4 bytes
 // q scalar_t [T, H, d]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32; key_scales,
-//   value_scales scale_t [N, G, P] where the cache is quantised, else unused; query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d];
+//   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
+//   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d];
 //   partial_values float32 [items, G, H / G * QUERIES, d]; partial_states the same with 2 for d;
 //   counters uint32 [B, grid x], 0 before, or null with attention_decode_merge behind; items >= B.
 //   Sequences without queries or with more than QUERIES are left alone; arrays aligned to 16 bytes.
@@ -173,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
 // ------------------------------------------------------------------------------ tensor cores
 
 // attention_decode_mma: attention of few queries a sequence on tensor cores, 16-bit types, the
-//   cache's the same as q's or quantised. Each warp pipes its own positions, 16 at a step, through shared memory.
+//   cache's the same as q's or quantised. Each warp pipes its own positions, 16 at a step, through
+//   shared memory.
 // grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / (16 * ROW_TILES)); block 32 to 256;
 //   shared: (warps * 2 * STAGES + ROW_TILES) * 16 * row, row = d * 2 bytes where d is a multiple of
 //   64, else (d / 8 | 1) * 16; over a quantised cache warps * max(STAGES * (32 * codes + 64),

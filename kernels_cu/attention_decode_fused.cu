@@ -174,7 +174,8 @@ struct ClusterMerge {
 // grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256;
 //   from 9.0;
 //   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2), where
-//   the cache is quantised warps * STAGES * (32 * codes + 64) for the first of these; + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
+//   the cache is quantised warps * STAGES * (32 * codes + 64) for the first of these;
+//   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
 //   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32; key_scales,
 //   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
@@ -187,7 +188,8 @@ struct ClusterMerge {
 extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
-    scale_t* key_scales, scale_t* value_scales, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* block_tables, float scale,
+    scale_t* key_scales, scale_t* value_scales, const int32_t* query_starts,
+    const int32_t* kv_lens, const int32_t* block_tables, float scale,
     scalar_t* out, int num_kv_heads, int heads_per_group, int block_size, int table_width) {
 #if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
     grid_dependency_launch();

@@ -295,10 +295,12 @@ BUG_CASE = attention_case("bugs", [(65, 79), (3, 48), (17, 17)], 4, 2, 64)
 
 
 def text_of(file: str) -> str:
-    """The file with the header of these kernels in its place, so that both can be changed."""
-    header = (Path(build.KERNELS) / "attention_prefill.cuh").read_text()
+    """The file with the headers of these kernels in their place, so that all can be changed."""
     text = (Path(build.KERNELS) / file).read_text()
-    return text.replace('#include "attention_prefill.cuh"', header.replace("#pragma once", ""))
+    for name in ("attention_prefill_tile.cuh", "attention_prefill.cuh"):
+        header = (Path(build.KERNELS) / name).read_text().replace("#pragma once", "")
+        text = text.replace(f'#include "{name}"', header)
+    return text
 
 
 class ChangedSource(ShimBackend):

@@ -34,7 +34,7 @@ FILES = {"decode": decode.FILE, "prefill": prefill.FILE}
 # What none of them says, the kernels' headers: their text stands in the files' for planted bugs.
 HEADERS = (
     "attention_decode_codes.cuh", "attention_decode_mma.cuh", "attention_decode.cuh",
-    "attention_prefill.cuh", "codes.cuh",
+    "attention_prefill_tile.cuh", "attention_prefill.cuh", "codes.cuh",
 )  # fmt: skip
 
 
