@@ -231,8 +231,8 @@ def _config(
 def _engine(
     shape: str, config: EngineConfig, max_context: int, num_seqs: int
 ) -> tuple[LLMEngine, str]:
-    """An engine with random weights, and what they are stored in. Raises ConfigError where it would not hold
-    num_seqs sequences of max_context tokens."""
+    """An engine with random weights, and what they are stored in. Raises ConfigError where it would
+    not hold num_seqs sequences of max_context tokens."""
     from nanocupy.bench.shapes import SHAPES, random_checkpoint
     from nanocupy.engine.backend import make_engine
 
