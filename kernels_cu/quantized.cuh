@@ -182,9 +182,8 @@ __device__ __forceinline__ void run_quantized(
 #if NORM_INPUTS
     input.template load_normed<STAGES>(tile_chunks);
     block_sync();
-    int in_tile = 0;  // the tile that is there
 #else
-    int in_tile = -1;
+    int in_tile = -1;  // the tile that is there
 #endif
 
     const scalar_t* own_inputs[TOKEN_TILES];

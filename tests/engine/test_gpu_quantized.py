@@ -37,6 +37,7 @@ class StoredQuantized(Checkpoint):
             for name, info in self._source.tensors.items()
         }
         self._known: dict[str, QuantizedMatrix] = {}
+        self._floats: dict[str, np.ndarray] = {}
 
     def read_quantized(self, name: str) -> QuantizedMatrix | None:
         if not is_layer_matrix(name):
@@ -52,7 +53,11 @@ class StoredQuantized(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         matrix = self.read_quantized(name)
-        return self._source.read(name) if matrix is None else matrix.dequantize()
+        if matrix is not None:
+            return matrix.dequantize()
+        if name not in self._floats:
+            self._floats[name] = self._source.read(name)
+        return self._floats[name]
 
     def _load_tokenizer(self) -> None:
         return None

@@ -94,15 +94,15 @@ def test_every_variant(backend, op: str, variant: Variant) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 5, 8, 16, 32])
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize("op", OPS)
 def test_as_launched_on_a_device(backend, op: str, kind: str, rows: int) -> None:
     if backend.name != "gpu":
         pytest.skip("the sizes of a model")
     for outputs, inputs, dtype, group_size in (
-        (6144, 4096, "bfloat16", 128), (4096, 1024, "float16", 32), (1024, 3072, "bfloat16", 64),
-        (1024, 14336, "bfloat16", 128), (9003, 512, "bfloat16", 16), (1536, 896, "float16", 128),
+        (2200, 4096, "bfloat16", 128), (1024, 3072, "float16", 32), (520, 14336, "bfloat16", 128),
+        (4133, 512, "bfloat16", 16), (1536, 896, "float16", 64),
     ):  # fmt: skip
         group = None if kind == "fp8" else group_size
         call = make_call(op, DTYPES[dtype], kind, group, rows, outputs, inputs, bias=True)
