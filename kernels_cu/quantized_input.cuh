@@ -87,15 +87,27 @@ struct QuantizedInput {
 
     // One span to its place, as it is stored. The whole warp comes.
     __device__ __forceinline__ void put(
-        const float (&values)[LANE_INPUTS], int token, int span, int num_chunks) const {
-        const int k = span * SPAN + lane_id() * LANE_INPUTS;
-        store_floats<scalar_t, LANE_INPUTS>(tile + token * stride + k, values);
+        const float (&values)[LANE_INPUTS], const Turn& turn, int num_chunks) const {
+        const int k = turn.span * SPAN + lane_id() * LANE_INPUTS;
+        store_floats<scalar_t, LANE_INPUTS>(tile + turn.token * stride + k, values);
+        float stored[LANE_INPUTS];
+#pragma unroll
+        for (int j = 0; j < LANE_INPUTS; ++j) stored[j] = rounded<scalar_t>(values[j]);
+        put_sums(stored, turn, num_chunks);
+    }
+
+    // With int4, the sums of a span's groups. The whole warp comes.
+    __device__ __forceinline__ void put_sums(
+        const float (&stored)[LANE_INPUTS], const Turn& turn, int num_chunks) const {
         if constexpr (WEIGHT_KIND == 1) {
+            const int k = turn.span * SPAN + lane_id() * LANE_INPUTS;
             float sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < LANE_INPUTS; ++j) sum += rounded<scalar_t>(values[j]);
+            for (int j = 0; j < LANE_INPUTS; ++j) sum += stored[j];
             sum = warp_sum<GROUP / LANE_INPUTS>(sum);
-            if (k % GROUP == 0 && k / CHUNK < num_chunks) sums[k / GROUP * TOKENS + token] = sum;
+            if (k % GROUP == 0 && k / CHUNK < num_chunks) {
+                sums[k / GROUP * TOKENS + turn.token] = sum;
+            }
         }
     }
 
@@ -107,23 +119,47 @@ struct QuantizedInput {
 
     // A tile of inputs, of all tokens. A barrier must lie between the last use of the one before and
     // this, and one between this and its use. num_chunks: of the tile.
+    //
+    // Few tokens' inputs go through registers, so that nobody waits for more than these. Many tokens'
+    // are all asked for at once, and come behind the weights that are under way, which memory brings
+    // meanwhile: tokens have most of the bytes that a multiprocessor reads.
     __device__ __forceinline__ void load(int tile_number, int num_chunks) const {
         const int first = tile_number * tile_inputs, spans = spans_of(tile_number);
         Turn turn(spans);
+        if constexpr (TOKENS > 8 && sizeof(In) == sizeof(scalar_t)) {
 #pragma unroll 1
-        while (turn.token < num_rows) {
-            LaneInputs<In> held[HELD];
-            Turn ahead = turn;
-#pragma unroll
-            for (int h = 0; h < HELD; ++h, ahead.next()) {
-                if (ahead.token < num_rows) read(held[h], ahead.token, first, ahead.span);
+            for (; turn.token < num_rows; turn.next()) {
+                const int k = first + turn.span * SPAN + lane_id() * LANE_INPUTS;
+                const bool valid = k < num_inputs;
+                const int64_t offset = static_cast<int64_t>(turn.token) * num_inputs + k;
+                cp_async_16_or_zero(place(turn), x + (valid ? offset : 0), valid);
             }
+            cp_async_commit();
+            cp_async_wait<0>();
+            if constexpr (WEIGHT_KIND == 1) {
+#pragma unroll 2
+                for (turn = Turn(spans); turn.token < num_rows; turn.next()) {
+                    float values[LANE_INPUTS];  // this lane's copy, which needs no barrier
+                    load_floats<scalar_t, LANE_INPUTS>(
+                        reinterpret_cast<const scalar_t*>(place(turn)), values);
+                    put_sums(values, turn, num_chunks);
+                }
+            }
+        } else {
+#pragma unroll 1
+            while (turn.token < num_rows) {
+                LaneInputs<In> held[HELD];
+                Turn ahead = turn;
 #pragma unroll
-            for (int h = 0; h < HELD; ++h, turn.next()) {
-                if (turn.token < num_rows) {
+                for (int h = 0; h < HELD; ++h, ahead.next()) {
+                    if (ahead.token < num_rows) read(held[h], ahead.token, first, ahead.span);
+                }
+#pragma unroll
+                for (int h = 0; h < HELD; ++h, turn.next()) {
+                    if (turn.token >= num_rows) continue;
                     float values[LANE_INPUTS];
                     to_floats(held[h], values);
-                    put(values, turn.token, turn.span, num_chunks);
+                    put(values, turn, num_chunks);
                 }
             }
         }
@@ -191,7 +227,7 @@ struct QuantizedInput {
             if (k < num_inputs) load_floats<scalar_t, LANE_INPUTS>(norm_row + k, weights);
 #pragma unroll
             for (int j = 0; j < LANE_INPUTS; ++j) values[j] = values[j] * factor * weights[j];
-            put(values, turn.token, turn.span, num_chunks);
+            put(values, turn, num_chunks);
         }
     }
 

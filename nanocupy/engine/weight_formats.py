@@ -6,12 +6,13 @@ knows no arrays of a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, dequantized
+from nanocupy.errors import CheckpointError
 from nanocupy.model.quantize import group_size_for, is_layer_matrix
 from nanocupy.model.weights import Weight, weight_layout
 from nanocupy.ops.launch_quantized import PackedFormat, packed_format
@@ -25,6 +26,7 @@ _FLOATS = ("float32", "float16", "bfloat16")
 class StoredWeight:
     """A matrix [R, K] that stays quantised, its fused parts stacked.
 
+    is_made       quantised at load, whatever the checkpoint has
     has_order     its columns have an order of their own
     is_unpacked   larger batches need room to unpack it: all but an LM head, of which few rows are
                   asked for, where the card can multiply codes
@@ -32,6 +34,7 @@ class StoredWeight:
 
     kind: str
     group_size: int
+    is_made: bool = False
     has_order: bool = False
     is_unpacked: bool = True
 
@@ -64,18 +67,22 @@ def plan_weight_formats(
     given_up: dict[str, str] = {}
     if weight_format == "float":
         return found, []
+    # Layers whose tensors have the same names of types and shapes are stored alike: one of them is
+    # read, as unpacking a tensor may take long.
+    alike: dict[Hashable, tuple[StoredWeight | None, str]] = {}
     for weight in weight_layout(checkpoint.config):
         if not is_layer_matrix(weight.name) and weight.name != LM_HEAD:
             continue
-        stored, why = _stored(checkpoint, weight, weight_format)
+        infos = [checkpoint.tensors[source] for source in weight.sources]
+        key = weight.name.split(".")[-2], *((info.dtype, info.shape) for info in infos)
+        if key not in alike:
+            alike[key] = _stored(checkpoint, weight, weight_format)
+        stored, why = alike[key]
         if why:
             given_up[weight.name] = why
         if stored is not None:
             is_head = weight.name == LM_HEAD
-            found[weight.name] = StoredWeight(
-                stored.kind, stored.group_size, stored.has_order,
-                is_unpacked=not (is_head and multiplies_codes),
-            )  # fmt: skip
+            found[weight.name] = replace(stored, is_unpacked=not (is_head and multiplies_codes))
     if not given_up:
         return found, []
     name, why = next(iter(given_up.items()))
@@ -87,13 +94,24 @@ def read_stored(checkpoint: Checkpoint, weight: Weight, stored: StoredWeight) ->
     """The matrix as `plan_weight_formats` said that it would be kept. Raises CheckpointError."""
     parts = []
     for source in weight.sources:
-        part = _read_quantized(checkpoint, source)
-        if part is None or (part.kind, part.group_size) != (stored.kind, stored.group_size):
+        part = None if stored.is_made else _read_quantized(checkpoint, source)
+        if stored.is_made:
             floats = np.asarray(dequantized(checkpoint.read(source)), np.float32)
             part = quantize(floats, stored.kind, stored.group_size)
-        parts.append(part)
-    whole = stacked(parts) if len(parts) > 1 else parts[0]
-    assert whole is not None
+        if part is not None:
+            parts.append(part)
+    whole = None
+    if len(parts) == len(weight.sources):
+        whole = stacked(parts) if len(parts) > 1 else parts[0]
+    if whole is not None and stored.has_order and whole.input_order is None:
+        whole = replace(whole, input_order=np.arange(weight.shape[1], dtype=np.int32))
+    if whole is None or (whole.kind, whole.group_size, whole.input_order is not None) != (
+        stored.kind, stored.group_size, stored.has_order,
+    ):  # fmt: skip
+        raise CheckpointError(
+            f"{checkpoint.path}: {weight.name} is not quantised as the same weight of other layers "
+            "is; weight_format float loads such a model"
+        )
     return whole
 
 
@@ -109,7 +127,7 @@ def _stored(
         group_size = group_size_for(wanted, num_inputs)
         if group_size is None or packed_format(wanted, num_inputs, group_size) is None:
             return None, f"rows of {num_inputs} inputs do not divide into groups"
-        return StoredWeight(wanted, group_size), ""
+        return StoredWeight(wanted, group_size, is_made=True), ""
     if first is None or any(part is None for part in parts):
         is_mixed = any(part is not None for part in parts)
         return None, "its parts are not all quantised" if is_mixed else ""
@@ -117,7 +135,8 @@ def _stored(
         return None, "its parts are quantised in different ways"
     if packed_format(first.kind, num_inputs, first.group_size) is None:
         return None, f"no kernel takes groups of {first.group_size} of {num_inputs} inputs"
-    return StoredWeight(first.kind, first.group_size, first.input_order is not None), ""
+    has_order = first.input_order is not None
+    return StoredWeight(first.kind, first.group_size, has_order=has_order), ""
 
 
 def _read_quantized(checkpoint: Checkpoint, name: str) -> QuantizedMatrix | None:

@@ -18,6 +18,7 @@ from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.schedule import ScheduledRequest
 from nanocupy.engine.weight_formats import plan_weight_formats
+from nanocupy.errors import CheckpointError
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.quantized import QuantizedMatrix, quantize
 from nanocupy.sampling_params import SamplingParams
@@ -42,10 +43,10 @@ class QuantizedCheckpoint(TinyCheckpoint):
         super().__init__(CONFIG, seed=3)
         self.kinds, self.orders = kinds, orders
         for name, info in self.tensors.items():
-            if self._kind(name) is not None:
-                self.tensors = {
-                    **self.tensors, name: TensorInfo(name, info.shape, "q", info.nbytes)
-                }  # fmt: skip
+            kind = self._kind(name)
+            if kind is not None:
+                stored = TensorInfo(name, info.shape, f"{kind[0]} of {kind[1]}", info.nbytes)
+                self.tensors = {**self.tensors, name: stored}
 
     def _kind(self, name):
         parts = name.split(".")
@@ -152,6 +153,30 @@ def test_what_stays_quantised():
     formats, notes = plan_weight_formats(odd, "auto")
     assert not formats
     assert "groups of 8" in notes[0]
+
+
+@needs_compiler
+def test_a_layer_that_is_stored_otherwise_is_refused_where_it_cannot_be_seen_beforehand():
+    checkpoint = QuantizedCheckpoint(all_of("int4"))
+    formats, _ = plan_weight_formats(checkpoint, "auto")
+    settings = DeviceSettings("float16", "float16", "float16", quantized=formats)
+    runner = DeviceRunner(CONFIG, ShimDevice(), RunnerLimits(40, 4, 96, 80, 12), settings)
+    checkpoint.kinds = all_of("int4", 64)
+    with pytest.raises(CheckpointError, match="weight_format float"):
+        runner.upload_weights(checkpoint)
+
+
+def test_a_tensor_of_each_kind_is_read_to_plan():
+    class Counted(QuantizedCheckpoint):
+        asked = 0
+
+        def read_quantized(self, name):
+            self.asked += 1
+            return super().read_quantized(name)
+
+    checkpoint = Counted(all_of("int8"))
+    assert len(plan_weight_formats(checkpoint, "auto")[0]) == 4 * CONFIG.num_layers
+    assert checkpoint.asked == len(LAYER)
 
 
 def test_grouped_int8_stays_quantised_where_groups_are_parts_of_rows():

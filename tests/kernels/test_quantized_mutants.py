@@ -127,6 +127,12 @@ MUTANTS = [
         "in_tile = tile;",
         tuning=TILED,
     ),
+    Mutant(
+        "inputs of many tokens not waited for",
+        "cp_async_wait<0>();",
+        "cp_async_wait<1>();",
+        rows=17,
+    ),
     Mutant("a tile that is not loaded", "if (tile != in_tile) {", "if (false) {", tuning=TILED),
     Mutant(
         "warps without a chunk counted",
