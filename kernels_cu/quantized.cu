@@ -5,7 +5,13 @@
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.
-#include "quantized.cuh"
+#include "quantized_whole.cuh"
+
+// 1: all inputs of a block lie in shared memory at once, as they must with NORM_INPUTS.
+#ifndef WHOLE
+#define WHOLE NORM_INPUTS
+#endif
+static_assert(WHOLE || !NORM_INPUTS, "a norm takes all inputs");
 
 #if NORM_INPUTS
 typedef residual_t input_t;
@@ -14,6 +20,16 @@ typedef scalar_t input_t;
 #endif
 
 #if QUANTIZED_ON_TENSOR_CORES
+template <bool PAIRS, typename Epilogue>
+__device__ __forceinline__ void run_quantized(
+    const QuantizedWeights& weights, const QuantizedInput<input_t>& input,
+    const Epilogue& epilogue) {
+#if WHOLE
+    run_whole<PAIRS>(weights, input, epilogue);
+#else
+    run_tiles<PAIRS>(weights, input, epilogue);
+#endif
+}
 #define QUANTIZED_INPUT(x, rows) \
     QuantizedInput<input_t> { x, rows, norm_weight, eps, num_rows, K }
 #endif
@@ -21,10 +37,11 @@ typedef scalar_t input_t;
 // quantized_linear: out = x @ weight.T + bias, of num_rows tokens; x is rms_norm(x) with NORM_INPUTS
 // grid any; more blocks than strips of 16 rows have nothing to do
 // block 256
-// shared, with C = min(8 * tile_segments, K / 128 up), chunks of a tile: 8 * STAGES * CHUNK_BYTES, the
+// shared, with C = min(8 * tile_segments, K / 128 up), chunks of a tile, all with WHOLE, whose STAGES
+//   are a multiple of STRIPS: 8 * STAGES * CHUNK_BYTES, the
 //   rings; num_rows * (128 * C up to 256s, + 32) * 2; with int4 C * 128 / GROUP * TOKENS * 4;
-//   sums, 32 * TOKENS * (16 * STRIPS + 4), twice with TOKENS up to 16; with more than one segment of
-//   1024 inputs, of each pass of STRIPS strips in a round, TOKENS * 16 * STRIPS up to 256s floats
+//   sums, 32 * TOKENS * (16 * STRIPS + 4), twice with TOKENS up to 16; without WHOLE and with more than
+//   one segment of 1024 inputs, of each pass of STRIPS strips in a round, TOKENS * 16 * STRIPS up to 256s floats
 // x            input_t [num_rows, K], residual_t with NORM_INPUTS, else scalar_t
 // norm_weight  scalar_t [K] with NORM_INPUTS, else, like eps, not read
 // packed       [R / 16 up, K / 128 up, CHUNK_BYTES], as quantized_format.cuh says

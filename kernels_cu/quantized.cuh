@@ -13,10 +13,10 @@
 // Weights wait for no other kernel: with launches that overlap, the rings are full before the kernel
 // before has ended.
 //
-// Inputs are in shared memory whole where they have room (round_strips is then STRIPS, and a block
-// finishes its strips one after the other); else a tile of some segments after the other, each for
-// all strips of a round. Either way an output is the sum over segments, in their order, of the sum
-// over warps, in theirs: the batch, the tile, the round and the grid change no bit.
+// Here inputs come a tile of some segments after the other, each for all strips of a round: their
+// number has no room in shared memory at once. An output is the sum over segments, in their order, of
+// the sum over warps, in theirs: the tile, the round and the grid change no bit, nor does the batch
+// among the launches of this form. Where all inputs have room, quantized_whole.cuh has the kernel.
 #pragma once
 
 #include "epilogues.cuh"
@@ -151,7 +151,7 @@ struct QuantizedItems {
 
 // The whole kernel.
 template <bool PAIRS, typename In, typename Epilogue>
-__device__ __forceinline__ void run_quantized(
+__device__ __forceinline__ void run_tiles(
     const QuantizedWeights& weights, QuantizedInput<In> input, const Epilogue& epilogue) {
     typedef QuantizedItems<PAIRS> Items;
     const QuantizedShare<PAIRS> share(weights.num_outputs, input.num_inputs);
@@ -168,23 +168,11 @@ __device__ __forceinline__ void run_quantized(
     float* const partial =
         input.sums + (WEIGHT_KIND == 1 ? tile_chunks * GROUPS * TOKENS : 0);
     float* const so_far = partial + SUM_BUFFERS * SUM_FLOATS;
-    // Done with before the first sums.
-    input.norm_row = reinterpret_cast<scalar_t*>(partial);
-    input.squares = partial + (input.num_inputs + 1) / 2;
-
-#if NORM_INPUTS
-    input.request();
-#endif
     QuantizedStream<PAIRS> stream(share, weights);
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) stream.bring();
     grid_dependency_wait();
-#if NORM_INPUTS
-    input.template load_normed<STAGES>(tile_chunks);
-    block_sync();
-#else
     int in_tile = -1;  // the tile that is there
-#endif
 
     const scalar_t* own_inputs[TOKEN_TILES];
 #pragma unroll
@@ -201,13 +189,11 @@ __device__ __forceinline__ void run_quantized(
         for (int segment = 0; segment < share.num_segments; ++segment) {
             const int tile = segment / tile_segments;
             const int tile_chunk = (segment - tile * tile_segments) * WARPS;
-#if !NORM_INPUTS
             if (tile != in_tile) {
                 input.load(tile, min(tile_chunks, share.num_chunks - tile * tile_segments * WARPS));
                 in_tile = tile;
                 block_sync();
             }
-#endif
             const int num_active = min(WARPS, share.num_chunks - segment * WARPS);
             const bool is_last = segment + 1 == share.num_segments;
             const scalar_t* inputs[TOKEN_TILES];
@@ -235,6 +221,7 @@ __device__ __forceinline__ void run_quantized(
                 warp_sync();  // the scales were copied by other lanes
                 float* const sums = partial + buffer * SUM_FLOATS;
                 if (warp_id() < num_active) {
+                    own.clear_all();
                     own.multiply(stream, inputs, input_sums);
                     own.store(sums + warp_id() * (TOKENS * SUM_STRIDE), num_rows);
                 }

@@ -23,11 +23,16 @@ static_assert(TOKENS == 8 || TOKENS == 16 || TOKENS == 32, "TOKENS");
 
 #if QUANTIZED_ON_TENSOR_CORES
 
-// A warp's sums of a chunk of STRIPS strips.
+// A warp's sums of STRIPS strips.
 struct ChunkSums {
     float sums[STRIPS][TOKEN_TILES][4];
 
-    // inputs: of each tile of tokens, this lane's token, from input 8 t of the chunk on, in shared
+    __device__ __forceinline__ void clear_all() {
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) clear(sums[s]);
+    }
+
+    // A chunk's products are added. inputs: of each tile of tokens, this lane's token, from input 8 t of the chunk on, in shared
     // memory; input_sums: with int4, of the chunk's first group, from token 2 t on.
     template <typename Stream>
     __device__ __forceinline__ void multiply(
@@ -38,7 +43,6 @@ struct ChunkSums {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) {
             chunks[s] = stream.chunk_at(s);
-            clear(sums[s]);
         }
 #pragma unroll
         for (int q = 0; q < CHUNK / QUARTER; ++q) {

@@ -166,6 +166,7 @@ def plan_quantized(
     macros = packed.macros | {
         "TOKENS": tokens, "STRIPS": chosen.at_once, "STAGES": chosen.stages,
         "NORM_INPUTS": int(fold), "MIN_BLOCKS": tuning.resident_blocks if few else 1,
+        "WHOLE": int(chosen.tile_segments * SEGMENT >= num_inputs),
     }  # fmt: skip
     return QuantizedLaunch(
         macros, (blocks,), 32 * WARPS, chosen.shared_bytes, chosen.tile_segments,
@@ -220,8 +221,10 @@ class _Sizes:
         for tile in tiles[:1] if whole_only else tiles:
             wanted = 1 if tile == whole else all_passes
             for count in stages:
+                if tile == whole:  # chunks of all strips at once come together
+                    count -= count % self.at_once
                 fixed = self.bytes(count, tile)
-                each = self.pass_bytes if whole > 1 else 0
+                each = self.pass_bytes if tile < whole else 0
                 passes = wanted if not each else min(wanted, (room - fixed) // each)
                 if fixed > room or passes < 1:
                     continue

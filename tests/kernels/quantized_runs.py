@@ -99,8 +99,9 @@ def launch_op(
     max_shared_bytes: int = 227 << 10,
     packed: tuple[np.ndarray, float] | None = None,
     **macros: int,
-) -> None:
-    """Run the kernel of `op`; `macros` go to the build."""
+) -> bool:
+    """Run the kernel of `op`; `macros` go to the build. Returns whether it was the one for inputs
+    that lie in shared memory whole."""
     weight = arguments["weight"]
     pairs = op == "norm_swiglu"
     target = arguments["residual" if op == "linear_add" else "out"]
@@ -136,6 +137,7 @@ def launch_op(
         built["RESIDUAL"] = CODES[residual.name]
     run(FILE, ENTRIES[op], LaunchShape(plan.grid, plan.block, plan.shared_bytes), args, (written,),
         **built)  # fmt: skip
+    return bool(plan.macros["WHOLE"])
 
 
 def check_op(run: Run, op: str, call: Call, dtype: str, **how: Any) -> np.ndarray:

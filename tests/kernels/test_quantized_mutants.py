@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 HEADERS = (
     "epilogues.cuh", "quantized_format.cuh", "quantized_input.cuh", "quantized_sums.cuh",
-    "quantized.cuh",
+    "quantized.cuh", "quantized_whole.cuh",
 )  # fmt: skip
 PLAIN = replace(SMALL, fold_norm=False)
 TILED = replace(PLAIN, tile_segments=1)
@@ -40,7 +40,7 @@ class Mutant:
     rows: int = 5
     outputs: int = 150
     inputs: int = 2304
-    tuning: QuantizedTuning = PLAIN
+    tuning: QuantizedTuning = TILED  # PLAIN: inputs lie in shared memory whole
 
 
 MUTANTS = [
@@ -120,6 +120,7 @@ MUTANTS = [
         "inputs of the tile's start",
         "inputs[n] = own_inputs[n] + (tile_chunk + warp_id()) * CHUNK;",
         "inputs[n] = own_inputs[n] + warp_id() * CHUNK;",
+        tuning=replace(PLAIN, tile_segments=2),
     ),
     Mutant(
         "a tile used before it is there",
@@ -178,6 +179,65 @@ MUTANTS = [
         inputs=1152,
     ),
     Mutant(
+        "whole: one turn of copies too few waited for",
+        "cp_async_wait<RING_TURNS - 1>();",
+        "cp_async_wait<RING_TURNS>();",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: chunks copied over while lanes read them",
+        "            warp_sync();  // all lanes have read it\n",
+        "",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: no barrier before sums meet",
+        "        block_sync();  // all warps' sums are there\n",
+        "",
+        tuning=PLAIN,
+    ),
+    Mutant("whole: sums stored over", "buffer = 1 - buffer;", "", tuning=PLAIN),
+    Mutant(
+        "whole: the same of many tokens",
+        "block_sync();  // nobody reads the sums any more",
+        "",
+        rows=17,
+        outputs=300,
+        inputs=640,
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: sums go on to the next strips",
+        "own.clear_all();\n        const",
+        "const",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: the sums of the first inputs for all",
+        "input_sums += WARPS * (GROUPS * TOKENS);",
+        "",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: a chunk that is not there",
+        "if (chunk < num_chunks) own.multiply",
+        "own.multiply",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: the next strips from the wrong place",
+        "share.num_segments * (WARPS * CHUNK_BYTES);",
+        "share.num_chunks * CHUNK_BYTES;",
+        tuning=PLAIN,
+    ),
+    Mutant(
+        "whole: up for gate",
+        "one.row + 8 * v;",
+        "one.row + 8 * (1 - v);",
+        op="norm_swiglu",
+        tuning=PLAIN,
+    ),
+    Mutant(
         "a block's strips from the start",
         "static_cast<int64_t>(share.first_strip) * share.num_chunks;",
         "0;",
@@ -203,7 +263,7 @@ def passes(mutant: Mutant, backend: Any) -> bool:
 def inlined() -> str:
     """quantized.cu with its own headers in it."""
     source = (KERNELS / "quantized.cu").read_text()
-    for _ in range(4):
+    for _ in HEADERS:
         for header in HEADERS:
             text = re.sub(r"^#pragma once\n", "", (KERNELS / header).read_text(), flags=re.M)
             line = f'#include "{header}"\n'
