@@ -6,6 +6,7 @@ storage type, in a workspace, once for each product.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from nanocupy.ops.packed_matrix import PackedMatrix
 
 _i32, _i64, _f32 = np.int32, np.int64, np.float32
 _PACK_WARPS = 8
+# Planned once: a model has few shapes, and steps that are no graphs ask for the same again.
+_plan = functools.cache(plan_quantized)
 
 
 class QuantizedProducts(CudaLauncher):
@@ -132,7 +135,7 @@ class QuantizedProducts(CudaLauncher):
         self, weight: PackedMatrix, num_rows: int, out: Array, norm: bool
     ) -> QuantizedLaunch:
         most = launch_tokens(self._traits.max_shared_bytes)
-        return plan_quantized(
+        return _plan(
             weight.format, out.shape[1], weight.shape[1], min(num_rows, most),
             self._traits.num_multiprocessors, pairs=weight.pairs,
             norm=norm and num_rows <= most and weight.input_order is None,

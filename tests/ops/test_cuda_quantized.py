@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanocupy.ops import cuda_quantized
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import OpSizes, step_launch, workspace_plan
 from nanocupy.ops.launch_quantized import packed_format
@@ -129,6 +130,16 @@ def test_no_product_starts_before_its_matrix_is_unpacked(op: str, monkeypatch) -
     found.clear()
     launched(op, 12)
     assert all(overlaps for _, overlaps in found)
+
+
+def test_a_launch_is_planned_once() -> None:
+    cuda_quantized._plan.cache_clear()
+    launched("linear_add", 5)
+    before = cuda_quantized._plan.cache_info()
+    launched("linear_add", 5)
+    after = cuda_quantized._plan.cache_info()
+    assert (after.misses, after.currsize) == (before.misses, 1)
+    assert after.hits > before.hits
 
 
 @pytest.mark.parametrize("op", ENTRIES)
