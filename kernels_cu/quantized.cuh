@@ -103,8 +103,8 @@ struct QuantizedStream {
             const unsigned char* from = packed + index * CHUNK_BYTES + lane_id() * 16;
             unsigned char* to = ring + place + lane_id() * 16;
 #pragma unroll
-            for (int i = 0; i < CODE_VECTORS; ++i) cp_async_16(to + i * 512, from + i * 512);
-            if (lane_id() < SCALE_BYTES / 16) cp_async_16(to + CODE_BYTES, from + CODE_BYTES);
+            for (int i = 0; i < CODE_VECTORS; ++i) copy_weights_16(to + i * 512, from + i * 512);
+            if (lane_id() < SCALE_BYTES / 16) copy_weights_16(to + CODE_BYTES, from + CODE_BYTES);
         }
         cp_async_commit();
         place = place + CHUNK_BYTES < STAGES * CHUNK_BYTES ? place + CHUNK_BYTES : 0;

@@ -23,6 +23,7 @@
 #pragma once
 
 #include "types.cuh"
+#include "weight_copy.cuh"
 
 #ifndef WEIGHT_KIND
 #error "define WEIGHT_KIND: 0 int8, 1 int4, 2 fp8"

@@ -46,8 +46,8 @@ struct WholeStream {
         for (int s = 0; s < STRIPS; ++s) {
             if (chunk < share.num_chunks && strip + s < share.num_strips) {
 #pragma unroll
-                for (int i = 0; i < CODE_VECTORS; ++i) cp_async_16(to + i * 512, source + i * 512);
-                if (lane_id() < SCALE_BYTES / 16) cp_async_16(to + CODE_BYTES, source + CODE_BYTES);
+                for (int i = 0; i < CODE_VECTORS; ++i) copy_weights_16(to + i * 512, source + i * 512);
+                if (lane_id() < SCALE_BYTES / 16) copy_weights_16(to + CODE_BYTES, source + CODE_BYTES);
             }
             to += CHUNK_BYTES;
             source += strip_bytes;

@@ -28,7 +28,14 @@ READ_BEFORE = (
     "decode_step.cu", "quantized.cu",
 )  # fmt: skip
 # Where PTX and intrinsics stand.
-INTRINSICS = ("device.cuh", "cluster.cuh", "small_numbers.cuh", "bulk_copy.cuh", "hopper.cuh")
+INTRINSICS = (
+    "device.cuh",
+    "cluster.cuh",
+    "small_numbers.cuh",
+    "bulk_copy.cuh",
+    "weight_copy.cuh",
+    "hopper.cuh",
+)
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
     "apply_updates": "engine.decode_state.DecodeState.updates",
