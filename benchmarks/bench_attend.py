@@ -105,8 +105,8 @@ class Layers:
     def two_launches(self, layer: int) -> None:
         self.ops.attend(
             self.qkv, self.head_norm, self.head_norm, 1e-6, self.rope, self.slots,
-            *self.caches[layer], self.starts, self.lens, self.tables, self.config.head_size**-0.5,
-            1, 0, self.scratch, self.out,
+            *self.caches[layer], None, None, self.starts, self.lens, self.tables,
+            self.config.head_size**-0.5, 1, 0, self.scratch, self.out,
         )  # fmt: skip
 
     def macros(self, tuning: FusedTuning) -> dict[str, int]:
@@ -131,8 +131,8 @@ class Layers:
                 launch.grid, (launch.block,),
                 (
                     self.qkv, self.head_norm, self.head_norm, np.float32(1e-6), self.rope,
-                    self.slots, *self.caches[layer], self.starts, self.lens, self.tables,
-                    np.float32(c.head_size**-0.5), self.out, *map(np.int32, numbers),
+                    self.slots, *self.caches[layer], None, None, self.starts, self.lens,
+                    self.tables, np.float32(c.head_size**-0.5), self.out, *map(np.int32, numbers),
                 ),
                 launch.shared_bytes, cluster=launch.cluster, overlap_previous=True,
             )  # fmt: skip

@@ -1,20 +1,24 @@
 """Decode attention: GB/s of keys and values read, beside the card's read rate and torch's SDPA.
 
     python -m benchmarks.bench_attention_decode [--record] [--variants] [--plain]
+    python -m benchmarks.bench_attention_decode --kv all [--record] [--variants]
 
 One query a sequence, blocks of 16 in shuffled tables. Every time is of graphs of several launches
 over rotating caches of more than 256 MB; every launch's result is checked against float64 on
 sampled rows first. The ceiling is a kernel that only reads, in the same run. `--variants` times
-other shapes of blocks and other cuts of the context in one table.
+other shapes of blocks and other cuts of the context in one table. `--kv` reads quantised caches
+instead (int8, fp8, or all of them), beside one of 16 bits in the same run: GB/s of codes and
+scales, and the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from benchmarks.read_ceiling import graph_times_ms, read_ceiling
@@ -29,6 +33,8 @@ from nanocupy.ops.launch_attention_decode import (
 
 BLOCK_SIZE = 16
 BFLOAT16 = 2  # code of the kernels' SCALAR
+KV_CODES = {"bfloat16": BFLOAT16, "int8": 3, "fp8": 4}  # of their CACHE
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 COLD_BYTES = 256 << 20
 RUNS = 9
 RUN_MS = 4.0
@@ -55,15 +61,19 @@ class Problem:
     heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
+    kv: str = "bfloat16"
 
     @property
     def name(self) -> str:
         group = self.heads // self.kv_heads
-        return f"attention-decode/gqa{group}/d{self.head_size}/s{self.sequences}/t{self.tokens}"
+        kind = "attention-decode" if self.kv == "bfloat16" else f"kv/{self.kv}"
+        return f"{kind}/gqa{group}/d{self.head_size}/s{self.sequences}/t{self.tokens}"
 
     @property
     def cache_bytes(self) -> int:
-        return 2 * 2 * self.sequences * self.tokens * self.kv_heads * self.head_size
+        """Of keys and values; codes have a scale of 16 bits for each row."""
+        row_bytes = 2 * self.head_size if self.kv == "bfloat16" else self.head_size + 2
+        return 2 * self.sequences * self.tokens * self.kv_heads * row_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -89,6 +99,8 @@ PROBLEMS = (
     *(Problem(32, 8192, heads) for heads in (16, 8, 56)),
     Problem(32, 8192, head_size=64),
 )
+KV_SHAPES = (Problem(32, 8192), Problem(1, 131072), Problem(128, 512), Problem(32, 8192, 56),
+             Problem(32, 8192, head_size=64))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ our kernel
@@ -99,7 +111,6 @@ class Prepared:
 
     def __init__(self, problem: Problem) -> None:
         import cupy
-        import ml_dtypes
 
         self.problem = p = problem
         bf16 = np.dtype(ml_dtypes.bfloat16)
@@ -116,8 +127,33 @@ class Prepared:
         columns = -(-p.tokens // BLOCK_SIZE)
         blocks = p.sequences * columns
         cache = (blocks + 1, p.kv_heads, BLOCK_SIZE, p.head_size)
-        self.keys = [normal(*cache) for _ in range(p.num_sets)]
-        self.values = [normal(*cache) for _ in range(p.num_sets)]
+        # Codes of about normal rows, by the byte: every row has a scale of its own.
+        steps = np.clip(np.arange(256) - 128, -127, 127)
+        bytes_of = cupy.asarray(
+            steps.astype(np.int8) if p.kv == "int8" else steps.astype(E4M3).view(np.uint8)
+        )
+
+        def codes(*shape: int) -> Any:
+            out = cupy.empty(shape, bytes_of.dtype)
+            flat = out.reshape(-1)
+            for at in range(0, flat.size, 1 << 26):
+                part = flat[at : at + (1 << 26)]
+                x = cupy.random.standard_normal(part.size, dtype=np.float32) * 40 + 128
+                part[...] = bytes_of[cupy.clip(x, 0, 255).astype(np.int32)]
+            return out
+
+        def scales(*shape: int) -> Any:
+            x = cupy.random.random(shape, dtype=np.float32)
+            return ((x + np.float32(0.5)) / np.float32(40)).astype(bf16)
+
+        is_quantized = p.kv != "bfloat16"
+        made = codes if is_quantized else normal
+        self.keys = [made(*cache) for _ in range(p.num_sets)]
+        self.values = [made(*cache) for _ in range(p.num_sets)]
+        self.key_scales, self.value_scales = (
+            [scales(*cache[:3]) if is_quantized else None for _ in range(p.num_sets)]
+            for _ in range(2)
+        )
         self.queries = normal(p.sequences, p.heads, p.head_size)
         self.out = cupy.empty(self.queries.shape, bf16)
         rng = np.random.default_rng(0)
@@ -136,10 +172,26 @@ class Prepared:
             self.tables[0].shape[1], launch.num_items, launch.least_part, launch.num_row_tiles,
         )  # fmt: skip
         return [
-            self.queries, self.keys[index], self.values[index], self.query_starts, self.kv_lens,
-            self.device_tables[index], np.float32(p.head_size**-0.5), self.out, *workspace,
+            self.queries, self.keys[index], self.values[index], self.key_scales[index],
+            self.value_scales[index], self.query_starts, self.kv_lens, self.device_tables[index],
+            np.float32(p.head_size**-0.5), self.out, *workspace,
             *(np.int32(n) for n in numbers),
         ]  # fmt: skip
+
+    def _rows(self, cache: Any, scales: Any, group: int, blocks: Any) -> np.ndarray:
+        """Keys or values of a sequence and head, float64 [tokens, d]."""
+        p = self.problem
+
+        def taken(array: Any, dtype: Any) -> np.ndarray:  # as plain integers
+            plain = array.view(np.uint8 if array.itemsize == 1 else np.uint16)
+            return plain[:, group].take(blocks, axis=0).get().view(dtype).astype(np.float64)
+
+        bf16 = np.dtype(ml_dtypes.bfloat16)
+        dtype = {"bfloat16": bf16, "int8": np.int8, "fp8": E4M3}[p.kv]
+        rows = taken(cache, dtype).reshape(-1, p.head_size)
+        if scales is not None:
+            rows *= taken(scales, bf16).reshape(-1, 1)
+        return rows[: p.tokens]
 
     def worst_error(self, index: int) -> float:
         """|error| / (|wanted| + rms of the row), over sampled rows."""
@@ -151,11 +203,8 @@ class Prepared:
             b, head = int(rng.integers(p.sequences)), int(rng.integers(p.heads))
             group = head // (p.heads // p.kv_heads)
             blocks = self.device_tables[index][b]
-            k, v = (  # taken as plain integers
-                cache[index].view(np.uint16)[:, group].take(blocks, axis=0).get()
-                .view(self.out.dtype).astype(np.float64).reshape(-1, p.head_size)[: p.tokens]
-                for cache in (self.keys, self.values)
-            )  # fmt: skip
+            k = self._rows(self.keys[index], self.key_scales[index], group, blocks)
+            v = self._rows(self.values[index], self.value_scales[index], group, blocks)
             query, got = (
                 cupy.asnumpy(array[b, head]).astype(np.float64)
                 for array in (self.queries, self.out)
@@ -171,7 +220,7 @@ class Prepared:
 def launch_of(loader: Any, problem: Problem, tuning: DecodeTuning) -> DecodeLaunch:
     return launch_attention_decode(
         problem.sequences, problem.heads, problem.kv_heads, problem.head_size,
-        max_context=131072, scalar=BFLOAT16, cache=BFLOAT16,
+        max_context=131072, scalar=BFLOAT16, cache=KV_CODES[problem.kv],
         compute_capability=loader.compute_capability,
         num_multiprocessors=loader.num_multiprocessors,
         max_shared_bytes=loader.max_shared_bytes, tuning=tuning,
@@ -179,7 +228,8 @@ def launch_of(loader: Any, problem: Problem, tuning: DecodeTuning) -> DecodeLaun
 
 
 def module_of(problem: Problem, launch: DecodeLaunch) -> dict[str, int]:
-    return {"SCALAR": BFLOAT16, "HEAD_SIZE": problem.head_size, **launch.macros}
+    cache = {} if problem.kv == "bfloat16" else {"CACHE": KV_CODES[problem.kv]}
+    return {"SCALAR": BFLOAT16, "HEAD_SIZE": problem.head_size, **cache, **launch.macros}
 
 
 def ours(loader: Any, prepared: Prepared, tuning: DecodeTuning) -> tuple[list[float], Any]:
@@ -329,6 +379,41 @@ def main_table(loader: Any, tuning: DecodeTuning, record: bool) -> None:
             )  # fmt: skip
 
 
+def kv_table(loader: Any, kinds: tuple[str, ...], tuning: DecodeTuning, record: bool) -> None:
+    """Quantised caches beside one of 16 bits: GB/s of what each holds, and microseconds."""
+    import cupy
+
+    device = cupy.cuda.runtime.getDeviceProperties(loader.device)["name"].decode()
+    ceiling = read_ceiling(loader)
+    cupy.get_default_memory_pool().free_all_blocks()
+    print(f"{device}: reads {ceiling:.0f} GB/s")
+    print(f"{'GB/s':42s} {'ours':>7s} {'range':>12s} {'share':>6s} {'us':>8s} {'of bf16':>8s}")
+    for shape in KV_SHAPES:
+        beside: tuple[float, float] | None = None
+        for kind in ("bfloat16", *kinds):
+            problem = replace(shape, kv=kind)
+            prepared = Prepared(problem)
+            rates, _ = ours(loader, prepared, tuning)
+            del prepared
+            cupy.get_default_memory_pool().free_all_blocks()
+            value = statistics.median(rates)
+            time_us = problem.num_bytes / value / 1e3
+            beside = beside or (value, time_us)
+            print(
+                f"{problem.name:42s} {value:7.0f} {min(rates):6.0f}-{max(rates):<5.0f} "
+                f"{value / ceiling:6.1%} {time_us:8.1f} {beside[1] / time_us:7.2f}x",
+                flush=True,
+            )
+            if record and kind != "bfloat16":
+                write_record(
+                    "kv", problem.name, rates, "GB/s", device=device, dtype="bfloat16",
+                    bytes=problem.num_bytes, flops=problem.flops, ceiling=round(ceiling, 1),
+                    share=round(value / ceiling, 4), time_us=round(time_us, 2),
+                    peer="the same kernel over bfloat16", peer_value=round(beside[0], 1),
+                    peer_time_us=round(beside[1], 2), faster=round(beside[1] / time_us, 3),
+                )  # fmt: skip
+
+
 def variants_table(loader: Any, problems: tuple[Problem, ...]) -> None:
     import cupy
 
@@ -370,11 +455,18 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append to benchmarks/records")
     parser.add_argument("--variants", action="store_true", help="time other shapes, in one table")
     parser.add_argument("--plain", action="store_true", help="the path without tensor cores")
+    parser.add_argument("--kv", choices=("int8", "fp8", "all"), help="quantised caches instead")
     args = parser.parse_args()
     from nanocupy.cuda.kernels import KernelLoader
 
     loader = KernelLoader()
     tuning = VARIANTS["plain"] if args.plain else DecodeTuning()
+    if args.kv is not None:
+        kinds = ("int8", "fp8") if args.kv == "all" else (args.kv,)
+        kv_table(loader, kinds, tuning, args.record and not args.plain)
+        if args.variants:
+            variants_table(loader, tuple(replace(KV_SHAPES[0], kv=kind) for kind in kinds))
+        return
     main_table(loader, tuning, args.record and not args.plain)
     if args.variants:
         variants_table(loader, PROBLEMS[:7])

@@ -95,7 +95,7 @@ def _line(written: dict[str, Any]) -> str:
 
 def results(args: argparse.Namespace, engine: LLMEngine, shape: str) -> Iterator[Result]:
     """What was asked for, one after the other."""
-    dtype, settings = args.dtype, {"settings": args.settings} if args.settings else {}
+    dtype, settings = type_label(args), {"settings": args.settings} if args.settings else {}
     if args.what == "decode":
         for batch in args.batch:
             found = measure.decode(engine, shape, dtype, batch, args.repeats)
@@ -112,6 +112,12 @@ def results(args: argparse.Namespace, engine: LLMEngine, shape: str) -> Iterator
         if args.settings.get("two_streams"):  # a result of its own, beside that of one stream
             found = replace(found, name=f"{found.name}/two-streams")
         yield Result(found, busy.details() | settings)
+
+
+def type_label(args: argparse.Namespace) -> str:
+    """The dtype, and what the weights are quantised to if that was asked for."""
+    weights = args.settings.get("weight_format", "auto")
+    return args.dtype if weights in ("auto", "float") else f"{args.dtype}-{weights}"
 
 
 def engine_for(args: argparse.Namespace, shape: str) -> LLMEngine:
@@ -157,7 +163,8 @@ def run(args: argparse.Namespace, ceilings: Ceilings) -> None:
     for shape in args.shape:
         engine = engine_for(args, shape)
         for result in results(args, engine, shape):
-            print(record(args.what, result, ceilings, engine.runner.device, args.dtype), flush=True)
+            label = type_label(args)
+            print(record(args.what, result, ceilings, engine.runner.device, label), flush=True)
         del engine
         gc.collect()  # its memory is the next one's
 

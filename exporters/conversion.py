@@ -45,10 +45,13 @@ def read_checked(checkpoint: Checkpoint, name: str) -> np.ndarray | GroupedInt8:
     return tensor
 
 
-def converted(array: np.ndarray, dtype: str, what: str) -> Iterator[np.ndarray]:
-    """`array` in row-major order as `dtype`, in flat pieces. `what` is its name in errors.
+def converted(
+    array: np.ndarray, dtype: str, what: str, asked: bool = False
+) -> Iterator[np.ndarray]:
+    """`array` in row-major order as `dtype`, in flat pieces. `what` is its name in errors; asked:
+    whether the user chose the type, and so can be told to choose another.
 
-    Raises CheckpointError for NaN or infinite values, and for what float16 cannot hold.
+    Raises CheckpointError for NaN or infinite values, and for what the type cannot hold.
     """
     flat = array.reshape(-1)
     for start in range(0, flat.size, CHUNK_VALUES):
@@ -59,9 +62,11 @@ def converted(array: np.ndarray, dtype: str, what: str) -> Iterator[np.ndarray]:
             wide = piece.astype(np.float32)
             if not np.isfinite(wide).all():
                 raise CheckpointError(f"{what} holds NaN or infinite values{_DAMAGED}")
+            other = "bfloat16 or float32" if dtype == "float16" else "float32"
             raise CheckpointError(
                 f"{what} holds {np.abs(wide).max():g}, beyond what {dtype} can hold "
-                f"({ml_dtypes.finfo(DTYPES[dtype]).max:g}); use --dtype bfloat16 or float32"
+                f"({ml_dtypes.finfo(DTYPES[dtype]).max:g})"
+                + (f"; use --dtype {other}" if asked else "")
             )
         yield result
 

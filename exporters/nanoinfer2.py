@@ -10,7 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,13 @@ from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, dequan
 from nanocupy.checkpoint.nanoinfer2_layout import Entry, align
 from nanocupy.checkpoint.quantized_checks import check_numbers
 from nanocupy.errors import CheckpointError
-from nanocupy.exporters.conversion import Progress, check_dtype, converted, read_checked
+from nanocupy.exporters.conversion import (
+    CHUNK_VALUES,
+    Progress,
+    check_dtype,
+    converted,
+    read_checked,
+)
 from nanocupy.exporters.output_file import output_file
 from nanocupy.strict_json import parse_object
 
@@ -37,7 +43,8 @@ def write_nanoinfer2(
 
     dtype      float32, float16 or bfloat16 for all matrices; vectors (norms, biases) keep their
                stored type. None: matrices keep theirs as well, int8, int4 and float8 their codes
-               and scales; GGUF's quantised types become float16.
+               and scales; GGUF's quantised types, and int8 that can only be read as floats,
+               become float16, or bfloat16 where a value is beyond float16.
     progress   called with (bytes written, all bytes) after each piece, as planned beforehand
 
     Raises CheckpointError: a value that float16 cannot hold, NaN or infinite weights, `out` is the
@@ -87,18 +94,22 @@ class _TensorWriter:
         what = f"{checkpoint.path}: tensor {name}"
         self._pad()
         offset, self._checksum = self.end, 0
-        if info.dtype in layout.GROUPED and dtype is None:
-            stored, group_size, parts = _grouped(checkpoint, name)
-            flags = layout.HAS_INPUT_ORDER if parts[-1].dtype == np.int32 else 0
-            for part in parts:
-                if part is not parts[0]:
+        grouped = info.dtype in layout.GROUPED and dtype is None
+        tensor = _grouped(checkpoint, name) if grouped else read_checked(checkpoint, name)
+        if isinstance(tensor, _Grouped):
+            stored, group_size = tensor.dtype, tensor.group_size
+            flags = layout.HAS_INPUT_ORDER if tensor.has_order else 0
+            for number, part in enumerate(tensor.parts):
+                if number:
                     self._pad()
                 self._put(part)
         else:
-            array = dequantized(read_checked(checkpoint, name))
+            array = dequantized(tensor)
             stored, group_size, flags = _stored_dtype(info, dtype), 0, 0
+            if dtype is None and stored == "float16" and _beyond_float16(array):
+                stored = "bfloat16"  # of the same size, and nobody asked for float16
             num_done = 0
-            for piece in converted(array, stored, what):
+            for piece in converted(array, stored, what, asked=dtype is not None):
                 self._put(piece)
                 num_done += piece.size
                 self._report(self._planned[name] * num_done // array.size)
@@ -137,29 +148,56 @@ class _TensorWriter:
             self._progress(self._done + num_bytes_of_tensor, self._total)
 
 
-def _grouped(checkpoint: Checkpoint, name: str) -> tuple[str, int, list[np.ndarray]]:
-    """A quantised tensor's dtype in the file, its group size and its parts in the file's order."""
+@dataclass(frozen=True)
+class _Grouped:
+    """A quantised tensor as it goes into the file: `parts` in the file's order."""
+
+    dtype: str
+    group_size: int
+    parts: list[np.ndarray]
+    has_order: bool = False
+
+
+def _grouped(checkpoint: Checkpoint, name: str) -> _Grouped | np.ndarray:
+    """A tensor that is quantised in its source, or its values, where the reader can give only
+    these: so a legacy file's q and k, whose rows change places, with groups that straddle rows."""
     what = f"{checkpoint.path}: tensor {name}"
     shape = tuple(checkpoint.tensors[name].shape)
     matrix = checkpoint.read_quantized(name)
-    if matrix is None:  # int8 whose groups straddle rows
+    if matrix is None:
         tensor = read_checked(checkpoint, name)
-        assert isinstance(tensor, GroupedInt8)
-        if not np.isfinite(tensor.scales).all():
-            raise CheckpointError(f"{what} holds NaN or infinite scales")
-        return "int8", tensor.group_size, [tensor.values, tensor.scales.astype("<f4", copy=False)]
+        if not isinstance(tensor, GroupedInt8):
+            return tensor
+        check_numbers("int8", tensor.values, tensor.scales, None, None, what, zero_scales=True)
+        parts = [tensor.values, tensor.scales.astype("<f4", copy=False)]
+        return _Grouped("int8", tensor.group_size, parts)
     if matrix.shape != shape:
         raise CheckpointError(f"{what} came as {list(matrix.shape)}, not {list(shape)}")
     scales, offsets, order = matrix.scales, matrix.offsets, matrix.input_order
-    if matrix.kind != "int8" or order is not None:  # nothing is written that the reader refuses
-        check_numbers(matrix.kind, matrix.codes, scales, offsets, order, what)
+    # Nothing is written that the reader refuses; int8 without an order may have scales of 0.
+    plain = matrix.kind == "int8" and order is None
+    check_numbers(matrix.kind, matrix.codes, scales, offsets, order, what, zero_scales=plain)
     parts = [matrix.codes, scales.astype("<f4", copy=False)]
     if offsets is not None:
         parts.append(offsets.astype("<f4", copy=False))
     if order is not None:
         parts.append(order.astype("<i4", copy=False))
     dtype = next(name for name, kind in layout.KINDS.items() if kind == matrix.kind)
-    return dtype, matrix.group_size, parts
+    return _Grouped(dtype, matrix.group_size, parts, order is not None)
+
+
+def _beyond_float16(array: np.ndarray) -> bool:
+    """Whether it has finite values that float16 does not; what was float16 has none."""
+    if array.dtype == np.float16:
+        return False
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, CHUNK_VALUES):
+        piece = flat[start : start + CHUNK_VALUES]
+        with np.errstate(over="ignore"):
+            lost = ~np.isfinite(piece.astype(np.float16))
+        if np.isfinite(piece[lost].astype(np.float32)).any():
+            return True
+    return False
 
 
 def _stored_dtype(info: TensorInfo, dtype: str | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,15 @@ from nanocupy.checkpoint.base import Checkpoint, TensorInfo, dequantized
 from nanocupy.errors import CheckpointError, ConfigError
 from nanocupy.exporters.conversion import finite_floats, read_checked
 from nanocupy.exporters.scale_search import search_int4
-from nanocupy.quantized import KINDS, QuantizedMatrix, pack_int4, quantize
+from nanocupy.quantized import (
+    KINDS,
+    QuantizedForm,
+    QuantizedMatrix,
+    pack_int4,
+    quantize,
+    without_zero_scales,
+)
+from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
@@ -60,16 +69,17 @@ class QuantizedView(Checkpoint):
     """`source` with its linear layers in fewer bits.
 
     kind         "int8", "int4" or "fp8"
-    group_size   inputs with one scale; -1: all of a row; None: the source's own where it is in this
-                 kind already, so that layers keep their bits; else -1 for fp8, whose steps are
-                 finer around 0 whatever the scale, and 128 for the others, or the largest of 64,
-                 32, 16 and 8 that divides every row
+    group_size   inputs with one scale; -1: all of a row; None: that of most layers which the source
+                 has in this kind already, so that these keep their bits; else -1 for fp8, whose
+                 steps are finer around 0 whatever the scale, and 128 for the others, or the largest
+                 of 64, 32, 16 and 8 that divides every row
     search       look for the scales of least error (int4)
     lm_head      the LM head, too
 
     Embedding and LM head else are in 16 bits, norms and biases as they are stored. A layer that the
-    source has in this kind and group size keeps its bits. `errors` holds the RoundingError of every
-    layer that was read so far.
+    source has in this kind and group size keeps its bits; so does, in whatever groups, an LM head
+    of this kind, unless `lm_head` wants it in those of the layers. `kept` names them, `layers` all
+    that are in few bits. `errors` holds the RoundingError of every layer that was read so far.
 
     Raises ConfigError for what cannot be; `read_quantized` raises CheckpointError for values that
     are no numbers.
@@ -99,44 +109,67 @@ class QuantizedView(Checkpoint):
         self.chat_template = source.chat_template
         self.generation_defaults = source.generation_defaults
         self.errors: dict[str, RoundingError] = {}
-        self.layers = tuple(
-            name
+        lengths = {
+            name: info.shape[1]
             for name, info in source.tensors.items()
             if len(info.shape) == 2
             and name != "embed.weight"
             and (lm_head or name != "lm_head.weight")
-        )
-        self._kept: set[str] = set()
-        lengths = {name: source.tensors[name].shape[1] for name in self.layers}
+        }
+        stored = _stored_forms(source, kind)
         if group_size is None:
-            group_size = _stored_group_size(source, kind, lengths)
+            found = {name: form for name, form in stored.items() if name in lengths}
+            group_size = _stored_group_size(found, lengths)
         self.group_size = _settled_group_size(lengths, kind, group_size)
+        self.kept: Mapping[str, QuantizedForm] = {
+            name: form
+            for name, form in stored.items()
+            if (form.group_size == self._group_of(name) if name in lengths else not lm_head)
+        }
+        self.layers = tuple(name for name in source.tensors if name in lengths or name in self.kept)
+        self.search = self.search and len(self.kept) < len(self.layers)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._info(info) for name, info in source.tensors.items()
         }
+        self.metadata: Mapping[str, Any] = {**source.metadata, "quantized": self._summary()}
+
+    def _summary(self) -> str:
+        """What became of the layers, for people."""
         groups = "a group a row" if self.group_size == -1 else f"groups of {self.group_size}"
-        found = ", scale search" if self.search else ""
-        self.metadata: Mapping[str, Any] = {
-            **source.metadata,
-            "quantized": f"{kind}, {groups}{found}",
-        }
+        search = ", scale search" if self.search else ""
+        kept = ""
+        if self.kept:
+            count = f"{len(self.kept)} of {len(self.layers)}"
+            kept = f", {'all' if len(self.kept) == len(self.layers) else count} layers kept"
+        return f"{self.kind}, {groups}{search}{kept}"
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         if info.name in self.layers:
             dtype = _DTYPES[self.kind]
-            nbytes = layout.grouped_nbytes(dtype, info.shape, self._group_of(info.shape))
+            form = self._form(info.name)
+            nbytes = layout.grouped_nbytes(dtype, info.shape, form.group_size, form.has_order)
             return TensorInfo(info.name, info.shape, dtype, nbytes)
         if len(info.shape) == 1:
             dtype = info.dtype if info.dtype in layout.ITEM_BYTES else "float32"
         elif info.dtype in ("float16", "bfloat16"):
             dtype = info.dtype
-        else:  # float16 holds what codes of few bits stand for; float32 may go beyond it
+        else:  # float16 nearly always holds what codes stand for; float32 may well go beyond it
             dtype = "bfloat16" if info.dtype == "float32" else "float16"
         nbytes = math.prod(info.shape) * layout.ITEM_BYTES[dtype]
         return TensorInfo(info.name, info.shape, dtype, nbytes)
 
-    def _group_of(self, shape: tuple[int, ...]) -> int:
-        return shape[1] if self.group_size == -1 else self.group_size
+    def _group_of(self, name: str) -> int:
+        return self.source.tensors[name].shape[1] if self.group_size == -1 else self.group_size
+
+    def _form(self, name: str) -> QuantizedForm:
+        """Of one of `layers`."""
+        return self.kept.get(name) or QuantizedForm(self.kind, self._group_of(name))
+
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """Known beforehand; see `Checkpoint`."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: there is no tensor {shown(name)}")
+        return self._form(name) if name in self.layers else None
 
     def read(self, name: str) -> np.ndarray:
         """A rounded layer's values in float32, anything else as the source gives it in floats."""
@@ -144,19 +177,18 @@ class QuantizedView(Checkpoint):
         return matrix.dequantize() if matrix else dequantized(self.source.read(name))
 
     def read_quantized(self, name: str) -> QuantizedMatrix | None:
-        """The layer, rounded now; None for what is not rounded."""
-        if name not in self.layers:
+        """The layer, rounded now or kept; None for what is in floats."""
+        if self.quantized_form(name) is None:
             return None
-        group_size = self._group_of(self.tensors[name].shape)
-        stored = self.source.read_quantized(name)
-        if stored is not None and (stored.kind, stored.group_size) == (self.kind, group_size):
-            kept = _without_zero_scales(stored)
-            if kept is not None:
-                values = kept.dequantize()
-                squares = float(np.vdot(values, values))
-                self.errors[name] = RoundingError(0.0, 0.0, squares, values.size)
-                self._kept.add(name)
-                return kept
+        group_size = self._group_of(name)
+        if name in self.kept:
+            stored = self.source.read_quantized(name)
+            assert stored is not None
+            if stored.kind != "int8":  # NanoInfer 2 has no scales of 0, but in int8
+                stored = without_zero_scales(stored)
+            squares = sum(_squares(stored.rows(rows)) for rows in stored.row_blocks())
+            self.errors[name] = RoundingError(0.0, 0.0, squares, math.prod(stored.shape))
+            return stored
         values = dequantized(read_checked(self.source, name))
         what = f"{self.path}: tensor {name}"
         matrix, error = quantized_matrix(values, self.kind, group_size, self.search, what)
@@ -166,7 +198,7 @@ class QuantizedView(Checkpoint):
     @property
     def rounded_twice(self) -> list[str]:
         """Storage types of few bits among the layers that were read so far and rounded anew."""
-        found = {self.source.tensors[name].dtype for name in self.errors.keys() - self._kept}
+        found = {self.source.tensors[name].dtype for name in self.errors.keys() - self.kept.keys()}
         return sorted(found - set(layout.ITEM_BYTES))
 
     def _load_tokenizer(self) -> Tokenizer | None:
@@ -176,18 +208,34 @@ class QuantizedView(Checkpoint):
         self.source.close()
 
 
-def _stored_group_size(source: Checkpoint, kind: str, lengths: Mapping[str, int]) -> int | None:
-    """That of the source's first layer, where it is in this kind; else None."""
-    first = next(iter(lengths), None)
-    if first is None or source.tensors[first].dtype in layout.ITEM_BYTES:
-        return None
-    stored = source.read_quantized(first)
-    if stored is None or stored.kind != kind:
-        return None
-    if stored.group_size == lengths[first]:
+def _stored_forms(source: Checkpoint, kind: str) -> dict[str, QuantizedForm]:
+    """The matrices that `source` has in this kind, but for the embedding."""
+    forms: dict[str, QuantizedForm] = {}
+    for name, info in source.tensors.items():
+        if len(info.shape) != 2 or name == "embed.weight" or info.dtype in layout.ITEM_BYTES:
+            continue
+        form = source.quantized_form(name)
+        if form is not None and form.kind == kind:
+            forms[name] = form
+    return forms
+
+
+def _stored_group_size(
+    forms: Mapping[str, QuantizedForm], lengths: Mapping[str, int]
+) -> int | None:
+    """The group size that lets most layers keep their bits; None where no layer's can be taken.
+
+    forms: of the layers that are in the wanted kind. lengths: inputs of all layers. A group a row
+    only where that keeps every one of them: rows are as long as groups by chance, too.
+    """
+    if forms and all(form.group_size == lengths[name] for name, form in forms.items()):
         return -1
-    divides = all(length % stored.group_size == 0 for length in lengths.values())
-    return stored.group_size if divides and stored.group_size >= _SMALLEST_GROUP else None
+    counts = Counter(form.group_size for form in forms.values())
+    for group_size, _ in counts.most_common():
+        divides = all(length % group_size == 0 for length in lengths.values())
+        if divides and group_size >= _SMALLEST_GROUP:
+            return group_size
+    return None
 
 
 def _settled_group_size(lengths: Mapping[str, int], kind: str, asked: int | None) -> int:
@@ -270,6 +318,11 @@ def _squared_error(values: np.ndarray, matrix: QuantizedMatrix) -> float:
     return float(np.vdot(difference, difference))
 
 
+def _squares(matrix: QuantizedMatrix) -> float:
+    values = matrix.dequantize()
+    return float(np.vdot(values, values))
+
+
 def _searched(values: np.ndarray, start: QuantizedMatrix) -> QuantizedMatrix:
     assert start.offsets is not None
     groups = values.reshape(-1, start.group_size)
@@ -283,20 +336,4 @@ def _searched(values: np.ndarray, start: QuantizedMatrix) -> QuantizedMatrix:
         scales.reshape(shape),
         offsets.reshape(shape),
         start.group_size,
-    )
-
-
-def _without_zero_scales(matrix: QuantizedMatrix) -> QuantizedMatrix | None:
-    """The same values with no scale of 0, which GGUF has for groups of one value and NanoInfer 2
-    has not; None where codes of two groups share a byte."""
-    zero = matrix.scales == 0
-    if matrix.kind == "int8" or not zero.any():
-        return matrix
-    if matrix.kind == "int4" and matrix.group_size % 2:
-        return None
-    codes = matrix.codes.copy()
-    codes.reshape(*zero.shape, -1)[zero] = 0
-    scales = np.where(zero, np.float32(1), matrix.scales)
-    return QuantizedMatrix(
-        matrix.kind, codes, scales, matrix.offsets, matrix.group_size, matrix.input_order
     )

@@ -5,15 +5,16 @@
 // HEAD_SIZE         attention_decode: any; attention_decode_mma: a multiple of 16
 // TILE_ROWS         attention_decode: rows (query, head) of a block
 // ROW_TILES         attention_decode_mma: rows of a block, in units of 16
-// STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2
+// STAGES            attention_decode_mma: steps of 16 positions that a warp has under way, from 2, over
+//                   a quantised cache from 3
 // SCALAR, CACHE, QUERIES: as in the headers.
 // nanocupy/ops/launch_attention_decode.py chooses the macros and the grid.
-#include "attention_decode_mma.cuh"
+#include "attention_decode_codes.cuh"
 
 // ------------------------------------------------------------------------------ any card
 
 __device__ constexpr int widest_vector() {
-    int n = 16 / sizeof(cache_t);
+    int n = 16 / (QUANTIZED ? 2 : sizeof(cache_t));  // more codes would need more registers
     while (HEAD_SIZE % n != 0) n /= 2;
     return n;
 }
@@ -34,7 +35,8 @@ constexpr int STEP = AHEAD * (WARP_SIZE / LANES);                  // positions 
 // attention_decode: attention of few queries a sequence, float32 arithmetic on any card.
 // grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / TILE_ROWS); block 32 to 128;
 //   shared: warps * TILE_ROWS * d * 4 bytes
-// q scalar_t [T, H, d]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
+// q scalar_t [T, H, d]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32; key_scales,
+//   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d];
 //   partial_values float32 [items, G, H / G * QUERIES, d]; partial_states the same with 2 for d;
 //   counters uint32 [B, grid x], 0 before, or null with attention_decode_merge behind; items >= B.
@@ -79,11 +81,14 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
         const int first = step + lane_id() / LANES;
         float keys[AHEAD][LANE_CHUNKS][VEC] = {};  // what lies beyond the end stays 0
         float values[AHEAD][LANE_CHUNKS][VEC] = {};
+        float key_steps[AHEAD] = {}, value_steps[AHEAD] = {};  // the scales of quantised rows
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             const int position = first + a * (WARP_SIZE / LANES);
             if (position >= tile.end) continue;
             const uint32_t row = cache_row(table, position, block_size, num_kv_heads, tile.group);
+            key_steps[a] = cache_scale(key_scales, row);
+            value_steps[a] = cache_scale(value_scales, row);
 #pragma unroll
             for (int c = 0; c < LANE_CHUNKS; ++c) {
                 const int column = (own_lane + c * LANES) * VEC;
@@ -104,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
 #pragma unroll
                     for (int i = 0; i < VEC; ++i) dot += queries[r][c][i] * keys[a][c][i];
                 dot = warp_sum<LANES>(dot);
+                if (QUANTIZED) dot *= key_steps[a];
                 const int position = first + a * (WARP_SIZE / LANES);
                 scores[a] = position < tile.end && position <= limit[r] ? dot : -infinity();
                 highest = fmaxf(highest, scores[a]);
@@ -115,8 +121,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
                 for (int i = 0; i < VEC; ++i) summed[r][c][i] *= factor;
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
-                const float weight = softmax_weight(scores[a], state[r].max);
+                float weight = softmax_weight(scores[a], state[r].max);
                 state[r].sum += weight;
+                if (QUANTIZED) weight *= value_steps[a];
 #pragma unroll
                 for (int c = 0; c < LANE_CHUNKS; ++c)
 #pragma unroll
@@ -167,10 +174,13 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(DECODE_PAR
 // ------------------------------------------------------------------------------ tensor cores
 
 // attention_decode_mma: attention of few queries a sequence on tensor cores, 16-bit types, the
-//   cache's the same as q's. Each warp pipes its own positions, 16 at a step, through shared memory.
+//   cache's the same as q's or quantised. Each warp pipes its own positions, 16 at a step, through
+//   shared memory.
 // grid (G * row tiles, items), row tiles = ceil(H / G * QUERIES / (16 * ROW_TILES)); block 32 to 256;
 //   shared: (warps * 2 * STAGES + ROW_TILES) * 16 * row, row = d * 2 bytes where d is a multiple of
-//   64, else (d / 8 | 1) * 16
+//   64, else (d / 8 | 1) * 16; over a quantised cache warps * max(STAGES * (32 * codes + 64),
+//   64 * ROW_TILES * (d + 8)) + ROW_TILES * 16 * row, codes = d where that is a multiple of 128, else
+//   (d / 16 | 1) * 16
 // arrays: as attention_decode; probabilities are rounded to scalar_t before they meet the values
 // REF: numpy_ops.attention
 // COST: bytes: keys and values of each sequence's positions, once for each row tile; 64 * ROW_TILES
@@ -179,7 +189,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 #ifdef DECODE_ON_TENSOR_CORES
     constexpr int ROWS = 16 * ROW_TILES;
     constexpr int OUT_STRIDE = HEAD_SIZE + 8;  // floats: rows in different banks
-    static_assert(RING * 2 >= ROWS * OUT_STRIDE * 4, "the results of a warp take its ring's place");
+    constexpr int RESULTS = 2 * ROWS * OUT_STRIDE;  // which take the ring's place
+    constexpr int WARP_ROOM = RING > RESULTS ? RING : RESULTS;
+    static_assert(QUANTIZED || RING >= RESULTS, "only rings of codes are as short");
+    static_assert(!QUANTIZED || STAGES >= 3, "scales are stored a step behind");
 
     grid_dependency_launch();
     grid_dependency_wait();
@@ -191,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
 
     scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
     scalar_t* rings = shared_queries + ROWS * STRIDE;
-    scalar_t* ring = rings + warp_id() * RING;
+    scalar_t* ring = rings + warp_id() * WARP_ROOM;
 
     // Step s of this warp takes the 16 positions from first_position + s * stride on.
     const int32_t* table = block_tables + static_cast<int64_t>(work.sequence) * table_width;
@@ -207,18 +220,46 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
                    : 0u;
     };
     uint32_t next_row = row_of_lane(0);
+#if QUANTIZED
+    CodeCopies copies = {
+        key_cache, value_cache, lane_id() < STEP_TOKENS ? key_scales : value_scales};
+#endif
     const auto copy_step = [&](int step) {
         if (step < num_steps) {
             const int left = tile.end - (first_position + step * stride);
-            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            scalar_t* keys = ring + step % STAGES * STAGE;
+#if QUANTIZED
+            copies.start(keys, next_row, left);
+#else
             copy_positions(keys, key_cache, value_cache, next_row, left);
+#endif
             next_row = row_of_lane(step + 1);
         }
+#if QUANTIZED
+        if (step >= num_steps) copies.finish();
+#endif
         cp_async_commit();
     };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) copy_step(s);
 
+#if QUANTIZED
+    for (int i = threadIdx.x; i < ROWS * CODE_CHUNKS; i += blockDim.x) {
+        const int row = i / CODE_CHUNKS, chunk = i % CODE_CHUNKS;
+        uint4 low = make_uint4(0, 0, 0, 0), high = low;
+        if (row < tile.num_rows) {
+            const int64_t at =
+                row_offset(batch, tile.first_token, tile.group, tile.first_row + row);
+            low = *reinterpret_cast<const uint4*>(q + at + chunk * 16);
+            high = *reinterpret_cast<const uint4*>(q + at + chunk * 16 + 8);
+        }
+        sort_even_odd(low, high);
+        *reinterpret_cast<uint4*>(shared_queries + chunk_at(row, 2 * chunk)) = low;
+        *reinterpret_cast<uint4*>(shared_queries + chunk_at(row, 2 * chunk + 1)) = high;
+    }
+    block_sync();
+    CodeRows<ROW_TILES> rows;
+#else
     for (int i = threadIdx.x; i < ROWS * ROW_CHUNKS; i += blockDim.x) {
         const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
         uint4 bits = make_uint4(0, 0, 0, 0);
@@ -230,8 +271,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
         *reinterpret_cast<uint4*>(shared_queries + chunk_at(row, chunk)) = bits;
     }
     block_sync();
-
     MmaRows<ROW_TILES> rows;
+#endif
+
     rows.start(shared_queries);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
@@ -245,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
         copy_step(step + STAGES - 1);
         const int position = first_position + step * stride;
         const bool masked = position + STEP_TOKENS - 1 > tile.first_limit;
-        rows.attend(ring + step % STAGES * 2 * TILE, position, masked, scale * LOG2_E);
+        rows.attend(ring + step % STAGES * STAGE, position, masked, scale * LOG2_E);
     }
     rows.finish();
 
@@ -261,16 +303,22 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_mma(DECODE_PA
             if (lane_id() % 4 == 0) states[warp_id()][row] = rows.state[m][h];
 #pragma unroll
             for (int n = 0; n < HEAD_SIZE / 8; ++n) {
+#if QUANTIZED
+                float* at = results + row * OUT_STRIDE + sorted_column(n, lane_id() % 4 * 2);
+                at[0] = rows.summed[m][n][h * 2];
+                at[2] = rows.summed[m][n][h * 2 + 1];
+#else
                 float* at = results + row * OUT_STRIDE + n * 8 + lane_id() % 4 * 2;
                 at[0] = rows.summed[m][n][h * 2];
                 at[1] = rows.summed[m][n][h * 2 + 1];
+#endif
             }
         }
     block_sync();
     const Partials partials = {partial_values, partial_states};
     float* all_results = reinterpret_cast<float*>(rings);
     combine_warps<ROWS, OUT_STRIDE>(
-        batch, work, tile, all_results, RING / 2, states, out, partials);
+        batch, work, tile, all_results, WARP_ROOM / 2, states, out, partials);
     merge_if_last(batch, work, tile, partials, counters, all_results, out);
 #endif
 }

@@ -32,10 +32,11 @@
 // Every entry has the same parameters.
 #define DECODE_PARAMETERS                                                                          \
     const scalar_t *q, const cache_t *key_cache, const cache_t *value_cache,                       \
-        const int32_t *query_starts, const int32_t *kv_lens, const int32_t *block_tables,          \
-        float scale, scalar_t *out, float *partial_values, float *partial_states,                  \
-        uint32_t *counters, int num_sequences, int num_kv_heads, int heads_per_group,              \
-        int block_size, int table_width, int num_items, int least_part, int num_row_tiles
+        const scale_t *key_scales, const scale_t *value_scales, const int32_t *query_starts,       \
+        const int32_t *kv_lens, const int32_t *block_tables, float scale, scalar_t *out,           \
+        float *partial_values, float *partial_states, uint32_t *counters, int num_sequences,       \
+        int num_kv_heads, int heads_per_group, int block_size, int table_width, int num_items,     \
+        int least_part, int num_row_tiles
 
 #define DECODE_BATCH                                                                               \
     { query_starts, kv_lens, num_sequences, num_items, least_part, num_kv_heads, heads_per_group }

@@ -23,12 +23,33 @@
 #ifndef CLUSTERED
 #define CLUSTERED 1
 #endif
-#include "attention_decode_mma.cuh"
+#include "attention_decode_codes.cuh"
 #include "rope.cuh"
 
 #if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
 
 // HEAD_SIZE values to row `row` of a tile, rounded to scalar_t.
+#if QUANTIZED
+typedef CodeRows<1, ROW_HALVES> Rows;
+
+// Sorted, as a product with codes wants them.
+__device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const HeadPairs& x) {
+#pragma unroll
+    for (int r = 0; r < PAIR_ROUNDS; ++r) {
+        if (pair_index(r) >= HALF) break;
+#pragma unroll
+        for (int j = 0; j < PAIR_WIDTH; ++j) {
+            const int low = pair_index(r) + j, high = HALF + low;
+            tile[chunk_at(row, low / 16 * 2 + low % 2) + low % 16 / 2] =
+                from_float<scalar_t>(x.low[r][j]);
+            tile[chunk_at(row, high / 16 * 2 + high % 2) + high % 16 / 2] =
+                from_float<scalar_t>(x.high[r][j]);
+        }
+    }
+}
+#else
+typedef MmaRows<1, ROW_HALVES> Rows;
+
 __device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const HeadPairs& x) {
 #pragma unroll
     for (int r = 0; r < PAIR_ROUNDS; ++r) {
@@ -39,6 +60,7 @@ __device__ __forceinline__ void store_tile_row(scalar_t* tile, int row, const He
         store_floats<scalar_t, PAIR_WIDTH>(tile + chunk_at(row, high / 8) + high % 8, x.high[r]);
     }
 }
+#endif
 
 // The columns of a result lie over the blocks of a cluster by 8 in turn: chunk n is merged by block
 // n % ranks, which has in its inbox what the warps of the cluster ("sources") have summed. Sources
@@ -75,7 +97,7 @@ struct ClusterMerge {
     }
 
     // This warp's sums to those who merge them. The whole warp must come.
-    __device__ __forceinline__ void send(const MmaRows<1, ROW_HALVES>& own, int source) const {
+    __device__ __forceinline__ void send(const Rows& own, int source) const {
         const int log2_ranks = lowest_bit(ranks), pair = lane_id() % 4;
 #pragma unroll
         for (int h = 0; h < ROW_HALVES; ++h) {
@@ -133,8 +155,13 @@ struct ClusterMerge {
                 const int chunk = pair / 4 * ranks + rank;
                 total[0] = divided(total[0], sum);
                 total[1] = divided(total[1], sum);
-                store_floats<scalar_t, 2>(
-                    out + row * HEAD_SIZE + chunk * 8 + pair % 4 * 2, total);
+                scalar_t* head = out + row * HEAD_SIZE;
+#if QUANTIZED
+                head[sorted_column(chunk, pair % 4 * 2)] = from_float<scalar_t>(total[0]);
+                head[sorted_column(chunk, pair % 4 * 2 + 1)] = from_float<scalar_t>(total[1]);
+#else
+                store_floats<scalar_t, 2>(head + chunk * 8 + pair % 4 * 2, total);
+#endif
             }
             pair += blockDim.x / SHARERS;
         }
@@ -143,12 +170,15 @@ struct ClusterMerge {
 #endif
 
 // attention_decode_fused: attention of one query a sequence, with what stands before it, on tensor
-//   cores, 16-bit types, the cache's the same as qkv's
-// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256; from 9.0;
-//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2)
+//   cores, 16-bit types, the cache's the same as qkv's or quantised
+// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256;
+//   from 9.0;
+//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2), where
+//   the cache is quantised warps * STAGES * (32 * codes + 64) for the first of these;
 //   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
-//   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32;
+//   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32; key_scales,
+//   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
 //   H / G at most 8 * ROW_HALVES; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
 //   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache.
@@ -158,7 +188,8 @@ struct ClusterMerge {
 extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
-    const int32_t* query_starts, const int32_t* kv_lens, const int32_t* block_tables, float scale,
+    scale_t* key_scales, scale_t* value_scales, const int32_t* query_starts,
+    const int32_t* kv_lens, const int32_t* block_tables, float scale,
     scalar_t* out, int num_kv_heads, int heads_per_group, int block_size, int table_width) {
 #if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
     grid_dependency_launch();
@@ -174,7 +205,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
     scalar_t* rings = shared_queries + 16 * STRIDE;
     scalar_t* ring = rings + warp_id() * RING;
-    scalar_t* fresh = rings + num_warps() * RING;  // [2, d]: the new position's key and value
+    // The new position's key and value [2, d]; where they are codes, their scales [2] come behind.
+    scalar_t* fresh = rings + num_warps() * RING;
 
     // Steps go to the blocks in turn, then to their warps: step s of this warp takes the 16 positions
     // from first_position + s * stride on. The newest position is not in the cache yet.
@@ -189,13 +221,25 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         return position < newest ? cache_row(table, position, block_size, num_kv_heads, group) : 0u;
     };
     uint32_t next_row = row_of_lane(0);
+#if QUANTIZED
+    CodeCopies copies = {
+        key_cache, value_cache, lane_id() < STEP_TOKENS ? key_scales : value_scales};
+    scale_t* fresh_scales = reinterpret_cast<scale_t*>(fresh + HEAD_SIZE);
+#endif
     const auto copy_step = [&](int step) {
         if (step < num_steps) {
             const int left = newest - (first_position + step * stride);
-            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            scalar_t* keys = ring + step % STAGES * STAGE;
+#if QUANTIZED
+            copies.start(keys, next_row, left);
+#else
             copy_positions(keys, key_cache, value_cache, next_row, left);
+#endif
             next_row = row_of_lane(step + 1);
         }
+#if QUANTIZED
+        if (step >= num_steps) copies.finish();
+#endif
         cp_async_commit();
     };
 #pragma unroll 1  // code that runs once is read from memory as it runs: less of it is faster
@@ -211,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         cluster_arrive();
     }
 
-    MmaRows<1, ROW_HALVES> rows;
+    Rows rows;
     const bool is_active = rank * STEP_TOKENS < kv_len;  // this block has positions
     if (is_active) {
         const bool has_newest = newest / STEP_TOKENS % ranks == rank;
@@ -241,7 +285,14 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
             if (kind == 0) {
                 store_tile_row(shared_queries, task, x);
             } else {
-                cache_store_pairs(fresh + (kind - 1) * HEAD_SIZE, x);
+#if QUANTIZED
+                const scale_t scale = from_float<scale_t>(scale_pairs(x));
+                if (lane_id() == 0) {
+                    fresh_scales[kind - 1] = scale;
+                    (kind == 1 ? key_scales : value_scales)[slot / HEAD_SIZE] = scale;
+                }
+#endif
+                cache_store_pairs(reinterpret_cast<cache_t*>(fresh) + (kind - 1) * HEAD_SIZE, x);
                 cache_store_pairs((kind == 1 ? key_cache : value_cache) + slot, x);
             }
         }
@@ -254,15 +305,32 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         for (int step = 0; step < num_steps; ++step) {
             cp_async_wait<STAGES - 1>();
             const int position = first_position + step * stride;
-            scalar_t* keys = ring + step % STAGES * 2 * TILE;
+            scalar_t* keys = ring + step % STAGES * STAGE;
+#if QUANTIZED
+            if (STAGES == 1) copies.finish();
+#endif
             warp_sync();  // every lane's copies are there
             if (position <= newest && newest < position + STEP_TOKENS) {
+#if QUANTIZED
+                if (lane_id() < CODE_CHUNKS) {
+                    const uint4* from = reinterpret_cast<const uint4*>(fresh) + lane_id();
+                    unsigned char* to = reinterpret_cast<unsigned char*>(keys) +
+                                        codes_at(newest - position, lane_id());
+                    *reinterpret_cast<uint4*>(to) = from[0];
+                    *reinterpret_cast<uint4*>(to + 2 * TILE) = from[CODE_CHUNKS];
+                }
+                if (lane_id() < 2) {
+                    *CodeCopies::place_of(keys, newest - position, lane_id()) =
+                        fresh_scales[lane_id()];
+                }
+#else
                 if (lane_id() < ROW_CHUNKS) {
                     const uint4* from = reinterpret_cast<const uint4*>(fresh) + lane_id();
                     const int to = chunk_at(newest - position, lane_id());
                     *reinterpret_cast<uint4*>(keys + to) = from[0];
                     *reinterpret_cast<uint4*>(keys + TILE + to) = from[ROW_CHUNKS];
                 }
+#endif
                 warp_sync();
             }
             rows.attend(keys, position, position + STEP_TOKENS > kv_len, scale * LOG2_E);

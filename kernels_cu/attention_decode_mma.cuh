@@ -12,7 +12,7 @@
 #define MAX_QUERY_VALUES 128
 #endif
 
-#if HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0
+#if HAS_MMA && SCALAR != 0 && (CACHE == SCALAR || QUANTIZED) && HEAD_SIZE % 16 == 0
 #define DECODE_ON_TENSOR_CORES 1
 
 constexpr int STEP_TOKENS = 16;
@@ -21,15 +21,19 @@ constexpr int ROW_CHUNKS = HEAD_SIZE / 8;  // 16 bytes each
 // where that closes within a row, else the row's length in chunks is odd.
 constexpr bool SWIZZLED = ROW_CHUNKS % 8 == 0;
 constexpr int STRIDE = (SWIZZLED ? ROW_CHUNKS : ROW_CHUNKS | 1) * 8;  // elements
-constexpr int TILE = STEP_TOKENS * STRIDE;                            // elements of keys
-constexpr int RING = 2 * STAGES * TILE;                               // elements of a warp
 constexpr int K_STEPS = HEAD_SIZE / 16;
+#if !QUANTIZED  // else attention_decode_codes.cuh says what a stage is
+constexpr int TILE = STEP_TOKENS * STRIDE;  // elements of keys
+constexpr int STAGE = 2 * TILE;
+constexpr int RING = STAGES * STAGE;        // elements of a warp
+#endif
 
 // Where a tile has 8 elements of a row.
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
     return row * STRIDE + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 8;
 }
 
+#if !QUANTIZED
 // Start to copy keys and values of 16 positions, `left` of them there, into a stage; the others
 // become zeros. `row`: of the cache, of position lane % 16. The whole warp must come.
 __device__ __forceinline__ void copy_positions(
@@ -45,6 +49,7 @@ __device__ __forceinline__ void copy_positions(
         cp_async_16_or_zero(keys + TILE + to, value_cache + from, token < left);
     }
 }
+#endif
 
 // Of 16 * TILES rows (query, head) what a warp knows; this lane has rows lane / 4 and 8 more of
 // each row tile. `sum` is that of the lane's own columns until finish(). HALVES: 1 where only the first
@@ -83,6 +88,7 @@ struct MmaRows {
         }
     }
 
+#if !QUANTIZED
     // Take in the 16 positions from `position` on that a stage holds. `masked`: limits may hide
     // some of them. The whole warp must come, after a wait for every lane's copies.
     __device__ __forceinline__ void attend(
@@ -146,6 +152,7 @@ struct MmaRows {
             }
         }
     }
+#endif
 
     static __device__ __forceinline__ void add_product(
         float (&sums)[2 * HALVES], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -1,102 +1,30 @@
 // Attention of ragged queries (a chunk and what lies before it) straight from the paged cache, on
 // tensor cores (mma.sync, from 8.0) for 16-bit types; attention_prefill_plain.cu has the rest.
 //
+// Of a quantised cache codes are copied, and widened once for all warps to a tile of scalar_t that the
+// products read. Keys' scales are multiplied into the scores, values' into the weights.
+//
 // HEAD_SIZE      a multiple of 16
 // TILE_WARPS, WARP_ROWS (16 or 32), KEY_TILE (a multiple of 16), STAGES (from 2), MIN_BLOCKS
 //                shape of a tile; nanocupy/ops/launch_attention_prefill.py chooses it
 // QUERIES_STAY   1 keeps the queries in registers, 0 reads them from shared memory at each use
-#include "attention_prefill.cuh"
-
-// Whether this build has attention_prefill; else its entry is empty and must not be launched.
-#define TENSOR_CORES (HAS_MMA && SCALAR != 0 && CACHE == SCALAR && HEAD_SIZE % 16 == 0)
-
-#ifndef TILE_WARPS
-#define TILE_WARPS 4
-#endif
-#ifndef WARP_ROWS
-#define WARP_ROWS (HEAD_SIZE <= 128 ? 32 : 16)
-#endif
-#ifndef KEY_TILE
-#define KEY_TILE (HEAD_SIZE <= 128 ? 64 : 32)
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 2
-#endif
-#ifndef QUERIES_STAY
-#define QUERIES_STAY (HEAD_SIZE * WARP_ROWS <= 64 * 32)
-#endif
-
-constexpr int THREADS = TILE_WARPS * 32;
-
-#if TENSOR_CORES
-
-constexpr int TILE_ROWS = TILE_WARPS * WARP_ROWS;
-constexpr int ROW_TILES = WARP_ROWS / 16;  // 16 rows each, of a warp
-constexpr int KEY_GROUPS = KEY_TILE / 8;   // columns of score fragments
-constexpr int HEAD_GROUPS = HEAD_SIZE / 8;
-
-// Rows in shared memory: pieces of 16 bytes, placed so that 8 rows' pieces of one column lie in
-// different banks: exchanged by the row's number, or one piece of padding where that can't be.
-constexpr int PIECES = HEAD_SIZE / 8;
-constexpr bool EXCHANGED = PIECES % 8 == 0;
-constexpr int ROW_PIECES = EXCHANGED ? PIECES : PIECES | 1;
-constexpr int QUERY_BYTES = TILE_ROWS * ROW_PIECES * 16;
-constexpr int KEY_BYTES = KEY_TILE * ROW_PIECES * 16;
-constexpr int STAGE_BYTES = 2 * KEY_BYTES;  // keys, then values
-
-static_assert(WARP_ROWS % 16 == 0 && KEY_TILE % 16 == 0 && KEY_TILE <= THREADS && STAGES >= 2, "");
-
-__device__ __forceinline__ int place(int row, int piece) {
-    return (row * ROW_PIECES + (EXCHANGED ? piece ^ (row & 7) : piece)) * 16;
-}
-
-// Where a lane reads its rows of fragments: `lane_row` is the start of the lane's row, the row's
-// number is lane's modulo 8, `turn` comes from lane_turn, `piece` is even and known when compiled.
-// One exclusive or and one sum for all rows and columns that differ by constants.
-__device__ __forceinline__ int lane_turn(int odd_piece) {
-    return (EXCHANGED ? odd_piece ^ (lane_id() & 7) : odd_piece) * 16;
-}
-__device__ __forceinline__ const unsigned char* lane_piece(
-    const unsigned char* lane_row, int turn, int piece) {
-    if (!EXCHANGED) return lane_row + turn + piece * 16;
-    return lane_row + (turn ^ (piece & 6) * 16) + (piece & ~7) * 16;
-}
-
-// Start the copies of one tile of keys and values. offsets: of its rows, -1 for zeros.
-__device__ __forceinline__ void copy_keys(
-    unsigned char* stage, const scalar_t* keys, const scalar_t* values, const int64_t* offsets) {
-    constexpr int TOTAL = KEY_TILE * PIECES;
-#pragma unroll 2  // more would hold addresses in registers that the fragments need
-    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
-        const int index = i * THREADS + threadIdx.x;
-        if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-        const int row = index / PIECES, piece = index % PIECES;
-        const int64_t offset = offsets[row];
-        const bool valid = offset >= 0;
-        const int64_t source = (valid ? offset : 0) + piece * 8;
-        unsigned char* target = stage + place(row, piece);
-        cp_async_16_or_zero(target, keys + source, valid);
-        cp_async_16_or_zero(target + KEY_BYTES, values + source, valid);
-    }
-}
-
-#endif  // TENSOR_CORES
+#include "attention_prefill_tile.cuh"
 
 // attention_prefill: causal attention of ragged queries over the paged cache, on tensor cores
 // grid (G * (T * R / TILE_ROWS + B)), block (TILE_WARPS * 32), shared QUERY_BYTES + STAGES *
-//     STAGE_BYTES, R = H / G
-// q [T, H, d] scalar_t, aligned to 16; key_cache, value_cache [N, G, P, d] scalar_t, aligned to 16;
+//     STAGE_BYTES, and 2 * KEY_BYTES where the cache is quantised, R = H / G
+// q [T, H, d] scalar_t, aligned to 16; key_cache, value_cache [N, G, P, d] cache_t, aligned to 16;
+// key_scales, value_scales [N, G, P] scale_t where the cache is quantised, else unused;
 // query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries; block_tables
 // [B, M] int32; out [T, H, d] scalar_t, aligned to 16; scale above 0; B, H, G, P, M from 1;
 // T * R below 2**31
 // REF: numpy_ops.attention
-// COST: bytes 2 (2 T H d + 2 d G sum of kv_lens) at least; flops 4 H d sum over queries of keys
+// COST: bytes 4 T H d + 2 d G (sum of kv_lens) * bytes of cache_t at least; flops 4 H d sum over
+//     queries of keys
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_prefill(
     const scalar_t* q, const cache_t* key_cache,
-    const cache_t* value_cache, const int32_t* query_starts,
+    const cache_t* value_cache, const scale_t* key_scales,
+    const scale_t* value_scales, const int32_t* query_starts,
     const int32_t* kv_lens, const int32_t* block_tables,
     scalar_t* out, float scale, int32_t num_sequences, int32_t num_heads,
     int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
@@ -106,7 +34,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
     __shared__ int64_t offsets[STAGES][KEY_TILE];
     __shared__ RowTile tile;  // not in registers, which the fragments fill
     unsigned char* const query_rows = dynamic_shared();
+#if QUANTIZED
+    __shared__ __align__(16) float steps[STAGES][2][KEY_TILE];  // scales of keys, of values
+    unsigned char* const widened = query_rows + QUERY_BYTES;
+    unsigned char* const stages = widened + 2 * KEY_BYTES;
+    ValueUnit unit;
+#else
     unsigned char* const stages = query_rows + QUERY_BYTES;
+#endif
     const int group = num_heads / num_kv_heads;
     const int kv_head = blockIdx.x % num_kv_heads;
     const int lane = lane_id(), thread = threadIdx.x;
@@ -139,6 +74,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
     for (int stage = 0; stage < STAGES - 1; ++stage) {
         if (stage < num_key_tiles) {
             copy_keys(stages + stage * STAGE_BYTES, key_cache, value_cache, offsets[stage]);
+#if QUANTIZED
+            if (thread < KEY_TILE) {
+                const float2 own = scales_at(key_scales, value_scales, offsets[stage][thread]);
+                steps[stage][0][step_place(thread)] = own.x;
+                steps[stage][1][step_place(thread)] = own.y;
+            }
+#endif
         }
         cp_async_commit();
     }
@@ -185,8 +127,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
         cp_async_commit();
 
         const int first_key = j * KEY_TILE;
+#if QUANTIZED
+        const bool has_next = j + STAGES - 1 < num_key_tiles && thread < KEY_TILE;
+        float2 next_steps = make_float2(0.0f, 0.0f);  // under way while this tile is widened
+        if (has_next) next_steps = scales_at(key_scales, value_scales, offsets[next][thread]);
+        widen_keys(widened, stages + stage * STAGE_BYTES);
+        if (has_next) {
+            steps[next][0][step_place(thread)] = next_steps.x;
+            steps[next][1][step_place(thread)] = next_steps.y;
+        }
+        block_sync();  // the tile is whole
+        const unsigned char* keys = widened + key_row;
+        const unsigned char* values = widened + KEY_BYTES + low_row;
+#else
         const unsigned char* keys = stages + stage * STAGE_BYTES + key_row;
         const unsigned char* values = stages + stage * STAGE_BYTES + KEY_BYTES + low_row;
+#endif
 #if QUERIES_STAY
         if (j == 0) {
 #pragma unroll
@@ -237,6 +193,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                 }
             }
 
+#if QUANTIZED
+            float raised = 1.0f;  // what the sums' unit has become smaller by
+            scale_columns(scores, steps[stage][0], 1.0f);
+            if (ValueUnit::NEEDED) {
+                uint32_t largest = 0;  // by their bits, in which a NaN comes last
+#pragma unroll
+                for (int k = 0; k < KEY_TILE / 16; ++k) {
+                    float own[4];
+                    load_steps(steps[stage][1], k, own);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) largest = max(largest, bits_of(own[i]));
+                }
+                largest = max(largest, shuffle_xor(largest, 1));
+                largest = max(largest, shuffle_xor(largest, 2));
+                raised = unit.raise(float_of(largest));
+            }
+#endif
+
             if (first_key + KEY_TILE - 1 > first_seen) {
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
@@ -255,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
             }
 
             // Every row sees position 0, which lies in the first tile: maxima are finite then.
-            bool raised = false;
+            bool is_raised = false;
             float factor[ROW_TILES][2];
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
@@ -269,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                     }
                     largest = warp_max<4>(largest);
                     factor[m][h] = exp2_approx((row_max[m][h] - largest) * exponent_scale);
-                    raised = raised || row_max[m][h] != largest;
+                    is_raised = is_raised || row_max[m][h] != largest;
                     row_max[m][h] = largest;
                     const float shift = largest * exponent_scale;
                     float sum = 0.0f;
@@ -284,9 +258,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
                         }
                     }
                     row_sum[m][h] = row_sum[m][h] * factor[m][h] + sum;
+#if QUANTIZED
+                    if (ValueUnit::NEEDED) {
+                        factor[m][h] *= raised;
+                        is_raised = is_raised || raised != 1.0f;
+                    }
+#endif
                 }
             }
-            if (warp_ballot(raised)) {  // seldom after the first tiles
+#if QUANTIZED
+            scale_columns(scores, steps[stage][1], ValueUnit::NEEDED ? unit.inverse() : 1.0f);
+#endif
+            if (warp_ballot(is_raised)) {  // seldom after the first tiles
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -338,7 +321,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_pref
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float inverse = 1.0f / warp_sum<4>(row_sum[m][h]);
+            float inverse = 1.0f / warp_sum<4>(row_sum[m][h]);
+#if QUANTIZED
+            if (ValueUnit::NEEDED) inverse *= unit.value();
+#endif
             const int row = m * 16 + h * 8 + lane / 4;
 #pragma unroll
             for (int n = 0; n < HEAD_GROUPS; ++n) {

@@ -25,8 +25,10 @@ __device__ __forceinline__ float sum_scattered(float (&value)[PLAIN_LANES]) {
     return value[0];
 }
 
-// A row of keys or values into floats of shared memory, `present` or zeros; 4 values a thread.
-__device__ __forceinline__ void load_plain(float* target, const cache_t* source, int column) {
+// A row of keys or values into floats of shared memory, zeros where `source` is null; 4 values a
+// thread. step: the scale of a quantised row.
+__device__ __forceinline__ void load_plain(
+    float* target, const cache_t* source, float step, int column) {
     float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (source != nullptr) {
         if (HEAD_SIZE % 4 == 0) {
@@ -38,19 +40,25 @@ __device__ __forceinline__ void load_plain(float* target, const cache_t* source,
             }
         }
     }
+    if (QUANTIZED) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] *= step;
+    }
     store_floats<float, 4>(target + column, x);
 }
 
 // attention_prefill_plain: the same without tensor cores, all in float32
 // grid (G * (T * R / 32 + B)), block (128), R = H / G
 // q [T, H, d] scalar_t; key_cache, value_cache [N, G, P, d] cache_t, aligned to 4 values if d is a
-// multiple of 4; query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries;
+// multiple of 4; key_scales, value_scales [N, G, P] scale_t where the cache is quantised, else
+// unused; query_starts [B + 1] int32; kv_lens [B] int32, at least the sequence's queries;
 // block_tables [B, M] int32; out [T, H, d] scalar_t; scale above 0; B, H, G, P, M from 1
 // REF: numpy_ops.attention
 // COST: bytes 2 T H d + 2 d G sum of kv_lens values at least; flops 4 H d sum over queries of keys
 extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_prefill_plain(
     const scalar_t* q, const cache_t* key_cache,
-    const cache_t* value_cache, const int32_t* query_starts,
+    const cache_t* value_cache, const scale_t* key_scales,
+    const scale_t* value_scales, const int32_t* query_starts,
     const int32_t* kv_lens, const int32_t* block_tables,
     scalar_t* out, float scale, int32_t num_sequences, int32_t num_heads,
     int32_t num_kv_heads, int32_t block_size, int32_t num_columns) {
@@ -100,8 +108,11 @@ extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_prefill_pl
             const bool present = position < tile.num_keys;
             const int64_t offset =
                 present ? cache_offset(table, position, block_size, num_kv_heads, kv_head) : 0;
-            load_plain(keys[row], present ? key_cache + offset : nullptr, column);
-            load_plain(values[row], present ? value_cache + offset : nullptr, column);
+            const int64_t cache_row = offset / HEAD_SIZE;
+            load_plain(keys[row], present ? key_cache + offset : nullptr,
+                       present ? cache_scale(key_scales, cache_row) : 0.0f, column);
+            load_plain(values[row], present ? value_cache + offset : nullptr,
+                       present ? cache_scale(value_scales, cache_row) : 0.0f, column);
         }
         block_sync();
 

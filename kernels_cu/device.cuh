@@ -56,6 +56,13 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ int count_bits(uint32_t x) { return __popc(x); }
 
+// (x & mask) | ones, in one instruction: of two constants the compiler makes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t ones) {
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(ones));
+    return y;
+}
+
 // Index of the lowest bit set; x is not 0.
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(x) - 1; }
 
@@ -133,6 +140,16 @@ __device__ __forceinline__ uint4 ld_shared_16(const void* p) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(p))
+                 : "memory");
+    return v;
+}
+
+// 8 bytes of shared memory, aligned to 8.
+__device__ __forceinline__ uint2 ld_shared_8(const void* p) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
                  : "r"(shared_address(p))
                  : "memory");
     return v;
@@ -233,6 +250,40 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(
 }
 #endif
 
+// Two 16-bit values of T (__half or __nv_bfloat16) in a register: a - b and a * b, each rounded;
+// subnormal numbers count.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+#if HAS_MMA
+template <>
+__device__ __forceinline__ uint32_t subtract_pairs<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t subtract_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;  // b * -1 + a: a subtraction of its own exists from 9.0 only
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+    return y;
+}
+#endif
+
 // ------------------------------------------------------------------------------ across blocks
 
 // Returns the value before. Relaxed: fence around them what must be seen with them.
@@ -317,5 +368,6 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
 }
 
 #include "cluster.cuh"
+#include "small_numbers.cuh"
 
 #endif  // HOST_SHIM

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemv_input.cuh"
+#include "weight_copy.cuh"
 
 #ifndef ROWS_PER_WARP
 #define ROWS_PER_WARP 2
@@ -35,7 +36,7 @@ __device__ __forceinline__ uint4* own_ring() {
 template <bool ALIGNED>
 __device__ __forceinline__ void bring_weights(uint4* to, const scalar_t* from, int count) {
     if constexpr (ALIGNED) {
-        cp_async_16_or_zero(to, from, count > 0);
+        copy_weights_16_or_zero(to, from, count > 0);
     } else {
         WeightVector v;
         v.bits = make_uint4(0, 0, 0, 0);
@@ -207,7 +208,7 @@ struct TensorProduct {
         const scalar_t* p = from + chunk * CHUNK;
         if (left >= BATCH && (chunk + BATCH) * CHUNK <= num_inputs) {
 #pragma unroll
-            for (int u = 0; u < BATCH; ++u) cp_async_16(to + u * BLOCK_THREADS, p + u * CHUNK);
+            for (int u = 0; u < BATCH; ++u) copy_weights_16(to + u * BLOCK_THREADS, p + u * CHUNK);
         } else {
             const int exist = num_inputs - lane_id() % 4 * WIDE - chunk * CHUNK;
 #pragma unroll 1

@@ -46,14 +46,15 @@ extern "C" __global__ void __launch_bounds__(1024) rope_table(
 // rope         float [T, 2, HEAD_SIZE / 2] of rope_table
 // slots        int32 [T]: block * P + row; 0 to P - 1 are the null block's, for padding
 // key_cache    cache_t [N, G, P, HEAD_SIZE], value_cache the same
+// key_scales   scale_t [N, G, P] where the cache is quantised, else unused; value_scales the same
 // q_out        scalar_t [T, H, HEAD_SIZE]
 // Arrays start at multiples of 16 bytes. Two tokens may share a slot only in the null block.
 // REF: numpy_ops.rope_write_kv
-// COST: T * (H + 2 * G) * HEAD_SIZE values read and written once
+// COST: T * (H + 2 * G) * HEAD_SIZE values read and written once, and 2 * T * G scales written
 extern "C" __global__ void __launch_bounds__(1024) rope_write_kv(
     const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
-    scalar_t* q_out, int32_t H, int32_t G, int32_t P) {
+    scale_t* key_scales, scale_t* value_scales, scalar_t* q_out, int32_t H, int32_t G, int32_t P) {
     grid_dependency_launch();
     grid_dependency_wait();
     const int64_t t = blockIdx.x;
@@ -76,6 +77,12 @@ extern "C" __global__ void __launch_bounds__(1024) rope_write_kv(
         store_pairs(q_out + (t * H + head) * HEAD_SIZE, x);
     } else {
         cache_t* cache = is_value ? value_cache : key_cache;
-        cache_store_pairs(cache + slot_offset(slot, (head - H) % G, G, P), x);
+        const int64_t at = slot_offset(slot, (head - H) % G, G, P);
+#if QUANTIZED
+        const float scale = scale_pairs(x);
+        scale_t* scales = is_value ? value_scales : key_scales;
+        if (lane_id() == 0) scales[at / HEAD_SIZE] = from_float<scale_t>(scale);
+#endif
+        cache_store_pairs(cache + at, x);
     }
 }

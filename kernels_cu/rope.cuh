@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_pairs(T* to, const HeadPairs& x) {
     }
 }
 
-// The same into a row of the cache.
+// The same into a row of the cache. Of a quantised one, x are values over the row's scale.
 __device__ __forceinline__ void cache_store_pairs(cache_t* to, const HeadPairs& x) {
 #pragma unroll
     for (int r = 0; r < PAIR_ROUNDS; ++r) {
@@ -97,6 +97,35 @@ __device__ __forceinline__ void cache_store_pairs(cache_t* to, const HeadPairs& 
         cache_store_vec<PAIR_WIDTH>(to + HALF + i, x.high[r]);
     }
 }
+
+#if QUANTIZED
+// x becomes what its codes are rounded from, and the scale of the row is given back. The whole warp
+// must come; every lane gets the scale.
+__device__ __forceinline__ float scale_pairs(HeadPairs& x) {
+    uint32_t largest = 0;  // bits of magnitudes, so that a NaN is the largest of all
+#pragma unroll
+    for (int r = 0; r < PAIR_ROUNDS; ++r)
+#pragma unroll
+        for (int j = 0; j < PAIR_WIDTH; ++j) {
+            largest = max(largest, bits_of(x.low[r][j]) & 0x7fffffffu);
+            largest = max(largest, bits_of(x.high[r][j]) & 0x7fffffffu);
+        }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        largest = max(largest, shuffle_xor(largest, lanes));
+    }
+    const float scale = row_scale(largest);
+    const bool usable = scale > 0.0f;
+#pragma unroll
+    for (int r = 0; r < PAIR_ROUNDS; ++r)
+#pragma unroll
+        for (int j = 0; j < PAIR_WIDTH; ++j) {
+            x.low[r][j] = usable ? x.low[r][j] / scale : 0.0f;
+            x.high[r][j] = usable ? x.high[r][j] / scale : 0.0f;
+        }
+    return scale;
+}
+#endif
 
 // Where slot `slot` (block * block_size + row) of head `group` begins in a cache [N, G, P, d].
 __device__ __forceinline__ int64_t slot_offset(

@@ -2,7 +2,8 @@
 //
 // SCALAR     0 float32, 1 float16, 2 bfloat16: scalar_t, of weights and activations
 // RESIDUAL   the same of the residual stream, residual_t (default: SCALAR)
-// CACHE      the same of the KV cache, cache_t (default: SCALAR)
+// CACHE      the same of the KV cache, cache_t (default: SCALAR); or 3 int8, 4 float8 e4m3, whose
+//            bits are uint8: codes, with a scale_t for each row
 //
 // Every conversion to 16 bits rounds to nearest, ties to even. All arithmetic is done in float.
 #pragma once
@@ -18,6 +19,8 @@
 #ifndef CACHE
 #define CACHE SCALAR
 #endif
+
+#define QUANTIZED (CACHE >= 3)
 
 typedef __half half_t;
 typedef __nv_bfloat16 bfloat_t;
@@ -36,10 +39,19 @@ template <>
 struct TypeOf<2> {
     typedef bfloat_t type;
 };
+template <>
+struct TypeOf<3> {
+    typedef int8_t type;
+};
+template <>
+struct TypeOf<4> {
+    typedef uint8_t type;
+};
 
 typedef TypeOf<SCALAR>::type scalar_t;
 typedef TypeOf<RESIDUAL>::type residual_t;
 typedef TypeOf<CACHE>::type cache_t;
+typedef bfloat_t scale_t;  // of a row of a quantised cache
 
 // ------------------------------------------------------------------------------ single values
 
@@ -128,7 +140,56 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 
 // ------------------------------------------------------------------------------ the KV cache
 
-// The only places that know how a cache value is stored; quantised types come in here.
+// The only places that know how a cache value is stored. Of a quantised cache they give and take
+// codes, as floats: a value is code * scale.
+#if QUANTIZED
+
+constexpr float CODE_LIMIT = CACHE == 3 ? 127.0f : 448.0f;  // the largest code
+
+__device__ __forceinline__ float code_to_float(int8_t code) { return static_cast<float>(code); }
+__device__ __forceinline__ float code_to_float(uint8_t code) { return e4m3_to_float(code); }
+
+template <typename T>
+__device__ __forceinline__ T nearest_code(float x);
+template <>
+__device__ __forceinline__ int8_t nearest_code<int8_t>(float x) {
+    return static_cast<int8_t>(rintf(x));
+}
+template <>
+__device__ __forceinline__ uint8_t nearest_code<uint8_t>(float x) {
+    return float_to_e4m3(x);
+}
+
+__device__ __forceinline__ float cache_load(const cache_t* p) { return code_to_float(*p); }
+
+template <int N>
+__device__ __forceinline__ void cache_load_vec(const cache_t* p, float (&out)[N]) {
+    const Vec<cache_t, N> v = load_vec<cache_t, N>(p);
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = code_to_float(v.data[i]);
+}
+
+// `in` are values over the row's scale: rounded to codes here.
+template <int N>
+__device__ __forceinline__ void cache_store_vec(cache_t* p, const float (&in)[N]) {
+    Vec<cache_t, N> v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        v.data[i] = nearest_code<cache_t>(fminf(fmaxf(in[i], -CODE_LIMIT), CODE_LIMIT));
+    }
+    store_vec<cache_t, N>(p, v);
+}
+
+// The scale of a row whose largest magnitude has these bits, which order as magnitudes do: 0 where it
+// would be subnormal, NaN where the row is not finite.
+__device__ __forceinline__ float row_scale(uint32_t largest_bits) {
+    if (largest_bits >= 0x7f800000u) return float_of(0x7fc00000u);
+    const float scale = float_of(largest_bits) / CODE_LIMIT;
+    return scale < 1.17549435e-38f ? 0.0f : rounded<scale_t>(scale);
+}
+
+#else
+
 __device__ __forceinline__ float cache_load(const cache_t* p) { return to_float(*p); }
 
 template <int N>
@@ -139,4 +200,11 @@ __device__ __forceinline__ void cache_load_vec(const cache_t* p, float (&out)[N]
 template <int N>
 __device__ __forceinline__ void cache_store_vec(cache_t* p, const float (&in)[N]) {
     store_floats<cache_t, N>(p, in);
+}
+
+#endif
+
+// The scale of row `row` of the cache, counted over [N, G, P]; 1 where rows have none.
+__device__ __forceinline__ float cache_scale(const scale_t* scales, int64_t row) {
+    return QUANTIZED ? to_float(scales[row]) : 1.0f;
 }

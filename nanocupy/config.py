@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from nanocupy.errors import ConfigError
+from nanocupy.kv_types import kv_row_bytes
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
 RopeScalingKind = Literal["none", "linear", "dynamic", "llama3", "yarn"]
@@ -142,9 +143,10 @@ class ModelConfig:
         """Rows of the key (or value) projection: num_kv_heads * head_size."""
         return self.num_kv_heads * self.head_size
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of the keys and values of one token in all layers, `itemsize` bytes a value."""
-        return 2 * self.num_layers * self.kv_size * itemsize
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of the keys and values of one token in all layers, in a cache of `dtype`, as
+        `kv_types` names them."""
+        return 2 * self.num_layers * self.num_kv_heads * kv_row_bytes(self.head_size, dtype)
 
     @property
     def num_parameters(self) -> int:

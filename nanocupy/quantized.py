@@ -6,7 +6,7 @@ knows no file format and no kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -16,6 +16,21 @@ KINDS = ("int8", "int4", "fp8")
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_MAX = 448.0  # the largest finite value
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
+LARGEST_CODES = {"int8": 128.0, "int4": 15.0, "fp8": _FP8_MAX}  # by kind, in magnitude
+_CHUNK_VALUES = 1 << 20  # turned into floats in one piece
+
+
+@dataclass(frozen=True)
+class QuantizedForm:
+    """How a matrix is quantised, without its codes: what a plan of memory and kernels needs.
+
+    kind, group_size   as in `QuantizedMatrix`
+    has_order          whether its inputs have an order of their own
+    """
+
+    kind: str
+    group_size: int
+    has_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,10 @@ class QuantizedMatrix:
         return num_rows, width * 2 if self.kind == "int4" else width
 
     @property
+    def form(self) -> QuantizedForm:
+        return QuantizedForm(self.kind, self.group_size, self.input_order is not None)
+
+    @property
     def nbytes(self) -> int:
         parts = (self.codes, self.scales, self.offsets, self.input_order)
         return sum(part.nbytes for part in parts if part is not None)
@@ -71,17 +90,27 @@ class QuantizedMatrix:
         return self.codes.astype(np.float32)
 
     def dequantize(self) -> np.ndarray:
-        """The matrix in float32, [R, K], its inputs in their natural order."""
-        groups = self.code_values().reshape(*self.scales.shape, self.group_size)
-        groups *= self.scales[..., None]
-        if self.offsets is not None:
-            groups += self.offsets[..., None]
-        matrix = groups.reshape(self.shape)
-        if self.input_order is not None:
-            natural = np.empty_like(matrix)
-            natural[:, self.input_order] = matrix
-            return natural
+        """The matrix in float32, [R, K], its inputs in their natural order. Beside it, a piece of
+        it takes memory, never a second matrix."""
+        matrix = np.empty(self.shape, np.float32)
+        columns = slice(None) if self.input_order is None else self.input_order
+        for rows in self.row_blocks():
+            part = self.rows(rows)
+            groups = part.code_values().reshape(*part.scales.shape, self.group_size)
+            # Damaged scales may be infinite: readers report them, NumPy need not warn as well.
+            with np.errstate(over="ignore", invalid="ignore"):
+                groups *= part.scales[..., None]
+                if part.offsets is not None:
+                    groups += part.offsets[..., None]
+            matrix[rows, columns] = groups.reshape(part.shape)
         return matrix
+
+    def row_blocks(self) -> Iterator[slice]:
+        """All its rows, in pieces of about a million values."""
+        num_rows, num_inputs = self.shape
+        step = max(1, _CHUNK_VALUES // max(num_inputs, 1))
+        for start in range(0, num_rows, step):
+            yield slice(start, min(start + step, num_rows))
 
     def rows(self, index: slice | np.ndarray) -> QuantizedMatrix:
         """Some of its rows, or all in another order."""
@@ -111,16 +140,36 @@ def stacked(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
     )
 
 
+def without_zero_scales(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The same values with no scale of 0: such groups, of one value each, get the scale 1 and codes
+    of 0. Other formats write zeros there, as float16 scales vanish; NanoInfer 2 has none."""
+    zero = matrix.scales == 0  # [R, groups]
+    if not zero.any():
+        return matrix
+    codes = matrix.codes.copy()
+    for rows in matrix.row_blocks():
+        touched = np.flatnonzero(zero[rows].any(axis=1)) + rows.start
+        keep = np.repeat(~zero[touched], matrix.group_size, axis=1)  # [touched, K]
+        if matrix.kind == "int4":
+            bits = keep[:, 0::2] * np.uint8(0x0F) | keep[:, 1::2] * np.uint8(0xF0)
+            codes[touched] &= bits
+        else:
+            codes[touched] *= keep.astype(codes.dtype)
+    scales = np.where(zero, np.float32(1), matrix.scales)
+    return replace(matrix, codes=codes, scales=scales)
+
+
 def pack_int4(codes: np.ndarray) -> np.ndarray:
     """Codes 0 to 15, [R, K] with K even, two to a byte: uint8 [R, K / 2]."""
     codes = codes.astype(np.uint8)
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def quantize(matrix: np.ndarray, kind: str, group_size: int | None = None) -> QuantizedMatrix:
     """`matrix` [R, K], finite, rounded to the nearest codes, from the largest (and for int4 the
-    smallest) value of each group. group_size: None for one scale a row. Raises ValueError where it
-    does not divide K, or K is odd for int4."""
+    smallest) value of each group; scales are infinite where float32 cannot hold that. group_size:
+    None for one scale a row. Raises ValueError where it does not divide K, or K is odd for int4."""
     num_rows, num_inputs = matrix.shape
     group_size = group_size or num_inputs
     if num_inputs % group_size or (kind == "int4" and num_inputs % 2):

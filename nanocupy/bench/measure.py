@@ -49,13 +49,12 @@ def decode(engine: LLMEngine, shape: str, dtype: str, batch: int, repeats: int =
     context = DECODE_PROMPT + DECODE_OUTPUT // 2
     counts = weight_counts(config)
     weights = counts.body + counts.head
-    kv_values = 2 * config.num_layers * config.kv_size * context * batch
     attention_flops = 4 * config.num_layers * config.q_size * context * batch
     return Measurement(
         f"decode/{shape}/{dtype}/b{batch}",
         "ms",
         values,
-        num_bytes=(weights + kv_values) * itemsize,
+        num_bytes=weight_bytes(engine, itemsize) + kv_token_bytes(engine) * context * batch,
         num_flops=2 * weights * batch + attention_flops,
     )
 
@@ -103,7 +102,7 @@ def prefill(
         f"prefill/{shape}/{dtype}/t{num_tokens}",
         "ms",
         values,
-        num_bytes=(weights.body + weights.head) * itemsize_of(dtype),
+        num_bytes=weight_bytes(engine, itemsize_of(dtype)),
         num_flops=2 * (weights.body * num_tokens + weights.head) + attention_flops,
     )
 
@@ -146,6 +145,23 @@ class WeightCounts:
 def weight_counts(config: ModelConfig) -> WeightCounts:
     head = config.vocab_size * config.hidden_size
     return WeightCounts(config.num_parameters - (head if config.tied_lm_head else 2 * head), head)
+
+
+def weight_bytes(engine: LLMEngine, itemsize: int) -> int:
+    """Bytes of the weights that a step reads whole, as the runner keeps them."""
+    kept = getattr(engine.runner, "weights", None)
+    if not kept:
+        counts = weight_counts(engine.config)
+        return (counts.body + counts.head) * itemsize
+    rows_alone = set() if engine.config.tied_lm_head else {"embed.weight"}
+    return sum(weight.nbytes for name, weight in kept.items() if name not in rows_alone)
+
+
+def kv_token_bytes(engine: LLMEngine) -> int:
+    """Bytes of a token's keys and values in the engine's cache, scales included."""
+    limits = engine.runner.limits
+    num_tokens = limits.num_blocks * limits.block_size
+    return engine.runner.bytes_by_owner()["kv cache"] // num_tokens
 
 
 def itemsize_of(dtype: str) -> int:

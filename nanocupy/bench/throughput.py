@@ -12,7 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nanocupy.bench.measure import WARMUPS, Measurement, itemsize_of, weight_counts
+from nanocupy.bench.measure import (
+    WARMUPS,
+    Measurement,
+    itemsize_of,
+    kv_token_bytes,
+    weight_counts,
+)
 from nanocupy.config import ModelConfig
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.errors import ConfigError
@@ -134,7 +140,8 @@ def throughput(
         counts = tuple(b - a for a, b in zip(before, _counts(engine), strict=True))
         report(done, total)
     assert done == total, "a request ended early"
-    num_bytes, num_flops = _floor(engine.config, requests, itemsize_of(dtype), counts[0])
+    sizes = itemsize_of(dtype), kv_token_bytes(engine)
+    num_bytes, num_flops = _floor(engine.config, requests, *sizes, counts[0])
     return Throughput(
         Measurement(
             f"throughput/{workload.name}/{shape}/{dtype}",
@@ -157,7 +164,11 @@ def _counts(engine: LLMEngine) -> tuple[int, int]:
 
 
 def _floor(
-    config: ModelConfig, requests: list[tuple[list[int], int]], itemsize: int, num_steps: int
+    config: ModelConfig,
+    requests: list[tuple[list[int], int]],
+    itemsize: int,
+    token_bytes: int,
+    num_steps: int,
 ) -> tuple[int, int]:
     """Bytes and operations of the workload in so many steps: every step reads the weights, every
     generated token but the first its keys and values; a prompt reads them once, as it is written.
@@ -170,7 +181,6 @@ def _floor(
         pairs += length * (length + 1) // 2
         num_tokens += length
         num_sampled += output
-    kv_values = 2 * config.num_layers * config.kv_size * positions
-    num_bytes = (num_steps * (weights.body + weights.head) + kv_values) * itemsize
+    num_bytes = num_steps * (weights.body + weights.head) * itemsize + positions * token_bytes
     num_flops = 2 * (weights.body * num_tokens + weights.head * num_sampled)
     return num_bytes, num_flops + 4 * config.num_layers * config.q_size * pairs

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanocupy.checkpoint.quantized_checks import scale_problem
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, TokenizerError
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
@@ -41,14 +42,16 @@ class GroupedInt8:
     def dequantize(self) -> np.ndarray:
         """The matrix in float32, [rows, cols]."""
         groups = self.values.reshape(-1, self.group_size).astype(np.float32)
-        groups *= self.scales.reshape(-1, 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales, see verify
+            groups *= self.scales.reshape(-1, 1)
         return groups.reshape(self.values.shape)
 
     def as_matrix(self) -> QuantizedMatrix | None:
-        """The same codes and scales, not copied; None where groups straddle rows."""
-        num_rows, num_inputs = self.values.shape
-        if num_inputs % self.group_size:
+        """The same codes and scales, not copied; None for a vector, and where groups straddle
+        rows."""
+        if self.values.ndim != 2 or self.values.shape[1] % self.group_size:
             return None
+        num_rows = len(self.values)
         scales = self.scales.reshape(num_rows, -1)
         return QuantizedMatrix("int8", self.values, scales, None, self.group_size)
 
@@ -118,12 +121,19 @@ class Checkpoint(ABC):
         if not isinstance(tensor, GroupedInt8):
             return None
         matrix = tensor.as_matrix()
-        if matrix is not None and not np.isfinite(matrix.scales).all():
+        problem = None if matrix is None else scale_problem("int8", matrix.scales)
+        if problem is not None:
             raise CheckpointError(
-                f"{self.path}: tensor {name} holds NaN or infinite scales; the file is damaged, "
-                "fetch it again"
+                f"{self.path}: tensor {name} {problem}; the file is damaged, fetch it again"
             )
         return matrix
+
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """The form of what `read_quantized` gives, or None where it gives None. Readers know it
+        without touching the codes, so that a plan costs no reading; whether the numbers are any,
+        only `read_quantized` says. Raises CheckpointError for a name not in `tensors`."""
+        matrix = self.read_quantized(name)
+        return None if matrix is None else matrix.form
 
     @abstractmethod
     def _load_tokenizer(self) -> Tokenizer | None: ...
@@ -157,8 +167,10 @@ class Checkpoint(ABC):
             except CheckpointError as exc:
                 yield name, str(exc).removeprefix(f"{self.path}: ").removeprefix(f"tensor {name} ")
                 continue
-            values = tensor.scales if isinstance(tensor, GroupedInt8) else tensor
-            finite = bool(np.isfinite(np.asarray(values, dtype=np.float32)).all())
+            if isinstance(tensor, GroupedInt8):
+                yield name, scale_problem("int8", tensor.scales)
+                continue
+            finite = bool(np.isfinite(np.asarray(tensor, dtype=np.float32)).all())
             yield name, None if finite else "holds NaN or infinite values"
 
     def close(self) -> None:  # noqa: B027 - optional

@@ -20,8 +20,9 @@ from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.gguf_config import model_config
 from nanocupy.checkpoint.gguf_file import GGUFFile, StoredTensor
 from nanocupy.checkpoint.gguf_quantized import TYPES, quantized_matrix
+from nanocupy.checkpoint.quantized_checks import scale_problem
 from nanocupy.errors import CheckpointError
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
@@ -154,20 +155,25 @@ class GGUFCheckpoint(Checkpoint):
 
     def read_quantized(self, name: str) -> QuantizedMatrix | None:
         """The codes of every type but Q5_1 and Q5_K as they are; see `Checkpoint`."""
+        if self.quantized_form(name) is None:
+            return None
+        tensor = self._places[name]
+        rows = self._blocks(name, tensor)
+        blocks = rows.reshape(len(rows), -1, tensor.type.block_bytes)
+        matrix = quantized_matrix(blocks, tensor.type.name)
+        problem = scale_problem(matrix.kind, matrix.scales, matrix.offsets)
+        if problem is not None:
+            self._fail(f"tensor {name} {problem}; the file is damaged, fetch it again")
+        return matrix
+
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """Its type says it; see `Checkpoint`."""
         if name not in self._places:
             self._fail(f"no tensor is named {shown(name)}")
         tensor = self._places[name]
         if tensor.type.name not in TYPES or len(tensor.shape) != 2:
             return None
-        rows = self._blocks(name, tensor)
-        blocks = rows.reshape(len(rows), -1, tensor.type.block_bytes)
-        matrix = quantized_matrix(blocks, tensor.type.name)
-        numbers = (matrix.scales, matrix.offsets)
-        if not all(np.isfinite(part).all() for part in numbers if part is not None):
-            self._fail(
-                f"tensor {name} holds NaN or infinite scales; the file is damaged, fetch it again"
-            )
-        return matrix
+        return TYPES[tensor.type.name][0]
 
     def _is_interleaved(self, name: str) -> bool:
         """Whether its rows rotate in pairs of neighbours (llama files), not half a head apart."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 
 # codes [R, blocks, elements or pairs], scales and offsets [R, blocks, groups of a block]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -20,16 +20,16 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 def quantized_matrix(blocks: np.ndarray, type_name: str) -> QuantizedMatrix:
     """Encoded rows, uint8 [R, blocks, block_bytes], as the matrix [R, K]; type_name: a key of
     `TYPES`."""
-    group_size, unpack = TYPES[type_name]
+    form, unpack = TYPES[type_name]
     with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales, which a reader reports
         codes, scales, offsets = unpack(blocks)
     num_rows = len(blocks)
     return QuantizedMatrix(
-        "int8" if offsets is None else "int4",
+        form.kind,
         codes.reshape(num_rows, -1),
         scales.reshape(num_rows, -1),
         None if offsets is None else offsets.reshape(num_rows, -1),
-        group_size,
+        form.group_size,
     )
 
 
@@ -96,12 +96,12 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return codes, _float16(blocks, 208) * scales, None
 
 
-# GGUF's type -> (inputs of a group, what takes a block apart)
-TYPES: Mapping[str, tuple[int, Callable[[np.ndarray], Parts]]] = {
-    "q4_0": (32, _q4_0),
-    "q4_1": (32, _q4_1),
-    "q5_0": (32, _q5_0),
-    "q8_0": (32, _q8_0),
-    "q4_k": (32, _q4_k),
-    "q6_k": (16, _q6_k),
+# GGUF's type -> (what it becomes, what takes a block apart)
+TYPES: Mapping[str, tuple[QuantizedForm, Callable[[np.ndarray], Parts]]] = {
+    "q4_0": (QuantizedForm("int4", 32), _q4_0),
+    "q4_1": (QuantizedForm("int4", 32), _q4_1),
+    "q5_0": (QuantizedForm("int8", 32), _q5_0),
+    "q8_0": (QuantizedForm("int8", 32), _q8_0),
+    "q4_k": (QuantizedForm("int4", 32), _q4_k),
+    "q6_k": (QuantizedForm("int8", 16), _q6_k),
 }

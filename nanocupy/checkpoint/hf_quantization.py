@@ -47,21 +47,26 @@ class Scheme:
 
 
 def quantization_scheme(config: Mapping[str, Any], where: str) -> Scheme | None:
-    """What config.json, `config`, says; None where the model is not quantised. Raises
-    CheckpointError for what is broken, or not taken."""
-    raw = config.get("quantization_config")
+    """What config.json, `config`, says in quantization_config or compression_config; None where the
+    model is not quantised. Raises CheckpointError for what is broken, or not taken."""
+    key = "quantization_config"
+    if config.get(key) is None:
+        key = "compression_config"  # as older versions of compressed-tensors call it
+    raw = config.get(key)
     if raw is None:
         return None
-    fields = Fields(f"{where}/config.json: quantization_config", raw if type(raw) is dict else {})
+    fields = Fields(f"{where}/config.json: {key}", raw if type(raw) is dict else {})
     if type(raw) is not dict:
         fields.fail(f"{shown(raw)} is not an object")
-    for key in _LISTS:
-        names = fields.values.get(key)
+    for listed in _LISTS:
+        names = fields.values.get(listed)
         if names is not None and not (
             isinstance(names, list) and all(isinstance(name, str) for name in names)
         ):
-            fields.fail(f"{key} is {shown(names)}; it must be a list of names")
+            fields.fail(f"{listed} is {shown(names)}; it must be a list of names")
     method = fields.text("quant_method")
+    if method is None and key == "compression_config":
+        method = "compressed-tensors"
     reader = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed}.get(
         method or ""
     )

@@ -15,7 +15,7 @@ from nanocupy.checkpoint.hf_quantization import Scheme
 from nanocupy.checkpoint.quantized_checks import check_numbers
 from nanocupy.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from nanocupy.errors import CheckpointError
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix, without_zero_scales
 
 Place = tuple[SafetensorsFile, StoredTensor]
 
@@ -28,7 +28,15 @@ PARTS: Mapping[str, frozenset[str]] = {
     "packed": frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"}),
 }
 IGNORED_PARTS = frozenset(
-    {"input_scale", "output_scale", "q_scale", "k_scale", "v_scale", "weight_shape"}
+    {
+        "input_scale",
+        "activation_scale",
+        "output_scale",
+        "q_scale",
+        "k_scale",
+        "v_scale",
+        "weight_shape",
+    }
 )
 
 _SCALE_DTYPES = ("F16", "BF16", "F32")
@@ -88,13 +96,15 @@ class QuantizedLayer:
             )
         in_word, method = 32 // self._scheme.bits, self._scheme.method
         packed = num_rows if method == "awq" else num_inputs
-        if num_rows % in_word or packed % in_word or num_inputs % 2:
+        zeros = "weight_zero_point" if method == "packed" else "qzeros"
+        has_zeros = zeros in self._parts or self._scheme.needs_zeros  # packed along the rows
+        if (has_zeros and num_rows % in_word) or packed % in_word or num_inputs % 2:
             self._fail(f"is {list(self.shape)}: {in_word} codes to a word do not fill it")
         num_groups = num_inputs // self.group_size
         if method == "packed":
             self._check_part("weight_packed", ("I32",), (num_rows, num_inputs // in_word))
             self._check_part("weight_scale", _SCALE_DTYPES, (num_rows, num_groups))
-            if "weight_zero_point" in self._parts or self._scheme.needs_zeros:
+            if has_zeros:
                 self._check_part("weight_zero_point", ("I32",), (num_rows // in_word, num_groups))
             if "weight_g_idx" in self._parts or self._scheme.needs_order:
                 self._check_part("weight_g_idx", ("I32",), (num_inputs,))
@@ -105,7 +115,7 @@ class QuantizedLayer:
             words = (num_inputs // in_word, num_rows)
         self._check_part("qweight", ("I32",), words)
         self._check_part("scales", _SCALE_DTYPES, (num_groups, num_rows))
-        if "qzeros" in self._parts or self._scheme.needs_zeros:
+        if has_zeros:
             self._check_part("qzeros", ("I32",), (num_groups, num_rows // in_word))
         if "g_idx" in self._parts or self._scheme.needs_order:
             self._check_part("g_idx", ("I32",), (num_inputs,))
@@ -137,15 +147,16 @@ class QuantizedLayer:
         self._check_part(self._scale_name, _SCALE_DTYPES, wanted)
 
     def read(self) -> QuantizedMatrix:
-        """The matrix; CheckpointError where its numbers are none that it can have."""
-        if self._scheme.method == "fp8":
-            matrix = self._read_fp8()
-        elif self._scheme.method == "awq":
-            matrix = self._read_awq()
-        elif self._scheme.method == "gptq":
-            matrix = self._read_gptq()
-        else:
-            matrix = self._read_packed()
+        """The matrix; CheckpointError where its numbers are none that it can have. Scales of 0,
+        which float16 leaves of tiny ones, become 1 with codes of 0."""
+        reader = {
+            "fp8": self._read_fp8,
+            "awq": self._read_awq,
+            "gptq": self._read_gptq,
+            "packed": self._read_packed,
+        }[self._scheme.method]
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales: refused below
+            matrix = reader()
         check_numbers(
             matrix.kind,
             matrix.codes,
@@ -153,8 +164,18 @@ class QuantizedLayer:
             matrix.offsets,
             matrix.input_order,
             self._where,
+            zero_scales=True,
         )
-        return matrix
+        return without_zero_scales(matrix)
+
+    def form(self) -> QuantizedForm:
+        """Of what `read` gives. Looks at the groups of inputs, where there are any, never at codes;
+        CheckpointError where these are none."""
+        method = self._scheme.method
+        if method == "fp8":
+            return QuantizedForm("fp8", self.group_size)
+        order = self._order("weight_g_idx" if method == "packed" else "g_idx")
+        return QuantizedForm(self.dtype, self.group_size, order is not None)
 
     def _array(self, part: str) -> np.ndarray:
         file, stored = self._parts[part]
@@ -252,7 +273,8 @@ class QuantizedLayer:
         codes = self._array("weight")
         stored = self._array(self._scale_name).astype(np.float32)
         if self._scheme.block is not None:
-            scales = np.repeat(stored, self._scheme.block[0], axis=0)[:num_rows]
+            # Not np.repeat: a config may name blocks of a million rows for a matrix of eight.
+            scales = stored[np.arange(num_rows) // self._scheme.block[0]]
         else:
             scales = np.broadcast_to(stored.reshape(-1, 1), (num_rows, 1))
         return QuantizedMatrix("fp8", codes, np.ascontiguousarray(scales), None, self.group_size)

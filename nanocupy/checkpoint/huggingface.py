@@ -21,7 +21,7 @@ from nanocupy.checkpoint.hf_quantization import quantization_scheme
 from nanocupy.checkpoint.hf_quantized import IGNORED_PARTS, PARTS, Place, QuantizedLayer
 from nanocupy.checkpoint.safetensors_file import READABLE, SafetensorsFile
 from nanocupy.errors import CheckpointError
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 from nanocupy.strict_json import (
     MAX_TOKENIZER_JSON_BYTES,
     read_object,
@@ -296,6 +296,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         """A layer of AWQ, GPTQ or FP8 as it is; see `Checkpoint`."""
         if name in self._layers:
             return self._layers[name].read()
+        if name not in self._places:
+            self._fail(f"no tensor is named {shown(name)}")
+        return None
+
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """Known from the headers and g_idx; see `Checkpoint`. Raises CheckpointError for a g_idx
+        that is none."""
+        if name in self._layers:
+            return self._layers[name].form()
         if name not in self._places:
             self._fail(f"no tensor is named {shown(name)}")
         return None

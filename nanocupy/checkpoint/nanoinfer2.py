@@ -22,10 +22,10 @@ from nanocupy.checkpoint.fields import Fields, generation_defaults
 from nanocupy.checkpoint.mapped_file import MappedFile
 from nanocupy.checkpoint.nanoinfer2_directory import DirectoryReader
 from nanocupy.checkpoint.nanoinfer2_layout import MAGIC, Entry, align
-from nanocupy.checkpoint.quantized_checks import check_numbers
+from nanocupy.checkpoint.quantized_checks import check_numbers, scale_problem
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, ConfigError
-from nanocupy.quantized import QuantizedMatrix
+from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 from nanocupy.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -258,6 +258,16 @@ class NanoInfer2Checkpoint(Checkpoint):
         check_numbers(kind, codes, scales, offsets, order, where)
         return QuantizedMatrix(kind, codes, scales, offsets, entry.group_size, order)
 
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """What the directory says; see `Checkpoint`."""
+        entry = self._entry(name)
+        if entry.dtype not in layout.KINDS or len(entry.shape) != 2:
+            return None
+        if entry.shape[1] % entry.group_size:  # int8 whose groups straddle rows
+            return None
+        has_order = bool(entry.flags & layout.HAS_INPUT_ORDER)
+        return QuantizedForm(layout.KINDS[entry.dtype], entry.group_size, has_order)
+
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
@@ -310,7 +320,9 @@ class NanoInfer2Checkpoint(Checkpoint):
                 return str(exc).removeprefix(f"{self.path}: tensor {entry.name} ")
             return None
         tensor = self.read(entry.name)
-        values = tensor.scales if isinstance(tensor, GroupedInt8) else tensor.reshape(-1)
+        if isinstance(tensor, GroupedInt8):
+            return scale_problem("int8", tensor.scales)
+        values = tensor.reshape(-1)
         step = _CHUNK_BYTES // 4
         for start in range(0, values.size, step):
             if not np.isfinite(values[start : start + step]).all():

@@ -98,6 +98,8 @@ class DirectoryReader:
             self._fail(f"{where}: dtype code {code} is not known")
         if min(shape) < 1:
             self._fail(f"{where}: shape {list(shape)} has a dimension below 1")
+        if self._minor < 1 and dtype in layout.SINCE_MINOR_1:
+            self._fail(f"{where}: {dtype} needs minor_version 1; the file's is {self._minor}")
         flags = self._known_flags(flags, where, dtype)
         expected = self._expected_bytes(where, dtype, shape, group_size, flags)
         if nbytes != expected:
@@ -105,9 +107,10 @@ class DirectoryReader:
         return Entry(name, dtype, shape, group_size, offset, nbytes, checksum, flags), length
 
     def _known_flags(self, flags: int, where: str, dtype: str) -> int:
-        """Those of `flags` that this version knows; refuses others, but a later version's."""
+        """Those of `flags` that this version knows; refuses others, but those that a later version
+        may set without a change of what the tensor's bytes mean."""
         known = layout.HAS_INPUT_ORDER if self._minor >= 1 and dtype in layout.GROUPED else 0
-        if flags & ~known and not self._lenient:
+        if flags & ~known & (layout.REQUIRED_ENTRY_FLAGS if self._lenient else 0xFFFFFFFF):
             self._fail(f"{where}: flags are {flags:#x}; a {dtype} tensor may have {known:#x}")
         return flags & known
 

@@ -77,7 +77,10 @@ DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GROUPED = frozenset({"int8", "int4", "float8_e4m3"})
 KINDS = {"int8": "int8", "int4": "int4", "float8_e4m3": "fp8"}  # as `QuantizedMatrix` has them
+SINCE_MINOR_1 = frozenset({"int4", "float8_e4m3"})
 HAS_INPUT_ORDER = 1  # flag of an entry
+# Of the flags of an entry that a later version may add, these change what its bytes mean.
+REQUIRED_ENTRY_FLAGS = 0x0000FFFF
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def config_flags(config: ModelConfig) -> int:
 
 def minor_version(entries: Sequence[Entry]) -> int:
     """The least that a file with these tensors needs."""
-    return int(any(entry.flags or entry.dtype in ("int4", "float8_e4m3") for entry in entries))
+    return int(any(entry.flags or entry.dtype in SINCE_MINOR_1 for entry in entries))
 
 
 def parts(

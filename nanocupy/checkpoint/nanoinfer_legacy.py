@@ -18,8 +18,10 @@ from nanocupy.checkpoint import legacy_layouts as legacy
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8, TensorInfo, interleaved_to_split
 from nanocupy.checkpoint.legacy_layouts import Dimensions, Kind
 from nanocupy.checkpoint.mapped_file import MappedFile
+from nanocupy.checkpoint.quantized_checks import scale_problem
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError, ConfigError
+from nanocupy.quantized import QuantizedForm
 from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
@@ -223,6 +225,16 @@ class LegacyCheckpoint(Checkpoint):
             tensor.group_size,
         )
 
+    def quantized_form(self, name: str) -> QuantizedForm | None:
+        """Of the file's group size, where it divides the rows; see `Checkpoint`."""
+        placed = self._placed.get(name)
+        if placed is None:
+            self._fail(f"there is no tensor {shown(name)}")
+        group_size = self._dims.group_size
+        if not placed.quantised or len(placed.shape) != 2 or placed.shape[1] % group_size:
+            return None
+        return QuantizedForm("int8", group_size)
+
     def _grouped(self, name: str, placed: _Placed) -> GroupedInt8:
         """A quantised tensor as it lies in the file, not permuted."""
         rows, cols = placed.shape
@@ -249,10 +261,8 @@ class LegacyCheckpoint(Checkpoint):
         for name, placed in self._placed.items():
             if placed.quantised:
                 tensor = self._grouped(name, placed)
-                problem = None
-                if not np.isfinite(tensor.scales).all():
-                    problem = "holds NaN or infinite scales"
-                elif tensor.values.min() < -127:
+                problem = scale_problem("int8", tensor.scales)
+                if problem is None and tensor.values.min() < -127:
                     problem = "holds the int8 value -128, which no quantiser of this format writes"
                 yield name, problem
             else:

@@ -231,8 +231,8 @@ def _config(
 def _engine(
     shape: str, config: EngineConfig, max_context: int, num_seqs: int
 ) -> tuple[LLMEngine, str]:
-    """An engine with random weights, and its dtype. Raises ConfigError where it would not hold
-    num_seqs sequences of max_context tokens."""
+    """An engine with random weights, and what they are stored in. Raises ConfigError where it would
+    not hold num_seqs sequences of max_context tokens."""
     from nanocupy.bench.shapes import SHAPES, random_checkpoint
     from nanocupy.engine.backend import make_engine
 
@@ -247,7 +247,9 @@ def _engine(
             raise ConfigError(f"{name} is {value}; this bench needs {needed} or more")
     dtype = _dtype(config)
     checkpoint = random_checkpoint(shape, dtype)
-    return make_engine(checkpoint, config.with_(dtype=dtype), progress=True), dtype
+    engine = make_engine(checkpoint, config.with_(dtype=dtype), progress=True)
+    quantised = config.weight_format not in ("auto", "float")
+    return engine, f"{dtype}-{config.weight_format}" if quantised else dtype
 
 
 def _dtype(config: EngineConfig) -> str:

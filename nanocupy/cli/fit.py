@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from nanocupy.cli.console import binary_bytes, make_table
+from nanocupy.kv_types import QUANTIZED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 MEMORY_GIB = (8, 12, 16, 24, 48, 80)
 USABLE_SHARE = 0.9  # the rest is the driver's, the workspace's and the allocator's
 WEIGHT_DTYPES = ("fp32", "bf16", "int8", "int4")
-KV_DTYPES = ("fp32", "bf16", "int8")
+KV_DTYPES = ("fp32", "bf16", "int8", "fp8")
 
 # Bytes of a linear layer's weight, its share of 32-bit scales (and int4's offsets) included, in
 # groups of 128: what `nanocupy quantize` writes.
@@ -40,13 +41,10 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes of keys and values of one token over all layers; int8 has a 16-bit scale a head."""
-    per_head = {
-        "fp32": 4 * config.head_size,
-        "bf16": 2 * config.head_size,
-        "int8": config.head_size + 2,
-    }[dtype]
-    return 2 * config.num_layers * config.num_kv_heads * per_head
+    """Bytes of keys and values of one token over all layers; int8 and fp8 have a 16-bit scale a
+    head."""
+    names = {"fp32": "float32", "bf16": "bfloat16", **QUANTIZED}
+    return config.kv_bytes_per_token(names[dtype])
 
 
 def longest_context(config: ModelConfig, memory_bytes: float, dtype: str) -> int:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     "--group-size",
     type=int,
     metavar="N",
-    help="Inputs with one scale; -1 = all of a row. [default: the model's own, where it is in this "
-    "kind; else -1 for fp8; else 128, or what of 64, 32, 16 and 8 divides every row]",
+    help="Inputs with one scale; -1 = all of a row. [default: that of most layers which are in "
+    "this kind already; else -1 for fp8; else 128, or what of 64, 32, 16 and 8 divides every row]",
 )
 @click.option(
     "--no-search", is_flag=True, help="Take int4's scales from the largest values, unsearched."
@@ -57,10 +57,11 @@ def quantize(
 ) -> None:
     """Write MODEL with its linear layers in int4, int8 or fp8 to a NanoInfer file.
 
-    MODEL is a file, a folder or a model's name. Embedding, LM head, norms and biases stay in 16
-    bits or more. int4 looks for the scale of least squared error in every group; the table says
-    what that saved. Layers that MODEL has in this kind and group size already keep their bits: a
-    GGUF file's Q4_0, Q4_1 and Q4_K are int4 in groups of 32, its Q8_0 and Q5_0 int8.
+    MODEL is a file, a folder or a model's name. Embedding, LM head, norms and biases are in 16 bits
+    or more. int4 looks for the scale of least squared error in every group; the table says what
+    that saved. Layers that MODEL has in this kind and group size already keep their bits, as does
+    an LM head in this kind: a GGUF file's Q4_0, Q4_1 and Q4_K are int4 in groups of 32, its Q8_0
+    and Q5_0 int8.
     """
     from nanocupy.checkpoint.open import open_checkpoint
     from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
@@ -96,7 +97,7 @@ def _error_table(view: QuantizedView) -> Table:
         columns.remove("searched")
         columns[columns.index("nearest")] = "squared error"
     right = tuple(range(1, len(columns)))
-    table = make_table(f"Rounding to {view.metadata['quantized']}", *columns, right=right)
+    table = make_table(f"Weights in {view.metadata['quantized']}", *columns, right=right)
     nothing = RoundingError(0.0, 0.0, 0.0, 0)
     by_part: dict[str, RoundingError] = {}
     for name, error in view.errors.items():

@@ -12,7 +12,7 @@ from nanocupy.cli.engine_options import engine_config, engine_options
 from nanocupy.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nanocupy.config import ModelConfig
+    from nanocupy.checkpoint.base import Checkpoint
     from nanocupy.ops.cuda_sizes import DeviceTraits
 
 
@@ -56,32 +56,34 @@ def warmup(model: str | None, shape: str | None, archs: tuple[str, ...], **optio
             )
         device = CudaDevice()
         targets = {device.kernels.arch: [device.traits]}
-    model_config = _model_config(model, shape)
+    checkpoint = _checkpoint(model, shape)
     for arch, cards in targets.items():
-        _compile(arch, cards, model_config, config)
+        _compile(arch, cards, checkpoint, config)
 
 
-def _model_config(model: str | None, shape: str | None) -> ModelConfig:
+def _checkpoint(model: str | None, shape: str | None) -> Checkpoint:
     if shape is not None:
-        from nanocupy.bench.shapes import SHAPES
+        from nanocupy.bench.shapes import random_checkpoint
 
-        return SHAPES[shape]
+        return random_checkpoint(shape)
     from nanocupy.checkpoint.open import open_checkpoint
     from nanocupy.hub import resolve_model
 
-    return open_checkpoint(resolve_model(model)).config
+    return open_checkpoint(resolve_model(model))
 
 
-def _compile(arch: str, cards: list[DeviceTraits], model: ModelConfig, config: Any) -> None:
+def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, config: Any) -> None:
     """Compile for each of `cards`, all of `arch`, and say what was done."""
     from nanocupy.cuda.compiler import Compiler
-    from nanocupy.engine.backend import device_settings, model_context
+    from nanocupy.engine.backend import device_settings, model_context, with_weight_formats
     from nanocupy.engine.device_kernels import kernel_variants
     from nanocupy.engine.runner import RunnerLimits
     from nanocupy.progress import count_progress
 
     start_s = time.monotonic()
+    model = checkpoint.config
     settings = device_settings(config, cards[0].compute_capability)
+    settings, _ = with_weight_formats(settings, checkpoint, config, cards[0])
     limits = RunnerLimits(
         num_blocks=2,  # no kernel depends on it
         block_size=config.block_size,

@@ -16,12 +16,15 @@ from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import LLMEngine, scheduler_settings
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError
+from nanocupy.kv_types import QUANTIZED
 from nanocupy.progress import byte_progress, say
 
 if TYPE_CHECKING:
     from nanocupy.engine.device_plan import DeviceSettings
+    from nanocupy.ops.cuda_sizes import DeviceTraits
 
 BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 arithmetic
+FP8_CAPABILITY = (8, 9)  # older cards have no conversions of float8
 
 
 def chosen_device(name: str) -> str:
@@ -81,13 +84,39 @@ def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if compute_capability >= BFLOAT16_CAPABILITY else "float16"
-    if config.kv_cache_dtype not in ("auto", dtype):
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    if kv_dtype != dtype and kv_dtype not in QUANTIZED:
         raise ConfigError(
-            f"kv_cache_dtype is {config.kv_cache_dtype} and dtype {dtype}; they must be the same"
+            f"kv_cache_dtype is {kv_dtype} and dtype {dtype}; they must be the same, or the cache "
+            f"{' or '.join(QUANTIZED)}"
         )
+    if kv_dtype == "fp8" and compute_capability < FP8_CAPABILITY:
+        raise ConfigError(
+            "kv_cache_dtype is fp8, which cards from compute capability 8.9 on have; this one is "
+            f"{compute_capability[0]}.{compute_capability[1]}: take int8"
+        )
+    cache_dtype = QUANTIZED.get(kv_dtype, kv_dtype)
     return DeviceSettings(
-        dtype, dtype, dtype, config.gpu_memory_utilization, two_streams=config.two_streams
+        dtype, dtype, cache_dtype, config.gpu_memory_utilization, two_streams=config.two_streams
     )
+
+
+def with_weight_formats(
+    settings: DeviceSettings, checkpoint: Checkpoint, config: EngineConfig, traits: DeviceTraits
+) -> tuple[DeviceSettings, list[str]]:
+    """`settings` with the weights that stay quantised on a card of these traits, and notes for the
+    user. Raises CheckpointError."""
+    from nanocupy.engine.weight_formats import plan_weight_formats
+    from nanocupy.ops.cuda_sizes import ITEMSIZES
+    from nanocupy.ops.launch_quantized import uses_codes
+
+    multiplies_codes = uses_codes(
+        1, ITEMSIZES[settings.dtype], traits.compute_capability, force_plain=traits.force_plain
+    )
+    formats, notes = plan_weight_formats(
+        checkpoint, config.weight_format, multiplies_codes=multiplies_codes
+    )
+    return replace(settings, quantized=formats), notes
 
 
 def make_engine(
@@ -117,16 +146,21 @@ def _cpu_runner(
     checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
     from nanocupy.engine.numpy_runner import NumpyRunner
+    from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
 
-    for name in ("dtype", "kv_cache_dtype"):
-        if getattr(config, name) not in ("auto", "float32"):
-            raise ConfigError(
-                f"{name} is {getattr(config, name)}; the CPU computes in float32 alone"
-            )
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(f"dtype is {config.dtype}; the CPU computes in float32 alone")
+    if config.kv_cache_dtype not in ("auto", "float32", *QUANTIZED):
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype}; on the CPU it is float32, "
+            f"{' or '.join(QUANTIZED)}"
+        )
+    quantized = QUANTIZED.get(config.kv_cache_dtype)
+    token_bytes = checkpoint.config.kv_bytes_per_token(quantized or "float32")
     # Pages of the cache are committed as they are written, so a large one costs nothing unused.
     affordable = int(_machine_memory() * config.cpu_cache_share)
-    affordable //= checkpoint.config.kv_bytes_per_token(4) * config.block_size
+    affordable //= token_bytes * config.block_size
     wanted = config.max_num_seqs * -(-context // config.block_size)
     limits = RunnerLimits(
         num_blocks=1 + max(1, min(wanted, affordable)),
@@ -134,11 +168,14 @@ def _cpu_runner(
         max_context=context,
         max_step_tokens=config.max_step_tokens,
         max_num_seqs=config.max_num_seqs,
-        num_host_blocks=_num_host_blocks(checkpoint.config, config, wanted, 4),
+        num_host_blocks=_num_host_blocks(config, wanted, token_bytes),
     )
+    quantized, notes = quantized_reader(checkpoint, config.weight_format)
+    for note in notes:
+        say(note, progress)
     with byte_progress("loading", progress, quiet_s=1.0) as report:
-        weights = load_numpy_weights(checkpoint, progress=report)
-    return NumpyRunner(checkpoint.config, weights, limits)
+        weights = load_numpy_weights(checkpoint, progress=report, quantized=quantized)
+    return NumpyRunner(checkpoint.config, weights, limits, cache_dtype=quantized)
 
 
 def _cuda_runner(
@@ -147,10 +184,12 @@ def _cuda_runner(
     from nanocupy.cuda.device import CudaDevice
     from nanocupy.engine.device_plan import plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
-    from nanocupy.ops.cuda_sizes import ITEMSIZES
 
     device = CudaDevice(use_graphs=config.use_graphs)
     settings = device_settings(config, device.traits.compute_capability)
+    settings, notes = with_weight_formats(settings, checkpoint, config, device.traits)
+    for note in notes:
+        say(note, progress)
     limits = plan_limits(
         checkpoint.config,
         device,
@@ -161,8 +200,8 @@ def _cuda_runner(
         block_size=config.block_size,
     )
     wanted = config.max_num_seqs * -(-context // config.block_size)
-    num_host_blocks = _num_host_blocks(checkpoint.config, config, wanted, ITEMSIZES[settings.dtype])
-    limits = replace(limits, num_host_blocks=num_host_blocks)
+    token_bytes = checkpoint.config.kv_bytes_per_token(settings.cache_dtype)
+    limits = replace(limits, num_host_blocks=_num_host_blocks(config, wanted, token_bytes))
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     variants = runner.kernel_variants()
     compiler, arch = device.kernels.compiler, device.kernels.arch
@@ -178,15 +217,13 @@ def _cuda_runner(
     return runner
 
 
-def _num_host_blocks(
-    model: ModelConfig, config: EngineConfig, num_blocks: int, itemsize: int
-) -> int:
+def _num_host_blocks(config: EngineConfig, num_blocks: int, token_bytes: int) -> int:
     """Blocks of host memory for preempted requests: what host_cache_gb holds, and no more than all
     requests can have. A single sequence is never preempted. The memory is taken as it is needed,
     when it is late to find that there is not so much: half the machine's is the most."""
     if config.max_num_seqs == 1 or config.preemption == "recompute":
         return 0
-    block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
+    block_bytes = token_bytes * config.block_size
     num_bytes = min(config.host_cache_bytes, _machine_memory() // 2)
     return min(num_bytes // block_bytes, num_blocks)
 

@@ -105,6 +105,7 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str, **rest: Any) -
 
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+_KV_DTYPES = (*_DTYPES, "int8", "fp8")
 _COUNT = {"low": 1, "high": 65536}
 _WEIGHT = {"low": 0.0, "high": 1e6, "live": True}
 
@@ -123,9 +124,12 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
-    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
-        "auto", _DTYPES,
-        "type of the key/value cache; auto: as dtype")
+    weight_format: Literal["auto", "float", "int8", "int4", "fp8"] = _choice(
+        "auto", ("auto", "float", "int8", "int4", "fp8"),
+        "matrices of layers: auto = as stored, float = as dtype, or quantised at load")
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = _choice(
+        "auto", _KV_DTYPES,
+        "type of the key/value cache; auto: as dtype; int8, fp8: 8 bits and a scale a row")
     max_context: int | None = _setting(
         int, None, "prompt and output of one sequence at most; null = the model's",
         unit="tokens", low=2, high=_MAX_TOKENS, optional=True)

@@ -16,17 +16,18 @@ from nanocupy.engine.device_plan import (
     DeviceSettings,
     check_model,
     decode_bucket,
+    forward_calls,
     op_sizes,
     table_width,
 )
+from nanocupy.engine.device_weights import placed_weight
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import bucket, coarse_bucket
-from nanocupy.model.forward import decoder_forward
-from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
+from nanocupy.ops.packed_matrix import PackedMatrix
 
 
 def kernel_variants(
@@ -49,9 +50,25 @@ def kernel_variants(
         name: Outline(*shape) for name, (shape, _) in workspace_plan(sizes, traits).items()
     }
     ops = CudaOps(collector, lambda *args: None, workspaces, sizes, traits)
-    weights = {weight.name: Outline(*weight.shape) for weight in weight_layout(config)}
-    # The layers are alike.
-    calls = [call for call in decoder_forward(config, rope_parameters(config)) if not call.layer]
+    weights = {
+        weight.name: placed_weight(weight, settings, lambda name, shape: Outline(*shape))
+        for weight in weight_layout(config)
+    }
+    # Layers are alike, but for the form that their weights are stored in.
+    kinds: dict[Any, int] = {}
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        forms = (
+            (name.removeprefix(prefix), stored)
+            for name, stored in settings.quantized.items() if name.startswith(prefix)
+        )  # fmt: skip
+        kinds.setdefault(frozenset(forms), layer)
+    seen = {None, *kinds.values()}
+    calls = [call for call in forward_calls(config, settings.cache_dtype) if call.layer in seen]
+    for weight in weights.values():
+        if isinstance(weight, PackedMatrix):
+            codes, scales = Outline(16, weight.shape[1]), Outline(16, 1)
+            ops.pack_quantized(codes, scales, scales, 1, weight.format, 1.0, weight.packed)
     fixed = {"N": limits.num_blocks, "P": limits.block_size, "M": table_width(limits)}
 
     def forward(*counts: int) -> None:

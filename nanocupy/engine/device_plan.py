@@ -5,7 +5,9 @@ Pure planning: nothing is allocated here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from nanocupy.config import ModelConfig
 from nanocupy.cuda.arena import ArenaPlan, BufferSpec
@@ -14,17 +16,13 @@ from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import StepShape
+from nanocupy.engine.weight_formats import StoredWeight, is_pairs
 from nanocupy.errors import CapacityError, ConfigError
-from nanocupy.model.forward import Buffer, decoder_forward
+from nanocupy.kv_types import SCALE_DTYPE, is_quantized
+from nanocupy.model.forward import Buffer, OpCall, decoder_forward
 from nanocupy.model.rope import rope_parameters
-from nanocupy.model.weights import weight_layout
-from nanocupy.ops.cuda_sizes import (
-    ITEMSIZES,
-    DeviceTraits,
-    OpSizes,
-    step_launch,
-    workspace_plan,
-)
+from nanocupy.model.weights import Weight, weight_layout
+from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, step_launch, workspace_plan
 from nanocupy.ops.launch_decode_step import LAYER_POINTERS
 from nanocupy.progress import human_bytes
 
@@ -37,6 +35,7 @@ PENALTY_RECORD_WORDS = 8 + 2 * MAX_PENALTY_ENTRIES
 # Penalties come behind the other inputs of a step, through memory of twice this size: enough for
 # the penalised entries of any one sequence.
 MIN_INPUT_BYTES = 8 << 20
+MIN_STAGING_SIZE = 1 << 20  # 16-bit numbers: room for some rows of codes of any matrix
 _INPUTS = (
     "token_ids", "positions", "slots", "rope_lens", "query_starts", "kv_lens", "block_tables",
     "sample_rows",
@@ -45,15 +44,18 @@ _INPUTS = (
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """Storage types by name: of weights and activations, of the residual stream, of the cache;
+    """Storage types by name: of weights and activations, of the residual stream, of the cache (a
+    quantised one as `kv_types` names it);
     gpu_memory_utilization: the share of the card's free memory to take, weights included;
-    two_streams: prompts beside decodes, on a stream and in workspaces of their own."""
+    two_streams: prompts beside decodes, on a stream and in workspaces of their own; quantized: the
+    weights that stay so, by name, as `plan_weight_formats` gives them."""
 
     dtype: str = "bfloat16"
     residual_dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
     gpu_memory_utilization: float = 0.9
     two_streams: bool = False
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
 
 
 def check_model(config: ModelConfig) -> None:
@@ -84,7 +86,7 @@ def plan_limits(
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
     fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
-    block_bytes = config.kv_bytes_per_token(ITEMSIZES[settings.cache_dtype]) * block_size
+    block_bytes = config.kv_bytes_per_token(settings.cache_dtype) * block_size
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
     num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
     num_blocks = min(num_blocks, _MAX_CACHE_ROWS // (config.num_kv_heads * block_size))
@@ -103,24 +105,22 @@ def buffer_specs(
     """The table of everything on the device, by owner."""
     sizes = op_sizes(config, settings, limits)
     width = table_width(limits)
-    table = [
-        BufferSpec(f"weight.{weight.name}", weight.shape, settings.dtype, "weights")
-        for weight in weight_layout(config)
-    ]
+    table = [spec for w in weight_layout(config) for spec in _weight_buffers(w, settings)]
     largest = step_dims(limits.max_step_tokens, limits.max_num_seqs, sizes.max_rows, 1)
     largest |= {"N": limits.num_blocks, "P": limits.block_size, "M": width}
     types = {
         "activation": settings.dtype,
         "residual": settings.residual_dtype,
         "cache": settings.cache_dtype,
+        "cache scales": SCALE_DTYPE,
     }
     seen = set(_INPUTS)
-    for call in decoder_forward(config, rope_parameters(config)):
+    for call in forward_calls(config, settings.cache_dtype):
         for buffer in call.arguments.values():
             if isinstance(buffer, Buffer) and buffer.name not in seen:
                 seen.add(buffer.name)
                 shape = tuple(largest.get(n, n) for n in buffer.shape)
-                owner = "kv cache" if buffer.dtype == "cache" else "activations"
+                owner = "kv cache" if buffer.is_cache else "activations"
                 table.append(
                     BufferSpec(buffer.name, shape, types.get(buffer.dtype, buffer.dtype), owner)
                 )
@@ -156,18 +156,46 @@ def buffer_specs(
     return table
 
 
+def _weight_buffers(weight: Weight, settings: DeviceSettings) -> Iterator[BufferSpec]:
+    """What a weight takes: itself, or its packed codes and the order of its inputs."""
+    name, stored = f"weight.{weight.name}", settings.quantized.get(weight.name)
+    if stored is None:
+        yield BufferSpec(name, weight.shape, settings.dtype, "weights")
+        return
+    num_rows, num_inputs = weight.shape
+    shape = stored.packed(num_inputs).packed_shape(num_rows, num_inputs, is_pairs(weight.name))
+    yield BufferSpec(name, shape, "uint8", "weights")
+    if stored.has_order:
+        yield BufferSpec(order_name(name), (num_inputs,), "int32", "weights")
+
+
+def order_name(buffer: str) -> str:
+    """The buffer beside a weight's that has the order of its inputs."""
+    return f"{buffer}.order"
+
+
 def lane_buffers(config: ModelConfig, sizes: OpSizes, traits: DeviceTraits) -> frozenset[str]:
     """Buffers of which each stream that computes has its own."""
     written = {
         buffer.name
-        for call in decoder_forward(config, rope_parameters(config))
+        for call in forward_calls(config, sizes.cache_dtype)
         for buffer in call.arguments.values()
-        if isinstance(buffer, Buffer) and buffer.dtype != "cache"
+        if isinstance(buffer, Buffer) and not buffer.is_cache
     }
     return frozenset(written - {"inv_freq"}) | workspace_plan(sizes, traits).keys() | {"inputs"}
 
 
+def forward_calls(config: ModelConfig, cache_dtype: str) -> list[OpCall]:
+    """The model's forward over a cache of this dtype."""
+    return decoder_forward(
+        config, rope_parameters(config), quantized_cache=is_quantized(cache_dtype)
+    )
+
+
 def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:
+    shapes = {w.name: w.shape for w in weight_layout(config) if w.name in settings.quantized}
+    unpacked = [math.prod(shapes[n]) for n, s in settings.quantized.items() if s.is_unpacked]
+    ordered = [shapes[n][1] for n, s in settings.quantized.items() if s.has_order]
     return OpSizes(
         max_tokens=limits.max_step_tokens,
         max_num_seqs=limits.max_num_seqs,
@@ -182,6 +210,9 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         dtype=settings.dtype,
         residual_dtype=settings.residual_dtype,
         cache_dtype=settings.cache_dtype,
+        # Codes come to the card through the same memory, as many at a time as it holds.
+        dequantized_size=max([MIN_STAGING_SIZE, *unpacked]) if shapes else 0,
+        ordered_width=max(ordered, default=0),
     )
 
 

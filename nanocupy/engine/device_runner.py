@@ -28,20 +28,22 @@ from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import (
     DeviceSettings,
     buffer_specs,
+    forward_calls,
     lane_buffers,
     op_sizes,
 )
 from nanocupy.engine.device_step import addresses_on, layer_table
 from nanocupy.engine.device_swap import HostBlocks, blocks_written
-from nanocupy.engine.device_weights import upload_weights
+from nanocupy.engine.device_weights import placed_weight, upload_weights
 from nanocupy.engine.request import Request
 from nanocupy.engine.results import StepResult
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
 from nanocupy.memory.host_pool import SwapCosts
-from nanocupy.model.forward import decoder_forward
+from nanocupy.model.forward import Buffer
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import weight_layout
+from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.kernel_variants import Variant
 from nanocupy.sampling_params import SamplingParams
 
@@ -68,9 +70,11 @@ class DeviceRunner(Runner):
         self.plan = ArenaPlan(buffer_specs(config, device, settings, limits))
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)
-        self.forward = decoder_forward(config, rope)
-        self.weights = {w.name: view(f"weight.{w.name}") for w in weight_layout(config)}
+        self.forward = forward_calls(config, settings.cache_dtype)
+        self.weights = {w.name: placed_weight(w, settings, view) for w in weight_layout(config)}
         sizes = self._sizes = op_sizes(config, settings, limits)
+        num_bytes = sizes.dequantized_size * ITEMSIZES[sizes.dtype]
+        self._staging = view("dequantized", (num_bytes,), np.uint8) if num_bytes else None
         self._main = Lane(device, view, sizes, limits, self.weights)
         self.ops = self._main.ops
         # Where prompts go while others decode, if that is to be side by side.
@@ -93,7 +97,8 @@ class DeviceRunner(Runner):
         if "step_layers" in self.plan.specs:
             constants["step_layers"] = layer_table(self.forward, addresses_on(self._main))
         sent = [self._put(name, values) for name, values in constants.items()]
-        caches = [view(n) for n in self.plan.specs if n.startswith(("key_cache.", "value_cache."))]
+        buffers = (b for call in self.forward for b in call.arguments.values())
+        caches = [view(b.name) for b in buffers if isinstance(b, Buffer) and b.is_cache]
         # A cache that was never written must not hold NaN where padding reads it.
         for cache in caches:
             device.fill(cache, 0)
@@ -130,7 +135,10 @@ class DeviceRunner(Runner):
         """Copy the checkpoint's tensors into place, or make random ones there; progress is called
         with bytes done and in all. Raises CheckpointError, CudaError."""
         with self._device.current():
-            upload_weights(self.config, checkpoint, self.weights, self._device, self.ops, progress)
+            upload_weights(
+                self.config, checkpoint, self.weights, self._device, self.ops, progress,
+                stored=self.settings.quantized, staging=self._staging,
+            )  # fmt: skip
 
     def kernel_variants(self) -> list[Variant]:
         """The kernel modules that steps need: to compile them all at once, beforehand."""

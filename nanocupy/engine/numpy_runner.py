@@ -25,6 +25,7 @@ from nanocupy.engine.schedule import Schedule
 from nanocupy.engine.step_logprobs import PromptRows, asking_rows, prompt_rows, sampled_logprobs
 from nanocupy.model.forward import Buffer, decoder_forward
 from nanocupy.model.rope import rope_parameters
+from nanocupy.ops.kv_codes import CODE_DTYPES, SCALE
 from nanocupy.ops.numpy_ops import NumpyOps
 
 # Rows of a prompt that the LM head sees at once, where its log-probabilities are asked for.
@@ -35,6 +36,7 @@ class NumpyRunner(Runner):
     """Runs `config` with `weights` (name in `weight_layout` -> array) on NumPy.
 
     Activations and cache are of `dtype` (float32; float64 makes an oracle, with float64 compute).
+    cache_dtype: "int8" or "float8_e4m3fn" for a quantised cache, whose numbers are then `dtype`.
     With `deferred`, a launched step is computed only when its ids are read, so that nothing can
     depend on them before: for tests of an engine that runs ahead.
     """
@@ -48,6 +50,7 @@ class NumpyRunner(Runner):
         limits: RunnerLimits,
         dtype: type[np.floating] = np.float32,
         *,
+        cache_dtype: str | None = None,
         deferred: bool = False,
     ) -> None:
         self.device = "cpu"
@@ -59,17 +62,20 @@ class NumpyRunner(Runner):
         self.dtype = np.dtype(dtype)
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
-        self.forward = decoder_forward(config, rope)
+        # The dtypes of the cache's parts, by their roles; codes that are no int8 are bits.
+        cache = self.dtype if cache_dtype is None else np.dtype(CODE_DTYPES[cache_dtype])
+        self._dtypes = {"cache": cache, "cache scales": SCALE, "int32": np.dtype(np.int32)}
+        self.forward = decoder_forward(config, rope, quantized_cache=cache_dtype is not None)
         self._dims = step_dims(
             limits.max_step_tokens, limits.max_num_seqs, limits.max_step_tokens, 0
         ) | {"N": limits.num_blocks, "P": limits.block_size, "M": self.table_width}
+        self._caches: dict[str, np.ndarray] = {}
         self._memory = self._allocate()
         self._memory["inv_freq"] = rope.inv_freq
-        self._caches = [a for a in self._memory.values() if a.ndim == 4]
         num_host_blocks = limits.num_host_blocks
         self._host_blocks = [
-            np.empty((num_host_blocks, *cache.shape[1:]), self.dtype)
-            for cache in self._caches
+            np.empty((num_host_blocks, *cache.shape[1:]), cache.dtype)
+            for cache in self._caches.values()
             if num_host_blocks
         ]
         self.can_run_ahead = deferred
@@ -80,8 +86,8 @@ class NumpyRunner(Runner):
 
     def bytes_by_owner(self) -> dict[str, int]:
         owners = {"weights": sum(w.nbytes for w in self.weights.values())}
-        for memory in self._memory.values():
-            owner = "kv cache" if memory.ndim == 4 else "activations"
+        for name, memory in self._memory.items():
+            owner = "kv cache" if name in self._caches else "activations"
             owners[owner] = owners.get(owner, 0) + memory.nbytes
         return owners
 
@@ -141,7 +147,7 @@ class NumpyRunner(Runner):
         for pairs, is_out in ((schedule.swap_out, True), (schedule.swap_in, False)):
             if pairs:
                 blocks, host_blocks = np.array(pairs).T
-                for cache, host in zip(self._caches, self._host_blocks, strict=True):
+                for cache, host in zip(self._caches.values(), self._host_blocks, strict=True):
                     if is_out:
                         host[host_blocks] = cache[blocks]
                     else:
@@ -200,13 +206,12 @@ class NumpyRunner(Runner):
         buffers = (v for c in self.forward for v in c.arguments.values() if isinstance(v, Buffer))
         for buffer in buffers:
             shape = tuple(self._dims.get(n, n) for n in buffer.shape)
-            dtype = np.dtype(np.int32) if buffer.dtype == "int32" else self.dtype
-            if buffer.dtype == "cache":
+            dtype = self._dtypes.get(buffer.dtype, self.dtype)
+            if buffer.is_cache:
                 # Heads first in memory: the blocks of one head, where they lie in a row, are then
                 # one matrix that BLAS takes without a copy.
-                num_blocks, num_heads, block_size, head_size = shape
-                flat = np.zeros((num_heads, num_blocks, block_size, head_size), dtype)
-                memory[buffer.name] = flat.swapaxes(0, 1)
+                flat = np.zeros((shape[1], shape[0], *shape[2:]), dtype)
+                memory[buffer.name] = self._caches[buffer.name] = flat.swapaxes(0, 1)
             elif buffer.name not in memory:
                 memory[buffer.name] = np.zeros(math.prod(shape), dtype)
         return memory
@@ -214,4 +219,4 @@ class NumpyRunner(Runner):
     def _view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The start of the buffer `name`, in `shape`; a cache is always whole."""
         memory = self._memory[name]
-        return memory if memory.ndim == 4 else memory[: math.prod(shape)].reshape(shape)
+        return memory if name in self._caches else memory[: math.prod(shape)].reshape(shape)

@@ -20,12 +20,17 @@ class Buffer:
     """An array of the step: an input of the batch, an activation, or a part of the cache.
 
     shape  ints, and letters of `ops.interface`: "T", "B", "B+1", "S", "M", "N", "P"
-    dtype  a role ("activation", "residual", "cache") or a dtype's own name
+    dtype  a role ("activation", "residual", "cache", "cache scales") or a dtype's own name
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is a part of the key/value cache: blocks [N, …] that outlive a step."""
+        return self.dtype in ("cache", "cache scales")
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,13 @@ class OpCall:
     arguments: Mapping[str, Any]
 
 
-def decoder_forward(config: ModelConfig, rope: RopeParameters) -> list[OpCall]:
+def decoder_forward(
+    config: ModelConfig, rope: RopeParameters, *, quantized_cache: bool = False
+) -> list[OpCall]:
     """The step of a decoder: token ids in, logits of the sampled rows out.
 
-    Keys and values of layer i are the cache buffers `key_cache.i` and `value_cache.i`.
+    Keys and values of layer i are the cache buffers `key_cache.i` and `value_cache.i`; the scales
+    of a quantised cache are `key_scales.i` and `value_scales.i`.
     """
     heads, kv_heads, head_size = config.num_heads, config.num_kv_heads, config.head_size
     eps = config.rms_norm_eps
@@ -102,6 +110,10 @@ def decoder_forward(config: ModelConfig, rope: RopeParameters) -> list[OpCall]:
 
         k_cache = Buffer(f"key_cache.{i}", ("N", kv_heads, "P", head_size), "cache")
         v_cache = Buffer(f"value_cache.{i}", ("N", kv_heads, "P", head_size), "cache")
+        k_scales = v_scales = None
+        if quantized_cache:
+            k_scales = Buffer(f"key_scales.{i}", ("N", kv_heads, "P"), "cache scales")
+            v_scales = Buffer(f"value_scales.{i}", ("N", kv_heads, "P"), "cache scales")
 
         call(
             "norm_linear", i, x=x, norm_weight=weight("attn_norm"), eps=eps, weight=weight("qkv"),
@@ -112,9 +124,9 @@ def decoder_forward(config: ModelConfig, rope: RopeParameters) -> list[OpCall]:
             q_norm=weight("q_norm") if config.has_qk_norm else None,
             k_norm=weight("k_norm") if config.has_qk_norm else None,
             eps=eps, rope=angles, slots=slots, key_cache=k_cache, value_cache=v_cache,
-            query_starts=query_starts, kv_lens=kv_lens, block_tables=block_tables,
-            scale=head_size**-0.5, max_queries=Size("Q"), max_kv_len=Size("L"), q_scratch=q,
-            out=attended,
+            key_scales=k_scales, value_scales=v_scales, query_starts=query_starts, kv_lens=kv_lens,
+            block_tables=block_tables, scale=head_size**-0.5, max_queries=Size("Q"),
+            max_kv_len=Size("L"), q_scratch=q, out=attended,
         )  # fmt: skip
         call(
             "linear_add", i, x=attended_rows, weight=weight("o"),

@@ -34,38 +34,39 @@ class AttentionOps(CudaLauncher):
         )  # fmt: skip
 
     def rope_write_kv(
-        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_out
-    ) -> None:
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales,
+        value_scales, q_out,
+    ) -> None:  # fmt: skip
         num_tokens, num_heads, _ = q_out.shape
         num_kv_heads, block_size = key_cache.shape[1:3]
         self._launch(
             "rope.cu", "rope_write_kv", shapes.rope_write_kv(num_tokens, num_heads, num_kv_heads),
-            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, q_out,
-            _i32(num_heads), _i32(num_kv_heads), _i32(block_size), **self._cache_types,
+            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, key_scales,
+            value_scales, q_out, _i32(num_heads), _i32(num_kv_heads), _i32(block_size),
+            **self._cache_types,
         )  # fmt: skip
 
     def attend(
-        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
-        block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales,
+        value_scales, query_starts, kv_lens, block_tables, scale, max_queries, max_kv_len,
+        q_scratch, out,
     ) -> None:  # fmt: skip
         launch = None
         if max_queries == 1:
             launch = fused_launch(self._sizes, self._traits, len(kv_lens), max_kv_len)
         if launch is None:
-            self.rope_write_kv(
-                qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch
-            )
+            caches = key_cache, value_cache, key_scales, value_scales
+            self.rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, *caches, q_scratch)
             self.attention(
-                q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale,
-                max_queries, out,
-            )  # fmt: skip
+                q_scratch, *caches, query_starts, kv_lens, block_tables, scale, max_queries, out
+            )
             return
         num_kv_heads, block_size = key_cache.shape[1:3]
         self._launch(
             fused.FILE, fused.ENTRY,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes, launch.cluster),
-            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, query_starts,
-            kv_lens, block_tables, _f32(scale), out, _i32(num_kv_heads),
+            qkv, q_norm, k_norm, _f32(eps), rope, slots, key_cache, value_cache, key_scales,
+            value_scales, query_starts, kv_lens, block_tables, _f32(scale), out, _i32(num_kv_heads),
             _i32(out.shape[1] // num_kv_heads), _i32(block_size), _i32(block_tables.shape[1]),
             **self._cache_types, **launch.macros,
         )  # fmt: skip
@@ -75,6 +76,8 @@ class AttentionOps(CudaLauncher):
         q,
         key_cache,
         value_cache,
+        key_scales,
+        value_scales,
         query_starts,
         kv_lens,
         block_tables,
@@ -84,19 +87,16 @@ class AttentionOps(CudaLauncher):
     ) -> None:
         if not len(q) or not len(kv_lens):
             return
+        caches = key_cache, value_cache, key_scales, value_scales
+        batch = query_starts, kv_lens, block_tables
         if max_queries <= self._sizes.max_queries:
-            self._attention_decode(
-                q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale,
-                max_queries, out,
-            )  # fmt: skip
+            self._attention_decode(q, *caches, *batch, scale, max_queries, out)
         else:
-            self._attention_prefill(
-                q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
-            )
+            self._attention_prefill(q, *caches, *batch, scale, out)
 
     def _attention_decode(
-        self, q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, max_queries,
-        out,
+        self, q, key_cache, value_cache, key_scales, value_scales, query_starts, kv_lens,
+        block_tables, scale, max_queries, out,
     ) -> None:  # fmt: skip
         num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
         queries = next(n for n in query_buckets(self._sizes.max_queries) if n >= max_queries)
@@ -108,7 +108,8 @@ class AttentionOps(CudaLauncher):
         if launch.merge is None:
             counters = self._workspace("counters", *launch.counters_shape)
         args = (
-            q, key_cache, value_cache, query_starts, kv_lens, block_tables, _f32(scale), out,
+            q, key_cache, value_cache, key_scales, value_scales, query_starts, kv_lens,
+            block_tables, _f32(scale), out,
             self._workspace("partial_values", *launch.partial_values_shape),
             self._workspace("partial_states", *launch.partial_states_shape),
             counters, _i32(len(kv_lens)), _i32(num_kv_heads), _i32(num_heads // num_kv_heads),
@@ -124,8 +125,9 @@ class AttentionOps(CudaLauncher):
             self._launch(decode.FILE, decode.MERGE_ENTRY, shape, *args, **macros)
 
     def _attention_prefill(
-        self, q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, out
-    ) -> None:
+        self, q, key_cache, value_cache, key_scales, value_scales, query_starts, kv_lens,
+        block_tables, scale, out,
+    ) -> None:  # fmt: skip
         num_heads, head_size = q.shape[1:]
         num_kv_heads, block_size = key_cache.shape[1:3]
         counts = len(q), len(kv_lens), num_heads, num_kv_heads, head_size
@@ -149,9 +151,12 @@ class AttentionOps(CudaLauncher):
                 head_size, *types, self._traits.compute_capability, self._traits.force_plain
             )
             launch = prefill.launch_attention_prefill(
-                *counts, tile=prefill.default_tile(head_size) if tensor else None
+                *counts, tile=prefill.default_tile(head_size) if tensor else None, cache=types[1]
             )
-            arrays = q, key_cache, value_cache, query_starts, kv_lens, block_tables, out
+            arrays = (
+                q, key_cache, value_cache, key_scales, value_scales, query_starts, kv_lens,
+                block_tables, out,
+            )  # fmt: skip
         self._launch(
             launch.file, launch.entry,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes), *arrays, _f32(scale),

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from nanocupy.ops.cuda_sizes import TYPE_CODES, DeviceTraits, OpSizes
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import GemvTuning, default_tuning
+from nanocupy.ops.launch_quantized import DEFAULT_TUNING as DEFAULT_QUANTIZED
+from nanocupy.ops.launch_quantized import QuantizedTuning
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
 from nanocupy.ops.tensor_maps import TensorMaps
@@ -41,6 +43,7 @@ class CudaLauncher:
         traits: DeviceTraits,
         gemv_tuning: GemvTuning | None = None,
         skinny_tuning: SkinnyTuning = DEFAULT_TUNING,
+        quantized_tuning: QuantizedTuning = DEFAULT_QUANTIZED,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -52,8 +55,10 @@ class CudaLauncher:
             traits.compute_capability, traits.max_shared_bytes, tensor=not plain
         )
         self._skinny_tuning = skinny_tuning
+        self._quantized_tuning = quantized_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
+        self._starts_alone = False  # whether the next must not
         self._maps: TensorMaps | None = None  # made where a kernel takes any
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
@@ -69,9 +74,11 @@ class CudaLauncher:
     def _launch(self, file: str, entry: str, shape: LaunchShape, *args: Any, **macros: int) -> None:
         if 0 not in shape.grid:
             kernel = self._kernels.get(file, entry, **macros)
+            overlap = self._overlap and not self._starts_alone
+            self._starts_alone = False
             kernel.launch(
                 shape.grid, (shape.block,), args, shape.shared_bytes,
-                cluster=shape.cluster, overlap_previous=self._overlap, resident=shape.resident,
+                cluster=shape.cluster, overlap_previous=overlap, resident=shape.resident,
             )  # fmt: skip
 
     def _workspace(self, name: str, *shape: int) -> Array:

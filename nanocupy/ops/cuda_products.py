@@ -2,7 +2,8 @@
 
 A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
 all but the norm; still more take cuBLAS between a norm before and what follows. The rounding points
-are the same.
+are the same. A quantised weight is multiplied as it is (`cuda_quantized`) or, for larger batches,
+unpacked to the storage type first.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ from typing import Any
 import numpy as np
 
 from nanocupy.ops import launch_shapes as shapes
-from nanocupy.ops.cuda_launch import CudaLauncher, type_macro
+from nanocupy.ops.cuda_launch import type_macro
+from nanocupy.ops.cuda_quantized import QuantizedProducts
 from nanocupy.ops.cuda_sizes import ITEMSIZES
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import FILE as SKINNY
 from nanocupy.ops.launch_skinny import SkinnyLaunch, plan_skinny, uses_skinny
+from nanocupy.ops.packed_matrix import PackedMatrix
 
 _i32, _f32 = np.int32, np.float32
 
 
-class ProductOps(CudaLauncher):
+class ProductOps(QuantizedProducts):
     """The ops of `Ops` that multiply by a weight."""
 
     def norm_linear(self, x, norm_weight, eps, weight, bias, out) -> None:
         num_rows = len(x)
+        if isinstance(weight, PackedMatrix):
+            if self._multiplies_codes(num_rows):
+                norm = norm_weight, eps
+                self._quantized("quantized_linear", x, norm, weight, bias, out)
+                return
+            weight = self._unpacked(weight)
         if self._is_skinny(x):
             self._skinny_normed("skinny_linear", x, norm_weight, eps, weight, bias, out)
         elif 0 < num_rows <= MAX_ROWS:
@@ -42,6 +51,11 @@ class ProductOps(CudaLauncher):
 
     def linear_add(self, x, weight, bias, residual) -> None:
         num_rows = len(x)
+        if isinstance(weight, PackedMatrix):
+            if self._multiplies_codes(num_rows):
+                self._quantized("quantized_linear_add", x, None, weight, bias, residual)
+                return
+            weight = self._unpacked(weight)
         if self._is_skinny(x):
             plan = self._skinny_plan(x, residual)
             self._skinny("skinny_linear_add", plan, x, weight, bias, residual)
@@ -60,6 +74,12 @@ class ProductOps(CudaLauncher):
 
     def norm_swiglu(self, x, norm_weight, eps, weight, bias, out) -> None:
         num_rows, width = out.shape
+        if isinstance(weight, PackedMatrix):
+            if self._multiplies_codes(num_rows):
+                norm = norm_weight, eps
+                self._quantized("quantized_swiglu", x, norm, weight, bias, out)
+                return
+            weight = self._unpacked(weight)
         if self._is_skinny(x):
             self._skinny_normed("skinny_swiglu", x, norm_weight, eps, weight, bias, out)
         elif 0 < num_rows <= MAX_ROWS:
@@ -79,6 +99,11 @@ class ProductOps(CudaLauncher):
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
         num_rows = len(rows)
+        if isinstance(weight, PackedMatrix):
+            if self._multiplies_codes(1):  # of any number: rows that are sampled are few
+                self._quantized_logits(x, rows, norm_weight, eps, weight, out)
+                return
+            weight = self._unpacked(weight)
         if 0 < num_rows <= MAX_ROWS and not self._is_skinny(x[:num_rows]):
             self._gemv(
                 "lm_head_rows", num_rows, *weight.shape, x, rows, norm_weight, _f32(eps), weight,
@@ -151,13 +176,6 @@ class ProductOps(CudaLauncher):
         self._launch(
             SKINNY, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
             x, *args, _i32(num_rows), _i32(num_outputs), _i32(num_inputs), **types, **plan.macros,
-        )  # fmt: skip
-
-    def _norm_rows(self, x: Array, rows: Array | None, weight: Array, eps: float, out: Array):
-        shape = shapes.rms_norm_rows(len(out), x.shape[1])
-        self._launch(
-            "norm.cu", "rms_norm_rows", shape, x, rows, weight, _f32(eps), out, _i32(x.shape[1]),
-            **self._row_types,
         )  # fmt: skip
 
     def _product_with_bias(self, x: Array, weight: Array, bias: Array | None, out: Array) -> None:

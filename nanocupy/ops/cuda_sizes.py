@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nanocupy.kv_types import FP8, is_quantized
 from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_decode_step as whole
 from nanocupy.ops import launch_shapes as shapes
 
-TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, FP8: 4}
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -45,6 +46,8 @@ class OpSizes:
     residual_dtype: str
     cache_dtype: str
     max_queries: int = 1  # of a sequence that decodes
+    dequantized_size: int = 0  # weights of the largest quantised matrix to unpack; 0 = none is
+    ordered_width: int = 0  # inputs of the widest one with an order of its own; 0 = none has
 
 
 def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -56,6 +59,11 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
         "product": ((sizes.max_tokens * sizes.hidden_size,), "float32"),
         "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.dtype),
     }
+    if sizes.dequantized_size:
+        plan["dequantized"] = (sizes.dequantized_size,), sizes.dtype
+    if sizes.ordered_width:
+        rows = max(sizes.max_tokens, sizes.max_rows)
+        plan["ordered"] = (rows * sizes.ordered_width,), sizes.dtype
     keys = values = states = counters = 1
     batch = 1
     while True:
@@ -101,6 +109,8 @@ def step_launch(
     if traits.compute_capability < (9, 0) or traits.force_plain or not traits.whole_steps:
         return None
     if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2 or num_seqs > whole.BEST_SEQUENCES:
+        return None
+    if sizes.dequantized_size:
         return None
     return whole.decode_step_launch(
         step_shape(sizes), num_seqs, num_multiprocessors=traits.num_multiprocessors,
@@ -157,4 +167,5 @@ def fused_launch(
     return fused.launch_attention_fused(
         num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, max_kv_len=max_kv_len,
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
+        quantized=is_quantized(sizes.cache_dtype),
     )  # fmt: skip

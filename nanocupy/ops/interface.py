@@ -12,6 +12,18 @@ Dtypes: "storage" is float32, float16 or bfloat16; `x` (the residual stream) may
 other activations. Products and sums accumulate in float32 at least. A value is rounded only when it
 is stored in a buffer, and at the points marked "rounded" below, to the dtype of `out` (of `x` where
 an op has no `out`), so that fused and unfused paths round alike.
+
+Where a product's `weight` may be quantised (norm_linear, linear_add, norm_swiglu, lm_head) it is a
+`quantized.QuantizedMatrix`, on a device its packed form, `packed_matrix.PackedMatrix`; its value is
+`dequantize()` of that. A backend may round its scales and offsets to 11 bits (int4), or its weights
+to storage.
+
+A cache is of a storage dtype, with None for its scales; or it is quantised: codes [N, G, P, d],
+int8 or uint8 (the bits of float8 e4m3), and scales bfloat16 [N, G, P], one for each row of d. What
+a row holds is code * scale. A row is written so: scale = max|x| / 127 (e4m3: / 448), rounded;
+code = x / scale with the rounded scale, rounded to nearest, ties to even, saturating. Rows of
+zeros, and those whose scale would be subnormal, have scale and codes 0; rows that are not finite
+have the scale NaN.
 """
 
 from __future__ import annotations
@@ -81,6 +93,8 @@ class Ops(ABC):
         slots: Array,
         key_cache: Array,
         value_cache: Array,
+        key_scales: Array | None,
+        value_scales: Array | None,
         q_out: Array,
     ) -> None:
         """Normalise q and k per head where the model does, rotate them, write k and v to the cache.
@@ -88,8 +102,8 @@ class Ops(ABC):
         qkv storage [T, (H + 2G) * d], heads of q, then k, then v; q_norm, k_norm storage [d] or
         None; rope float32 [T, 2, d/2] from `rope_table`; slots int32 [T], slot = block * P + row
         (padding tokens have slots in block 0, the null block); key_cache, value_cache
-        [N, G, P, d]; q_out storage [T, H, d]. Pairs are (i, i + d/2). Nothing is rounded between
-        the norm and the store.
+        [N, G, P, d], key_scales, value_scales [N, G, P] or None; q_out storage [T, H, d]. Pairs are
+        (i, i + d/2). Nothing is rounded between the norm and the store.
         """
 
     @abstractmethod
@@ -98,6 +112,8 @@ class Ops(ABC):
         q: Array,
         key_cache: Array,
         value_cache: Array,
+        key_scales: Array | None,
+        value_scales: Array | None,
         query_starts: Array,
         kv_lens: Array,
         block_tables: Array,
@@ -107,14 +123,15 @@ class Ops(ABC):
     ) -> None:
         """Causal attention of ragged queries over the paged cache.
 
-        q storage [T, H, d]; key_cache, value_cache [N, G, P, d]; query_starts int32 [B + 1]:
-        sequence b owns tokens query_starts[b] … query_starts[b+1]-1, which are the last of its
-        kv_lens[b] positions; block_tables int32 [B, M]: position p of sequence b lies in block
-        block_tables[b, p // P], row p % P; out storage [T, H, d]. Query head h reads key/value head
-        h // (H / G). Slots at or beyond kv_lens may hold anything, NaN included, and so may columns
-        of block_tables beyond a sequence's own blocks. A sequence without queries is skipped.
-        Probabilities may be rounded to storage before they meet v. max_queries: no sequence has
-        more queries; the host knows it, and a backend may choose its kernel by it.
+        q storage [T, H, d]; key_cache, value_cache [N, G, P, d], key_scales, value_scales [N, G, P]
+        or None; query_starts int32 [B + 1]: sequence b owns tokens query_starts[b] …
+        query_starts[b+1]-1, which are the last of its kv_lens[b] positions; block_tables int32 [B,
+        M]: position p of sequence b lies in block block_tables[b, p // P], row p % P; out storage
+        [T, H, d]. Query head h reads key/value head h // (H / G). Slots at or beyond kv_lens may
+        hold anything, NaN included, and so may columns of block_tables beyond a sequence's own
+        blocks. A sequence without queries is skipped. Probabilities may be rounded to storage
+        before they meet v, after they have met its scale. max_queries: no sequence has more
+        queries; the host knows it, and a backend may choose its kernel by it.
         """
 
     @abstractmethod
@@ -128,6 +145,8 @@ class Ops(ABC):
         slots: Array,
         key_cache: Array,
         value_cache: Array,
+        key_scales: Array | None,
+        value_scales: Array | None,
         query_starts: Array,
         kv_lens: Array,
         block_tables: Array,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanocupy.ops.launch_attention_prefill import uses_tensor_cores
+from nanocupy.ops.launch_attention_prefill import QUANTIZED_CODES, uses_tensor_cores
 
 FILE = "attention_decode.cu"
 MERGE_ENTRY = "attention_decode_merge"
 PART_TOKENS = 64  # as in the kernels: parts of a context begin at multiples of it
 MAX_QUERIES = 8
+SCALES_BYTES = 64  # of the 16 positions of a stage, keys' and values'
 
 _RESERVED_SHARED_BYTES = 1 << 10  # what a block costs a multiprocessor beside its own
 _MOST_GRID_Y = 65535
@@ -95,10 +96,10 @@ def launch_attention_decode(
 
     scalar, cache: type codes of the kernels' macros. max_shared_bytes: what a block can have. The
     grid has a zero where there are no sequences; it must not be launched then. Arguments of all
-    entries, in order: q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale
-    (float32), out, partial_values, partial_states, counters, then int32: num_sequences,
-    num_kv_heads, heads of each of them, block_size, columns of block_tables, num_items, least_part,
-    num_row_tiles.
+    entries, in order: q, key_cache, value_cache, key_scales, value_scales (null where the cache is
+    not quantised), query_starts, kv_lens, block_tables, scale (float32), out, partial_values,
+    partial_states, counters, then int32: num_sequences, num_kv_heads, heads of each of them,
+    block_size, columns of block_tables, num_items, least_part, num_row_tiles.
     """
     tuning = tuning or DecodeTuning()
     heads_per_group = num_heads // num_kv_heads
@@ -109,7 +110,7 @@ def launch_attention_decode(
     if use_mma:
         entry = "attention_decode_mma"
         tile_rows, warps, blocks, shared_bytes, macros = _mma_block(
-            rows, head_size, max_shared_bytes, tuning
+            rows, head_size, max_shared_bytes, tuning, cache in QUANTIZED_CODES
         )
     else:
         entry = "attention_decode"
@@ -146,24 +147,40 @@ def launch_attention_decode(
     )
 
 
-def mma_shared_bytes(head_size: int, warps: int, stages: int, row_tiles: int) -> int:
-    """Dynamic shared memory of attention_decode_mma: queries, and each warp's keys and values."""
-    pieces = head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number of them
-    row_bytes = 16 * (pieces if pieces % 8 == 0 else pieces | 1)
-    return (warps * 2 * stages + row_tiles) * 16 * row_bytes
+def mma_shared_bytes(
+    head_size: int, warps: int, stages: int, row_tiles: int, quantized: bool = False
+) -> int:
+    """Dynamic shared memory of attention_decode_mma: queries, and each warp's keys and values; of a
+    quantised cache also their scales, and room for at least a warp's results."""
+
+    def row_bytes(pieces: int) -> int:
+        # Pieces are 16 bytes; a row that is not swizzled has an odd number of them.
+        return 16 * (pieces if pieces % 8 == 0 else pieces | 1)
+
+    tile = 16 * row_bytes(head_size // 8)
+    if not quantized:
+        return (warps * 2 * stages + row_tiles) * tile
+    ring = stages * (2 * 16 * row_bytes(head_size // 16) + SCALES_BYTES)
+    results = 16 * row_tiles * (head_size + 8) * 4
+    return warps * max(ring, results) + row_tiles * tile
 
 
 def _mma_block(
-    rows: int, head_size: int, max_shared_bytes: int, tuning: DecodeTuning
+    rows: int, head_size: int, max_shared_bytes: int, tuning: DecodeTuning, quantized: bool
 ) -> tuple[int, int, int, int, dict[str, int]]:
     """Rows, warps, blocks of a multiprocessor, shared bytes and macros of attention_decode_mma."""
     shapes = [(4, 3), (3, 3), (2, 3), (2, 2), (1, 2)]
+    if quantized:  # a stage has half the bytes; scales need three of them
+        shapes = [(4, 4), (4, 3), (3, 3), (2, 3), (1, 3)]
+        if head_size > 128:  # so that two blocks have room
+            shapes.pop(0)
     if tuning.warps is not None or tuning.stages is not None:
-        shapes.insert(0, (tuning.warps or 4, tuning.stages or 3))
+        warps, stages = tuning.warps or shapes[0][0], tuning.stages or shapes[0][1]
+        shapes.insert(0, (warps, max(stages, 3) if quantized else stages))
     for warps, stages in shapes:
         # Two row tiles share each read, where their sums fit in the registers.
         row_tiles = 2 if rows > 16 and head_size <= 128 and stages > 2 else 1
-        shared_bytes = mma_shared_bytes(head_size, warps, stages, row_tiles)
+        shared_bytes = mma_shared_bytes(head_size, warps, stages, row_tiles, quantized)
         if shared_bytes <= max_shared_bytes:
             break
     room = max_shared_bytes + _RESERVED_SHARED_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanocupy.ops.launch_attention_decode import SCALES_BYTES
 from nanocupy.ops.launch_attention_prefill import uses_tensor_cores
 
 FILE = "attention_decode_fused.cu"
@@ -40,7 +41,8 @@ class FusedLaunch:
     """One launch. `macros` come on top of SCALAR, CACHE and HEAD_SIZE.
 
     Arguments, in order: qkv, q_norm, k_norm, eps (float32), rope, slots, key_cache, value_cache,
-    query_starts, kv_lens, block_tables, scale (float32), out, then int32: num_kv_heads, heads of
+    key_scales, value_scales (null where the cache is not quantised), query_starts, kv_lens,
+    block_tables, scale (float32), out, then int32: num_kv_heads, heads of
     each of them, block_size, columns of block_tables.
     """
 
@@ -142,6 +144,7 @@ def launch_attention_fused(
     max_kv_len: int,
     num_multiprocessors: int,
     max_shared_bytes: int,
+    quantized: bool = False,
     tuning: FusedTuning | None = None,
 ) -> FusedLaunch:
     """The launch for `num_sequences` sequences of at most one query each; right for any length,
@@ -157,7 +160,9 @@ def launch_attention_fused(
     )  # fmt: skip
     cluster, wanted = chosen.cluster, (chosen.warps, chosen.stages)
     for warps, stages in (wanted, (4, 2), (2, 2), (1, 2)):
-        shared_bytes = fused_shared_bytes(head_size, heads_per_group, warps, stages, cluster)
+        shared_bytes = fused_shared_bytes(
+            head_size, heads_per_group, warps, stages, cluster, quantized
+        )
         if shared_bytes <= max_shared_bytes:
             break
     return FusedLaunch(
@@ -176,11 +181,24 @@ def launch_attention_fused(
 
 
 def fused_shared_bytes(
-    head_size: int, heads_per_group: int, warps: int, stages: int, cluster: int
+    head_size: int,
+    heads_per_group: int,
+    warps: int,
+    stages: int,
+    cluster: int,
+    quantized: bool = False,
 ) -> int:
-    """Queries, each warp's keys and values, the new key and value, and what is to be merged."""
-    chunks = head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number of them
-    row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
-    tiles = (warps * 2 * stages + 1) * STEP_TOKENS * row_bytes
+    """Queries, each warp's keys and values (of a quantised cache codes and scales), the new key
+    and value, and what is to be merged."""
+
+    def row_bytes(chunks: int) -> int:
+        # Chunks are 16 bytes; a row that is not swizzled has an odd number of them.
+        return 16 * (chunks if chunks % 8 == 0 else chunks | 1)
+
+    chunks = head_size // 8
+    stage = 2 * STEP_TOKENS * row_bytes(chunks // 2 if quantized else chunks)
+    if quantized:
+        stage += SCALES_BYTES
+    tiles = warps * stages * stage + STEP_TOKENS * row_bytes(chunks)
     merged = cluster * warps * heads_per_group * (2 + 8 * -(-chunks // cluster)) * 4
     return tiles + 2 * 2 * head_size + 8 + merged

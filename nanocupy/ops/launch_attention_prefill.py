@@ -16,6 +16,8 @@ WGMMA_ENTRY = "attention_prefill_wgmma"
 PLAIN_THREADS = 128
 PLAIN_ROWS = 32
 
+QUANTIZED_CODES = (3, 4)  # the caches' type codes, as the kernels' macros have them: int8, e4m3
+
 # Most dynamic shared memory a block can have, in bytes, by compute capability.
 _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 _LEAST_SHARED_BYTES = 99 << 10  # 8.6, 8.9, 12.0
@@ -48,10 +50,14 @@ class PrefillTile:
     def threads(self) -> int:
         return self.warps * 32
 
-    def shared_bytes(self, head_size: int) -> int:
-        """Dynamic shared memory of a block: queries, and `stages` of keys and values."""
+    def shared_bytes(self, head_size: int, quantized: bool = False) -> int:
+        """Dynamic shared memory of a block: queries, and `stages` of keys and values. Where the
+        cache is quantised, the stages hold codes, and one more step what they stand for."""
         pieces = head_size // 8  # of 16 bytes; a row of an odd number of eighths is padded
         row_bytes = 16 * (pieces if pieces % 8 == 0 else pieces | 1)
+        if quantized:
+            codes = 2 * self.stages * self.keys * head_size
+            return row_bytes * (self.rows + 2 * self.keys) + codes
         return row_bytes * (self.rows + 2 * self.stages * self.keys)
 
     def macros(self) -> dict[str, int]:
@@ -145,13 +151,14 @@ def uses_tensor_cores(
 ) -> bool:
     """Whether `attention_prefill` runs, or else `attention_prefill_plain`.
 
-    scalar, cache: type codes as the kernels' macros have them (0 float32, 1 float16, 2 bfloat16).
+    scalar, cache: type codes as the kernels' macros have them (0 float32, 1 float16, 2 bfloat16,
+    3 int8, 4 e4m3). The tensor-core path of decode attention takes the same.
     """
     return (
         not force_plain
         and compute_capability >= (8, 0)
         and scalar != 0
-        and cache == scalar
+        and (cache == scalar or cache in QUANTIZED_CODES)
         and head_size % 16 == 0
     )
 
@@ -201,13 +208,16 @@ def launch_attention_prefill(
     head_size: int,
     *,
     tile: PrefillTile | None,
+    cache: int = 0,
 ) -> PrefillLaunch:
     """The launch for at most `num_tokens` tokens of at most `num_sequences` sequences.
 
-    tile: that of `attention_prefill`; None launches `attention_prefill_plain`. The grid is 0 where
-    there is nothing to do; it must not be launched then. Arguments of both entries, in order: q,
-    key_cache, value_cache, query_starts, kv_lens, block_tables, out, scale (float32), then int32:
-    num_sequences, num_heads, num_kv_heads, block_size, num_columns of block_tables.
+    cache: the type code of the cache, which matters where it is quantised. tile: that of
+    `attention_prefill`; None launches `attention_prefill_plain`. The grid is 0 where there is
+    nothing to do; it must not be launched then. Arguments of both entries, in order: q, key_cache,
+    value_cache, key_scales, value_scales (null where the cache is not quantised), query_starts,
+    kv_lens, block_tables, out, scale (float32), then int32: num_sequences, num_heads, num_kv_heads,
+    block_size, num_columns of block_tables.
     """
     rows = PLAIN_ROWS if tile is None else tile.rows
     packed_rows = num_tokens * (num_heads // num_kv_heads)
@@ -216,5 +226,5 @@ def launch_attention_prefill(
     grid = (slots * num_kv_heads,)
     if tile is None:
         return PrefillLaunch(PLAIN_FILE, "attention_prefill_plain", {}, grid, PLAIN_THREADS, 0)
-    shared_bytes = tile.shared_bytes(head_size)
+    shared_bytes = tile.shared_bytes(head_size, cache in QUANTIZED_CODES)
     return PrefillLaunch(FILE, "attention_prefill", tile.macros(), grid, tile.threads, shared_bytes)

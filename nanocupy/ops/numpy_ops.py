@@ -10,6 +10,8 @@ import numpy as np
 
 from nanocupy.ops import philox
 from nanocupy.ops.interface import Ops
+from nanocupy.ops.kv_codes import dequantize_rows, quantize_rows
+from nanocupy.quantized import QuantizedMatrix
 
 # Scores of one tile of attention, in elements: bounds the temporary memory of a long prefill.
 MAX_SCORE_ELEMENTS = 1 << 24
@@ -41,8 +43,13 @@ class NumpyOps(Ops):
         inverse = 1 / np.sqrt(mean_square + self.compute.type(eps))
         return x * inverse[..., None] * self._up(weight)
 
-    def _product(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        y = x @ self._up(weight).T
+    def _weight(self, weight: np.ndarray | QuantizedMatrix) -> np.ndarray:
+        return self._up(weight.dequantize() if isinstance(weight, QuantizedMatrix) else weight)
+
+    def _product(
+        self, x: np.ndarray, weight: np.ndarray | QuantizedMatrix, bias: np.ndarray | None
+    ) -> np.ndarray:
+        y = x @ self._weight(weight).T
         if bias is not None:
             y += self._up(bias)
         return y
@@ -70,8 +77,9 @@ class NumpyOps(Ops):
         out[...] = self._product(normed, weight, bias)
 
     def rope_write_kv(
-        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_out
-    ) -> None:
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales,
+        value_scales, q_out,
+    ) -> None:  # fmt: skip
         num_tokens, num_heads, head_size = q_out.shape
         num_kv_heads, block_size = key_cache.shape[1:3]
         heads = self._up(qkv.reshape(num_tokens, num_heads + 2 * num_kv_heads, head_size))
@@ -85,14 +93,22 @@ class NumpyOps(Ops):
         _rotate(q, cos, sin, q_out)
         rotated = np.empty(k.shape, self.compute)
         _rotate(k, cos, sin, rotated)
-        key_cache[blocks, :, rows] = rotated
-        value_cache[blocks, :, rows] = heads[:, num_heads + num_kv_heads :]
+        values = heads[:, num_heads + num_kv_heads :]
+        for cache, scales, x in (
+            (key_cache, key_scales, rotated), (value_cache, value_scales, values)
+        ):  # fmt: skip
+            if scales is None:
+                cache[blocks, :, rows] = x
+            else:
+                cache[blocks, :, rows], scales[blocks, :, rows] = quantize_rows(x, cache.dtype)
 
     def attention(
         self,
         q,
         key_cache,
         value_cache,
+        key_scales,
+        value_scales,
         query_starts,
         kv_lens,
         block_tables,
@@ -100,35 +116,46 @@ class NumpyOps(Ops):
         max_queries,
         out,
     ) -> None:
+        keys, values = (key_cache, key_scales), (value_cache, value_scales)
         num_queries = np.diff(query_starts)
         single = np.flatnonzero(num_queries == 1)
         if len(single) > 1:
             self._attend_single(
-                q, key_cache, value_cache, query_starts[single], kv_lens[single],
-                block_tables[single], scale, out,
+                q, keys, values, query_starts[single], kv_lens[single], block_tables[single],
+                scale, out,
             )  # fmt: skip
         for b in np.flatnonzero(num_queries > (1 if len(single) > 1 else 0)):
             rows = slice(query_starts[b], query_starts[b + 1])
             self._attend_sequence(
-                q[rows], key_cache, value_cache, int(kv_lens[b]), block_tables[b], scale, out[rows]
+                q[rows], keys, values, int(kv_lens[b]), block_tables[b], scale, out[rows]
             )
 
     def attend(
-        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
-        block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+        self, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales,
+        value_scales, query_starts, kv_lens, block_tables, scale, max_queries, max_kv_len,
+        q_scratch, out,
     ) -> None:  # fmt: skip
-        self.rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch)
+        caches = key_cache, value_cache, key_scales, value_scales
+        self.rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, *caches, q_scratch)
         self.attention(
-            q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale,
-            max_queries, out,
-        )  # fmt: skip
+            q_scratch, *caches, query_starts, kv_lens, block_tables, scale, max_queries, out
+        )
 
-    def _attend_sequence(self, q, key_cache, value_cache, kv_len, blocks, scale, out) -> None:
+    def _gathered(self, gather, cache_and_scales, *where) -> np.ndarray:
+        """What `gather` picks of a cache [N, G, P, d], as numbers."""
+        cache, scales = cache_and_scales
+        if scales is None:
+            return self._up(gather(cache, *where))
+        # Scales as rows of one value.
+        steps = gather(scales[..., None], *where)[..., 0]
+        return dequantize_rows(gather(cache, *where), steps, self.compute)
+
+    def _attend_sequence(self, q, keys, values, kv_len, blocks, scale, out) -> None:
         """One sequence, any number of queries, in tiles of queries."""
         num_queries, num_heads, head_size = q.shape
-        num_kv_heads = key_cache.shape[1]
-        keys = self._up(_gather_sequence(key_cache, blocks, kv_len))  # [G, L, d]
-        values = self._up(_gather_sequence(value_cache, blocks, kv_len))
+        num_kv_heads = keys[0].shape[1]
+        keys = self._gathered(_gather_sequence, keys, blocks, kv_len)  # [G, L, d]
+        values = self._gathered(_gather_sequence, values, blocks, kv_len)
         grouped = self._up(q).reshape(num_queries, num_kv_heads, -1, head_size)
         grouped = grouped.transpose(1, 2, 0, 3) * self.compute.type(scale)  # [G, H/G, Tq, d]
         first = kv_len - num_queries  # position of the first query
@@ -146,18 +173,16 @@ class NumpyOps(Ops):
             weighted = weighted.reshape(num_heads, num, head_size).swapaxes(0, 1)
             out[start : start + tile] = weighted
 
-    def _attend_single(
-        self, q, key_cache, value_cache, tokens, kv_lens, tables, scale, out
-    ) -> None:
+    def _attend_single(self, q, keys, values, tokens, kv_lens, tables, scale, out) -> None:
         """Many sequences with one query each, at once; shorter ones are padded and masked."""
-        num_kv_heads, block_size, head_size = key_cache.shape[1:]
+        num_kv_heads, block_size, head_size = keys[0].shape[1:]
         num_blocks = -(-int(kv_lens.max()) // block_size)
         beyond = np.arange(num_blocks * block_size) >= kv_lens[:, None]  # [B, L]
         # Columns past a sequence's own blocks may hold anything: the null block stands in.
         used = np.arange(num_blocks) * block_size < kv_lens[:, None]
         tables = np.where(used, tables[:, :num_blocks], 0)
-        keys = self._up(_gather_many(key_cache, tables))  # [B, G, L, d]
-        values = self._up(_gather_many(value_cache, tables))
+        keys = self._gathered(_gather_many, keys, tables)  # [B, G, L, d]
+        values = self._gathered(_gather_many, values, tables)
         values = np.where(beyond[:, None, :, None], 0, values)  # 0 * NaN would be NaN
         queries = self._up(q[tokens]).reshape(len(tokens), num_kv_heads, -1, head_size)
         scores = (queries * self.compute.type(scale)) @ keys.swapaxes(2, 3)  # [B, G, H/G, L]
@@ -177,7 +202,7 @@ class NumpyOps(Ops):
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
         normed = self._rounded(self._rms_norm(x[rows], norm_weight, eps), x.dtype)
-        weight = self._up(weight)
+        weight = self._weight(weight)
         if out.dtype == self.compute:
             np.matmul(normed, weight.T, out=out)
         else:

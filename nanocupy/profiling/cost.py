@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from nanocupy.model.forward import Buffer, OpCall, WeightRef
 
@@ -48,9 +49,14 @@ def step_shape(
 
 
 def call_cost(
-    call: OpCall, step: StepShape, weight_shapes: Mapping[str, tuple[int, ...]], itemsize: int
+    call: OpCall,
+    step: StepShape,
+    weight_shapes: Mapping[str, tuple[int, ...]],
+    itemsize: int,
+    weight_bytes: Mapping[str, int] = MappingProxyType({}),
 ) -> Cost:
-    """The cost of one call; `itemsize`: bytes of a weight, an activation and a cache value."""
+    """The cost of one call; `itemsize`: bytes of a weight, an activation and a cache value;
+    weight_bytes: of the weights, by name, that are stored otherwise."""
 
     def elements(value: object) -> int:
         if isinstance(value, WeightRef):
@@ -60,6 +66,8 @@ def call_cost(
         return 0
 
     def size(value: object) -> int:
+        if isinstance(value, WeightRef) and value.name in weight_bytes:
+            return weight_bytes[value.name]
         dtype = value.dtype if isinstance(value, Buffer) else ""
         return elements(value) * _BYTES.get(dtype, itemsize)
 
@@ -67,7 +75,9 @@ def call_cost(
     tokens = step.dims["T"]
     if call.op == "attend":
         _, heads, head_size = args["out"].shape
-        kv_bytes = 2 * step.kv_tokens * args["key_cache"].shape[1] * head_size * itemsize
+        # A quantised cache has codes of a byte, and a scale of 16 bits for each row.
+        row_bytes = head_size * itemsize if args["key_scales"] is None else head_size + 2
+        kv_bytes = 2 * step.kv_tokens * args["key_cache"].shape[1] * row_bytes
         num_flops = 4 * step.pairs * heads * head_size + 6 * elements(args["qkv"])
         return Cost(size(args["qkv"]) + size(args["out"]) + kv_bytes, num_flops)
     if call.op == "embed":

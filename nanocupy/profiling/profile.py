@@ -10,6 +10,7 @@ from nanocupy.cuda.nvtx import Nvtx
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.runner import Runner
 from nanocupy.model.weights import weight_layout
+from nanocupy.ops.packed_matrix import PackedMatrix
 from nanocupy.profiling.ranges import RangeObserver, RangeWatch
 from nanocupy.profiling.recorder import HostClock, StepRecorder
 from nanocupy.profiling.timeline import Span
@@ -52,7 +53,9 @@ def profile(
     run()
     shapes = {weight.name: weight.shape for weight in weight_layout(config)}
     clock = getattr(runner, "clock", None) or HostClock()
-    recorder = StepRecorder(clock, shapes, itemsize)
+    kept = getattr(runner, "weights", {}).items()
+    packed = {name: weight.nbytes for name, weight in kept if isinstance(weight, PackedMatrix)}
+    recorder = StepRecorder(clock, shapes, itemsize, packed)
     runner.observer = recorder
     if nvtx is not None:
         runner.observer = RangeObserver(nvtx, recorder)

@@ -38,11 +38,13 @@ class HostClock:
 
 @dataclass
 class StepRecorder:
-    """Collects spans of every op call and step. weight_shapes and itemsize: see `call_cost`."""
+    """Collects spans of every op call and step. weight_shapes, itemsize and weight_bytes: see
+    `call_cost`."""
 
     clock: Clock
     weight_shapes: Mapping[str, tuple[int, ...]]
     itemsize: int
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     _step: StepShape | None = None
     _marks: list[tuple[OpCall, Any, Any]] = field(default_factory=list)
@@ -82,7 +84,7 @@ class StepRecorder:
         )
         for call, start, stop in self._marks:
             begin = self.clock.seconds(start)
-            cost = call_cost(call, self._step, self.weight_shapes, self.itemsize)
+            cost = call_cost(call, self._step, self.weight_shapes, self.itemsize, self.weight_bytes)
             duration = self.clock.seconds(stop) - begin
             self.spans.append(Span(call.op, call.layer, begin, duration, cost))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from nanocupy.checkpoint import open_checkpoint
+from nanocupy.checkpoint.hf_quantization import quantization_scheme
+from nanocupy.checkpoint.hf_quantized import QuantizedLayer
 from nanocupy.checkpoint.huggingface import HuggingFaceCheckpoint
+from nanocupy.checkpoint.safetensors_file import SafetensorsFile
 from nanocupy.cli import main
 from nanocupy.errors import CheckpointError
+from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from nanocupy.model.load import load_numpy_weights
 from tests.checkpoint.quantized_folders import (
     awq_layer,
@@ -57,6 +63,8 @@ def packed(bits: int = 4, **weights: Any) -> dict[str, Any]:
         "ignore": ["lm_head"],
     }
 
+
+UP = "layers.1.up.weight"  # [48, 32]
 
 FORMS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "awq": (AWQ, awq_layer, "int4"),
@@ -230,6 +238,7 @@ def test_what_the_writers_leave_beside_the_weights(tmp_path: Path) -> None:
     def add_scales(tensors: dict[str, np.ndarray]) -> None:
         for name in [n for n in tensors if n.endswith("weight_scale")]:
             tensors[name.replace("weight_scale", "input_scale")] = np.ones(1, np.float32)
+            tensors[name.replace("weight_scale", "activation_scale")] = np.ones(1, np.float32)
         tensors["model.layers.0.self_attn.k_scale"] = np.ones(1, np.float32)
 
     quantized_folder(tmp_path / "fp8", FP8, fp8_layer, change=add_scales)
@@ -240,6 +249,99 @@ def test_what_the_writers_leave_beside_the_weights(tmp_path: Path) -> None:
 
     quantized_folder(tmp_path / "bad", GPTQ, gptq_layer, change=add_bias)
     with pytest.raises(CheckpointError, match=r"layers.0.up.bias does not belong"):
+        HuggingFaceCheckpoint(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "at"),
+    [
+        ("awq", "scales", (1, 5)),
+        ("gptq", "scales", (0, 5)),
+        ("gptq 8 bits act-order", "scales", (1, 7)),
+        ("packed", "weight_scale", (3, 1)),
+        ("fp8", "weight_scale", 0),
+        ("fp8 blocks", "weight_scale_inv", (1, 1)),
+    ],
+)
+def test_scales_of_0_are_groups_of_one_value(form: str, part: str, at: Any, tmp_path: Path) -> None:
+    """Tiny scales vanish in float16: the model is whole all the same, here and once exported."""
+    settings, make, _ = FORMS[form]
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    rest = HuggingFaceCheckpoint(make_folder(tmp_path / "whole", settings, make)).read(UP)
+
+    def vanish(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].copy()
+        tensors[name][at] = 0
+
+    with open_checkpoint(make_folder(tmp_path / "zero", settings, make, vanish)) as checkpoint:
+        matrix = checkpoint.read_quantized(UP)
+        assert matrix is not None
+        assert matrix.scales.all()
+        values = checkpoint.read(UP)
+        assert ((values == 0) | (values == rest)).all()
+        lost = ((values == 0) & (rest != 0)).any(axis=0 if form == "fp8 blocks" else 1)
+        assert lost.any()
+        assert [problem for _, problem in checkpoint.verify() if problem] == []
+        write_nanoinfer2(checkpoint, tmp_path / "m.nano")
+    with open_checkpoint(tmp_path / "m.nano") as opened:
+        np.testing.assert_array_equal(opened.read(UP), values)
+        assert [problem for _, problem in opened.verify() if problem] == []
+
+
+def make_folder(path: Path, settings: Any, make: Any, change: Any = None) -> Path:
+    quantized_folder(path, settings, make, change=change)
+    return path
+
+
+def test_blocks_far_taller_than_the_matrix(tmp_path: Path) -> None:
+    """Memory follows the stored tensors, whatever size of blocks the config states."""
+    block = (1 << 20, 1)
+    make = partial(fp8_layer, scale_shape="block", block=block, name="weight_scale_inv")
+    values = quantized_folder(tmp_path, FP8 | {"weight_block_size": list(block)}, make)
+    checkpoint = HuggingFaceCheckpoint(tmp_path)
+    tracemalloc.start()
+    found = checkpoint.read(UP)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, values["model.layers.1.mlp.up_proj.weight"])
+    assert peak < 1 << 20
+
+
+def test_rows_need_fill_words_only_where_zeros_are_packed(tmp_path: Path) -> None:
+    """Packed along the inputs, codes leave the number of rows free."""
+    scheme = quantization_scheme({"quantization_config": packed()}, "here")
+    assert scheme is not None
+    for sym in (True, False):
+        layer = packed_layer(np.random.default_rng(1), (48, 32), sym=sym)
+        tensors = {name: part[:44] for name, part in layer.tensors.items()}
+        if not sym:
+            tensors["weight_zero_point"] = layer.tensors["weight_zero_point"]
+        path = tmp_path / f"{sym}.safetensors"
+        save_file(tensors | {"weight_shape": np.array([44, 32])}, path)
+        file = SafetensorsFile(path)
+        parts = {name: (file, file.tensors[name]) for name in tensors if name != "weight_shape"}
+        if sym:
+            found = QuantizedLayer(scheme, (44, 32), parts, "here").read()
+            np.testing.assert_array_equal(found.dequantize(), layer.values[:44])
+        else:
+            with pytest.raises(CheckpointError, match=r"here is \[44, 32\]: 8 codes to a word"):
+                QuantizedLayer(scheme, (44, 32), parts, "here")
+
+
+def test_older_compressed_tensors_folders(tmp_path: Path) -> None:
+    settings, make, _ = FORMS["packed"]
+    for number, stated in enumerate(
+        (settings, {key: value for key, value in settings.items() if key != "quant_method"})
+    ):
+        folder = tmp_path / str(number)
+        values = quantized_folder(folder, None, make, compression_config=stated)  # type: ignore
+        with HuggingFaceCheckpoint(folder) as checkpoint:
+            assert checkpoint.tensors[UP].dtype == "int4"
+            expected = values["model.layers.1.mlp.up_proj.weight"]
+            np.testing.assert_array_equal(checkpoint.read(UP), expected)
+    broken = settings | {"format": "x"}
+    quantized_folder(tmp_path / "bad", None, make, compression_config=broken)  # type: ignore
+    with pytest.raises(CheckpointError, match=r"config.json: compression_config: format is 'x'"):
         HuggingFaceCheckpoint(tmp_path / "bad")
 
 

@@ -107,7 +107,7 @@ def test_what_a_later_minor_version_adds_is_stepped_over(tmp_path: Path) -> None
     file.fixed_extra = b"a later field   "
     file.sections = [(99, 0, b"a later section")]
     for tensor in file.tensors:
-        tensor.reserved, tensor.extra = 5, b"something new   "
+        tensor.reserved, tensor.extra = 5 << 16, b"something new   "
     opened = open_checkpoint(saved(tmp_path / "m.nano", file))
     np.testing.assert_array_equal(opened.read("embed.weight"), MODEL.read("embed.weight"))
     assert [problem for _, problem in opened.verify() if problem] == []
@@ -121,6 +121,9 @@ def test_what_a_later_version_requires_is_refused(tmp_path: Path) -> None:
     file = honest(MODEL)
     file.fixed = {"minor": 7, "flags": 1 | 1 << 9}
     refused(tmp_path / "m.nano", file, "does not know 0x200")
+    file.fixed = {"minor": 7}
+    file.tensors[0].reserved = 1 << 15
+    refused(tmp_path / "m.nano", file, "flags are 0x8000; a bfloat16 tensor may have 0x0")
     file.fixed = {"version": 3}
     refused(tmp_path / "m.nano", file, "version is 3")
 

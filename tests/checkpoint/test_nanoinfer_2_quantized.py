@@ -207,6 +207,30 @@ def test_an_order_needs_minor_version_1(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m.nano")
 
 
+@pytest.mark.parametrize("dtype", ["int4", "float8_e4m3"])
+def test_fewer_bits_need_minor_version_1(dtype: str, tmp_path: Path) -> None:
+    file = Packed(dtype).file()
+    file.fixed = {"minor": 0}
+    (tmp_path / "m.nano").write_bytes(file.pack())
+    with pytest.raises(CheckpointError, match=f"{dtype} needs minor_version 1; the file's is 0"):
+        open_checkpoint(tmp_path / "m.nano")
+
+
+def test_flags_of_later_versions(tmp_path: Path) -> None:
+    """Those from bit 16 change nothing about the bytes; the others are refused."""
+    packed = Packed("int4", with_order=True)
+    file = packed.file(reserved=1 | 1 << 16 | 1 << 31)
+    file.fixed = {"minor": 2}
+    (tmp_path / "m.nano").write_bytes(file.pack())
+    with open_checkpoint(tmp_path / "m.nano") as opened:
+        np.testing.assert_array_equal(opened.read(NAME), packed.values)
+    file = packed.file(reserved=1 | 1 << 1)
+    file.fixed = {"minor": 2}
+    (tmp_path / "m.nano").write_bytes(file.pack())
+    with pytest.raises(CheckpointError, match="flags are 0x3; a int4 tensor may have 0x1"):
+        open_checkpoint(tmp_path / "m.nano")
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     data = Packed("int4").file().pack()
     (tmp_path / "m.nano").write_bytes(data[:-64])
@@ -221,6 +245,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         ("float8_e4m3", "scales", np.inf, "holds NaN or infinite scales"),
         ("int4", "scales", 0.0, "holds a scale of 0 (row 3, group 1)"),
         ("int4", "offsets", -np.inf, "holds NaN or infinite offsets"),
+        ("int4", "scales", 1e38, "holds a scale of 1e+38 (row 3, group 1), with which values"),
+        ("float8_e4m3", "scales", -1e36, "holds a scale of -1e+36 (row 3, group 1)"),
         ("float8_e4m3", "codes", 255, "holds NaN values"),
         ("int4", "order", 64, "an order of inputs from 0 to 64; it has 64 inputs"),
         ("int8", "order", -1, "an order of inputs from -1 to 63"),
@@ -248,6 +274,34 @@ def test_numbers_that_are_none_are_found(
         assert words.removeprefix("an order")[:20] in damaged[NAME]
         with pytest.raises(CheckpointError):
             write_nanoinfer2(opened, tmp_path / "out.nano")
+    assert not (tmp_path / "out.nano").exists()
+
+
+@pytest.mark.parametrize("group", [GROUP, 128])  # that straddles rows, too
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(np.nan, "holds NaN or infinite scales"), (3e38, "holds a scale of 3e+38 (")],
+)
+def test_scales_of_plain_int8_are_looked_at(
+    group: int, scale: float, words: str, tmp_path: Path
+) -> None:
+    packed = Packed("int8")
+    packed.group = group
+    packed.scales = packed.scales.reshape(-1)[: 32 * 64 // group].copy()
+    packed.scales[3] = scale
+    (tmp_path / "m.nano").write_bytes(packed.file().pack())
+    with open_checkpoint(tmp_path / "m.nano") as opened:
+        problems = dict(opened.verify())
+        assert [name for name, problem in problems.items() if problem] == [NAME]
+        assert str(problems[NAME]).startswith(words)
+        if group == GROUP:
+            with pytest.raises(CheckpointError) as caught:
+                opened.read_quantized(NAME)
+            assert words in str(caught.value)
+        with pytest.raises(CheckpointError) as caught:
+            write_nanoinfer2(opened, tmp_path / "out.nano")
+        assert words in str(caught.value)
+        assert NAME in str(caught.value)
     assert not (tmp_path / "out.nano").exists()
 
 

@@ -221,6 +221,11 @@ def test_each_field_of_llama2c_headers_is_checked(
         open_checkpoint(path)
 
 
+def opened_elements(path: Path, name: str) -> int:
+    with open_checkpoint(path) as opened:
+        return int(np.prod(opened.tensors[name].shape))
+
+
 def test_verify_finds_what_is_wrong_inside(tmp_path: Path) -> None:
     path = write(tmp_path / "a.bin", "A", source("A", True))
     size = path.stat().st_size
@@ -240,6 +245,17 @@ def test_verify_finds_what_is_wrong_inside(tmp_path: Path) -> None:
         file.write(b"\x80")
     found = [n for n, problem in open_checkpoint(path).verify() if problem]
     assert found == ["layers.0.q.weight"]
+    with path.open("r+b") as file:
+        file.seek(32)
+        file.write(b"\x7f")
+        file.seek(32 + opened_elements(path, "layers.0.q.weight"))  # its first scale
+        file.write(struct.pack("<f", 3e38))
+    with open_checkpoint(path) as opened:
+        problems = {n: problem for n, problem in opened.verify() if problem}
+        assert list(problems) == ["layers.0.q.weight"]
+        assert "holds a scale of 3e+38" in problems["layers.0.q.weight"]
+        with pytest.raises(CheckpointError, match=r"layers.0.q.weight holds a scale of 3e\+38"):
+            opened.read_quantized("layers.0.q.weight")
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\1\0\0\0" * 3, b"\0" * 4096, b"text\n" * 99])

@@ -82,7 +82,8 @@ def test_memory_by_hand() -> None:
     # Llama-3.2-1B: 16 layers, 8 key/value heads of 64, keys and values
     assert fit.kv_bytes_per_token(LLAMA_1B, "bf16") == 16 * 8 * 64 * 2 * 2
     assert fit.kv_bytes_per_token(LLAMA_1B, "fp32") == 16 * 8 * 64 * 2 * 4
-    assert fit.kv_bytes_per_token(LLAMA_1B, "int8") == 16 * 8 * (64 + 2) * 2
+    for codes in ("int8", "fp8"):
+        assert fit.kv_bytes_per_token(LLAMA_1B, codes) == 16 * 8 * (64 + 2) * 2
     assert LLAMA_1B.num_parameters == 1_235_814_400  # as published
     assert fit.weight_bytes(LLAMA_1B, "bf16") == 2 * 1_235_814_400
     assert fit.weight_bytes(LLAMA_1B, "fp32") == 4 * 1_235_814_400

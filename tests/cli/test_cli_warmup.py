@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanocupy import cli
-from nanocupy.bench.shapes import SHAPES
+from nanocupy.bench.shapes import SHAPES, random_checkpoint
 from nanocupy.cuda.cards import capability_of, common_cards
 from nanocupy.cuda.compiler import cubin_folder
 from nanocupy.engine import device_kernels
 from nanocupy.engine.device_kernels import Outline, kernel_variants
 from nanocupy.engine.device_plan import DeviceSettings, op_sizes
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.weight_formats import plan_weight_formats
 from nanocupy.errors import ConfigError
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, workspace_plan
@@ -149,6 +151,26 @@ def test_what_a_card_needs_is_among_what_is_compiled(shape: str) -> None:
         assert ("attention_prefill_hopper.cu" in files) == card.wgmma
         for num_seqs in (1, 32, 256):
             assert keys(num_seqs, card) <= warm
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "llama-3.1-8b"])
+def test_the_same_with_quantised_weights(shape: str, kind: str) -> None:
+    formats, notes = plan_weight_formats(random_checkpoint(shape), kind)
+    assert not notes
+    settings = replace(HALF, quantized=formats)
+    for card in (*common_cards((9, 0)), *common_cards((8, 9)), *common_cards((7, 5))):
+        found = {}
+        for num_seqs in (1, 32, 256):
+            limits = RunnerLimits(2, 16, SHAPES[shape].max_context, 2048, num_seqs)
+            variants = kernel_variants(SHAPES[shape], settings, limits, card, every_size=True)
+            found[num_seqs] = {(f, tuple(sorted(m.items()))) for f, m in variants}
+        files = {file for file, _ in found[256]}
+        assert ("quantized.cu" in files) == (card.compute_capability >= (8, 0))
+        assert "quantized_pack.cu" in files
+        assert "decode_step.cu" not in files
+        assert found[1] | found[32] <= found[256]
+        assert sum(file == "quantized.cu" for file, _ in found[256]) <= 24
 
 
 def test_a_start_has_the_products_of_rows_that_are_sampled_beside_prompts() -> None:

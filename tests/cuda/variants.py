@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+INT8, E4M3 = 3, 4  # of caches alone
 ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
@@ -36,6 +37,16 @@ def _heads(**macros: int) -> tuple[dict[str, int], ...]:
     )
 
 
+def _caches(**macros: int) -> tuple[dict[str, int], ...]:
+    """Both quantised caches, under every scalar type."""
+    pairs = ((BFLOAT16, INT8, 128), (FLOAT16, E4M3, 80), (FLOAT32, INT8, 96), (BFLOAT16, E4M3, 256),
+             (FLOAT16, INT8, 64), (FLOAT32, E4M3, 64))  # fmt: skip
+    return tuple(
+        {"SCALAR": scalar, "CACHE": cache, "HEAD_SIZE": head_size, **macros}
+        for scalar, cache, head_size in pairs
+    )
+
+
 VARIANTS = (
     Variants(
         "activation.cu",
@@ -49,14 +60,21 @@ VARIANTS = (
             *_heads(QUERIES=1),
             {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "QUERIES": 8},
             {"SCALAR": FLOAT32, "HEAD_SIZE": 64, "QUERIES": 4},
+            *_caches(),
+            {"SCALAR": BFLOAT16, "CACHE": E4M3, "HEAD_SIZE": 128, "QUERIES": 8, "ROW_TILES": 2},
         ),
     ),
     Variants(
         "attention_decode_fused.cu",
         ("attention_decode_fused",),
-        (*_heads(), {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0}),
+        (
+            *_heads(),
+            {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0},
+            *_caches(STAGES=2),
+            {"SCALAR": BFLOAT16, "CACHE": INT8, "HEAD_SIZE": 128, "STAGES": 1, "ROW_HALVES": 1},
+        ),
     ),
-    Variants("attention_prefill.cu", ("attention_prefill",), _heads()),
+    Variants("attention_prefill.cu", ("attention_prefill",), (*_heads(), *_caches())),
     Variants(
         "attention_prefill_hopper.cu",
         ("attention_prefill_wgmma",),
@@ -65,7 +83,7 @@ VARIANTS = (
             {"SCALAR": FLOAT16, "HEAD_SIZE": 64, "FORCE_PLAIN": 1},
         ),
     ),
-    Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), _heads()),
+    Variants("attention_prefill_plain.cu", ("attention_prefill_plain",), (*_heads(), *_caches())),
     Variants(
         "decode_state.cu",
         ("resolve_tokens", "apply_updates"),
@@ -98,8 +116,46 @@ VARIANTS = (
         ("penalize_slots", "count_tokens", "set_token_counts"),
         ({"SCALAR": FLOAT32},),
     ),
+    Variants(
+        "quantized.cu",
+        (
+            "quantized_linear",
+            "quantized_linear_add",
+            "quantized_swiglu",
+            "quantized_logits",
+        ),
+        (
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 8, "STRIPS": 2, "STAGES": 6},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 0, "TOKENS": 8, "NORM_INPUTS": 1},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 2, "TOKENS": 32, "MIN_BLOCKS": 1},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 1, "GROUP": 32, "TOKENS": 16, "MIN_BLOCKS": 1},
+            {
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 0,
+                "GROUP": 16,
+                "TOKENS": 8,
+                "NORM_INPUTS": 1,
+                "RESIDUAL": FLOAT32,
+            },
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 2, "TOKENS": 8, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT32, "WEIGHT_KIND": 1, "TOKENS": 8},
+        ),
+    ),
+    Variants(
+        "quantized_pack.cu",
+        ("pack_quantized", "dequantize_rows", "fill_quantized", "gather_inputs"),
+        tuple(
+            {"SCALAR": scalar, "WEIGHT_KIND": kind, "GROUP": group}
+            for scalar, kind, group in (
+                (BFLOAT16, 1, 128),
+                (FLOAT16, 0, 32),
+                (FLOAT32, 2, 128),
+                (FLOAT32, 1, 16),
+            )
+        ),
+    ),
     Variants("random.cu", ("fill_normal",), _scalars()),
-    Variants("rope.cu", ("rope_table", "rope_write_kv"), _heads()),
+    Variants("rope.cu", ("rope_table", "rope_write_kv"), (*_heads(), *_caches())),
     Variants(
         "sampling.cu",
         ("penalize_rows", "argmax_rows", "sample_rows"),

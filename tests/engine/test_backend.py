@@ -99,12 +99,12 @@ def test_an_error_of_a_thread_is_the_starts(
 
 
 def test_host_blocks_take_half_the_machine_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = CHECKPOINT.config
-    block_bytes = model.kv_bytes_per_token(2) * 16
+    token_bytes = CHECKPOINT.config.kv_bytes_per_token("bfloat16")
+    block_bytes = token_bytes * 16
     config = EngineConfig(host_cache_gb=4)
     monkeypatch.setattr(backend, "_machine_memory", lambda: 20 * block_bytes)
-    assert backend._num_host_blocks(model, config, 1000, 2) == 10
-    assert backend._num_host_blocks(model, config, 7, 2) == 7
+    assert backend._num_host_blocks(config, 1000, token_bytes) == 10
+    assert backend._num_host_blocks(config, 7, token_bytes) == 7
     monkeypatch.setattr(backend, "_machine_memory", lambda: 64 << 30)
-    assert backend._num_host_blocks(model, config, 10**9, 2) == 4_000_000_000 // block_bytes
-    assert backend._num_host_blocks(model, config.with_(host_cache_gb=0), 1000, 2) == 0
+    assert backend._num_host_blocks(config, 10**9, token_bytes) == 4_000_000_000 // block_bytes
+    assert backend._num_host_blocks(config.with_(host_cache_gb=0), 1000, token_bytes) == 0

@@ -45,7 +45,11 @@ def refusal(path: Path) -> str:
 BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "device": (["auto", "cuda", "cpu"], ["gpu", "CPU", "", None, 0, b"cpu"]),
     "dtype": (["auto", "float32", "float16", "bfloat16"], ["fp16", "int8", None]),
-    "kv_cache_dtype": (["auto", "float32", "float16", "bfloat16"], ["fp8", None]),
+    "weight_format": (["auto", "float", "int8", "int4", "fp8"], ["int2", "", None]),
+    "kv_cache_dtype": (
+        ["auto", "float32", "float16", "bfloat16", "int8", "fp8"],
+        ["int4", "float8", None],
+    ),
     "max_context": ([None, 2, 1 << 28], [1, 0, -1, (1 << 28) + 1, 4096.0, "4096"]),
     "max_num_seqs": ([1, 16, 65536], [0, -1, 65537, None, True, "16", 1.5]),
     "batch_size": ([None, 1, 16], [0, 65537, 2.0]),

@@ -220,7 +220,7 @@ def test_what_swapping_costs_is_measured_and_what_prompts_cost_is_learnt(monkeyp
     monkeypatch.setattr(engine_module, "_LEARNT_TOKENS", 16)
     engine = LLMEngine(CONFIG, runner, SchedulerSettings(4, 32, preemption="auto"))
     costs = engine.scheduler.settings.costs
-    assert costs.block_bytes == CONFIG.kv_bytes_per_token(4) * 4
+    assert costs.block_bytes == CONFIG.kv_bytes_per_token("float32") * 4
     assert 0 < costs.copy_bytes_per_s < 1e12
     guess = costs.prefill_tokens_per_s
     engine.add_request("a", list(range(1, 31)), GREEDY)

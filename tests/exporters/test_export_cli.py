@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from nanocupy.checkpoint import open_checkpoint
+from nanocupy.checkpoint.base import dequantized
 from nanocupy.cli import main
 from nanocupy.config import ModelConfig
 from nanocupy.exporters.legacy import write_legacy
+from tests.checkpoint.legacy_files import layout_b
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
 HF_PARTS = {
@@ -177,6 +179,24 @@ def test_mistakes_end_in_one_line(
     assert error.startswith("nanocupy: error: ")
     assert words in error
     assert sorted(os.listdir(tmp_path)) == ["llama", "qwen"]
+
+
+def test_groups_that_straddle_rows(tmp_path: Path) -> None:
+    """A legacy file's q and k can then only be read as floats; the rest keeps its codes."""
+    model = TinyCheckpoint(tiny_config(hidden_size=96, intermediate_size=160, head_size=24))
+    (tmp_path / "m.bin").write_bytes(layout_b(model, 64))
+    out = tmp_path / "m.nano"
+    assert run("export-llama", tmp_path / "m.bin", out) == 0
+    with open_checkpoint(tmp_path / "m.bin") as source, open_checkpoint(out) as opened:
+        assert opened.tensors["layers.0.q.weight"].dtype == "float16"
+        assert opened.tensors["layers.1.v.weight"].dtype == "int8"
+        for name, info in opened.tensors.items():
+            want, found = dequantized(source.read(name)), dequantized(opened.read(name))
+            if info.dtype == "float16":
+                want = want.astype(np.float16)
+            np.testing.assert_array_equal(found, want, name)
+        assert [problem for _, problem in opened.verify() if problem] == []
+    assert run("quantize", tmp_path / "m.bin", "--to", "int4", "--out", out) == 0
 
 
 # A source whose every tensor takes its time; "reading" says that the export is under way.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from nanocupy.checkpoint.base import GenerationDefaults, GroupedInt8, dequantize
 from nanocupy.config import RopeScaling
 from nanocupy.errors import CheckpointError
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
+from nanocupy.quantized import QuantizedMatrix, quantize
 from tests.checkpoint.nanoinfer2_files import METADATA, honest
 from tests.checkpoint.tiny import DTYPES, TinyCheckpoint, tiny_config
 
@@ -86,8 +88,6 @@ def test_int8_becomes_float_on_request(tmp_path: Path) -> None:
 
 
 def test_quantised_sources_become_float16(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     model = TinyCheckpoint(tiny_config())
     model.tensors = {
         n: replace(i, dtype="q4_1") if len(i.shape) == 2 else i for n, i in model.tensors.items()
@@ -118,6 +118,103 @@ def test_values_that_do_not_fit_are_an_error(
     with pytest.raises(CheckpointError, match=words):
         write_nanoinfer2(model, tmp_path / "m.nano", dtype=dtype)
     assert os.listdir(tmp_path) == []
+
+
+def test_values_beyond_float16_make_bfloat16_where_none_was_asked_for(tmp_path: Path) -> None:
+    """Values that codes stand for, of which only one tensor is so large."""
+    model = TinyCheckpoint(tiny_config())
+    model.tensors = {
+        n: replace(i, dtype="q4_1") if len(i.shape) == 2 else i for n, i in model.tensors.items()
+    }
+    array = model.arrays["layers.1.gate.weight"]
+    assert isinstance(array, np.ndarray)
+    array[3, 5] = -65536.0
+    write_nanoinfer2(model, tmp_path / "m.nano")
+    with open_checkpoint(tmp_path / "m.nano") as opened:
+        types = {name: info.dtype for name, info in opened.tensors.items() if len(info.shape) == 2}
+        assert types.pop("layers.1.gate.weight") == "bfloat16"
+        assert set(types.values()) == {"float16"}
+        expected = array.astype(DTYPES["bfloat16"])
+        np.testing.assert_array_equal(opened.read("layers.1.gate.weight"), expected)
+    with pytest.raises(CheckpointError, match=r"float16 can hold .*; use --dtype bfloat16 or fl"):
+        write_nanoinfer2(model, tmp_path / "m.nano", dtype="float16")
+    array[3, 5] = np.nan
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values"):
+        write_nanoinfer2(model, tmp_path / "m.nano")
+
+
+class OfCodes(TinyCheckpoint):
+    """Its layers.0.up.weight comes as the given codes, whether they are sound or not."""
+
+    def __init__(self, tensor: QuantizedMatrix | GroupedInt8) -> None:
+        super().__init__(tiny_config())
+        dtype = "int8" if isinstance(tensor, GroupedInt8) else DTYPE_OF[tensor.kind]
+        self.given = tensor
+        self.tensors = {
+            name: replace(info, dtype=dtype) if name == "layers.0.up.weight" else info
+            for name, info in self.tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray | GroupedInt8:
+        if name == "layers.0.up.weight" and isinstance(self.given, GroupedInt8):
+            return self.given
+        return super().read(name)
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        if name == "layers.0.up.weight" and isinstance(self.given, QuantizedMatrix):
+            return self.given
+        return None
+
+
+DTYPE_OF = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3"}
+VALUES = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+
+
+def spoilt(kind: str, part: str, value: float) -> QuantizedMatrix:
+    matrix = quantize(VALUES, kind, 16)
+    getattr(matrix, part)[3, 1] = value
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (spoilt("int4", "scales", 0), "holds a scale of 0 (row 3, group 1)"),
+        (spoilt("int4", "offsets", np.inf), "holds NaN or infinite offsets"),
+        (spoilt("fp8", "codes", 255), "holds NaN values"),
+        (spoilt("fp8", "scales", 0), "holds a scale of 0"),
+        (spoilt("int8", "scales", np.nan), "holds NaN or infinite scales"),
+        (spoilt("int8", "scales", 1e37), "holds a scale of 1e+37"),
+        (
+            replace(quantize(VALUES, "int8", 16), input_order=np.zeros(32, np.int32)),
+            "has an order that names an input twice",
+        ),
+        (quantize(VALUES[:60], "int4", 16), "came as [60, 32], not [64, 32]"),
+        (quantize(VALUES[:60], "int8", 16), "came as [60, 32], not [64, 32]"),
+        (GroupedInt8(np.ones((64, 32), np.int8), np.full(32, np.inf), 64), "or infinite scales"),
+        (GroupedInt8(np.ones((60, 32), np.int8), np.ones(30), 64), "came as [60, 32], not [64"),
+    ],
+)
+def test_codes_that_the_reader_would_refuse_are_not_written(
+    tensor: QuantizedMatrix | GroupedInt8, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        write_nanoinfer2(OfCodes(tensor), tmp_path / "m.nano")
+    assert "tensor layers.0.up.weight" in str(caught.value)
+    assert words in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_sound_codes_are_written(tmp_path: Path) -> None:
+    for kind in DTYPE_OF:
+        matrix = quantize(VALUES, kind, 16)
+        if kind == "int8":
+            matrix.scales[3, 1] = 0  # which other formats than ours write, and ours may have
+        write_nanoinfer2(OfCodes(matrix), tmp_path / "m.nano")
+        with open_checkpoint(tmp_path / "m.nano") as opened:
+            np.testing.assert_array_equal(
+                dequantized(opened.read("layers.0.up.weight")), matrix.dequantize()
+            )
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Models in fewer bits: what is rounded and how, what it costs, and the command that does it."""
+"""Models in fewer bits: what is rounded, how, and what it costs."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
 
-import nanocupy.checkpoint.open
 from nanocupy.checkpoint import open_checkpoint
-from nanocupy.cli import main
 from nanocupy.errors import CheckpointError, ConfigError
 from nanocupy.exporters.conversion import quantised
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from nanocupy.exporters.quantizing import QuantizedView, quantized_matrix
 from nanocupy.exporters.scale_search import search_int4
 from nanocupy.quantized import quantize
-from tests.checkpoint.gguf_files import write_gguf
-from tests.checkpoint.quantized_folders import awq_layer, quantized_folder
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
-from tests.cli.test_cli_generate import byte_tokenizer
 
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-def run(*argv: object) -> int:
-    return main([str(a) for a in argv])
 
 
 # ---- rounding
@@ -61,6 +50,20 @@ def test_the_search_comes_near_the_best_there_is() -> None:
     assert found.sum() < 0.9 * nearest.sum()
     for group, error in zip(groups, found, strict=True):
         assert error < 1.1 * exhaustive_error(group)
+
+
+def test_the_search_goes_on_until_nothing_is_gained() -> None:
+    """Rounding to the scales that it ends with saves next to nothing: these were fitted to just
+    such codes."""
+    groups = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    start = quantize(groups, "int4")
+    codes, scales, offsets = search_int4(groups, start.scales[:, 0], start.offsets[:, 0])
+    again = np.clip(np.rint((groups - offsets[:, None]) / scales[:, None]), 0, 15)
+    found, better = (
+        float(((chosen * scales[:, None] + offsets[:, None] - groups) ** 2).sum())
+        for chosen in (codes, again)
+    )
+    assert found < 1.0005 * better  # without the last rounds: 1.0086
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,8 @@ def test_the_embedding_takes_16_bits(stored: str | int, embedding: str, tmp_path
     write_nanoinfer2(QuantizedView(model, "int8", group_size=32), tmp_path / "m.nano")
     opened = open_checkpoint(tmp_path / "m.nano")
     assert opened.tensors["embed.weight"].dtype == embedding
-    assert opened.tensors["lm_head.weight"].dtype == embedding
+    # One that is in the kind asked for keeps its codes.
+    assert opened.tensors["lm_head.weight"].dtype == ("int8" if stored == 16 else embedding)
     assert opened.tensors["final_norm.weight"].dtype == model.tensors["final_norm.weight"].dtype
 
 
@@ -230,44 +234,6 @@ def test_groups_that_cannot_be(
     assert words in str(caught.value)
 
 
-def test_what_is_in_few_bits_already_keeps_them(tmp_path: Path) -> None:
-    config = tiny_config(hidden_size=64, head_size=16, vocab_size=64)
-    for type_id, kind in ((Type.Q4_0, "int4"), (Type.Q4_1, "int4"), (Type.Q8_0, "int8")):
-        model = TinyCheckpoint(config)
-        gate = model.arrays["layers.0.gate.weight"]
-        assert isinstance(gate, np.ndarray)
-        gate[3, :32] = 0  # GGUF gives this group a scale of 0
-        gate[4, :32] = 0.25  # and Q4_1 this one
-        path = write_gguf(tmp_path / "m.gguf", model, matrix_type=type_id)
-        with open_checkpoint(path) as source:
-            view = QuantizedView(source, kind)
-            assert view.group_size == 32
-            write_nanoinfer2(view, tmp_path / "m.nano")
-            assert view.rounded_twice == []
-            with open_checkpoint(tmp_path / "m.nano") as opened:
-                for name in view.layers:
-                    stored = opened.read_quantized(name)
-                    assert stored is not None
-                    np.testing.assert_array_equal(stored.dequantize(), source.read(name), name)
-            other = "fp8" if kind == "int8" else "int8"
-            assert QuantizedView(source, other).group_size == {"fp8": -1, "int8": 64}[other]
-            view = QuantizedView(source, kind, group_size=16)
-            write_nanoinfer2(view, tmp_path / "m.nano")
-            assert len(view.rounded_twice) == 1
-    folder = tmp_path / "awq"
-    settings = {"quant_method": "awq", "bits": 4, "group_size": 16}
-    quantized_folder(folder, settings, awq_layer)
-    with open_checkpoint(folder) as source:
-        write_nanoinfer2(source, tmp_path / "m.nano")  # an export keeps them, too
-        with open_checkpoint(tmp_path / "m.nano") as opened:
-            for name in source.tensors:
-                np.testing.assert_array_equal(opened.read(name), source.read(name), name)
-            assert opened.tensors["layers.0.q.weight"].dtype == "int4"
-        view = QuantizedView(source, "int8", group_size=16)
-        write_nanoinfer2(view, tmp_path / "m.nano")
-        assert view.rounded_twice == ["int4"]
-
-
 def test_failures_leave_nothing(tmp_path: Path) -> None:
     model = TinyCheckpoint(tiny_config())
     array = model.arrays["layers.1.up.weight"]
@@ -285,90 +251,6 @@ def test_a_source_is_never_written_over(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="is what would be exported"),
     ):
         write_nanoinfer2(QuantizedView(opened, "int8"), tmp_path / "m.nano")
-
-
-# ---- the command
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    config = tiny_config(vocab_size=260, bos_id=256, eos_ids=(258,), name="tiny")
-    write_nanoinfer2(
-        TinyCheckpoint(config, dtype="bfloat16", tokenizer=byte_tokenizer()), tmp_path / "m.nano"
-    )
-    return tmp_path / "m.nano"
-
-
-def test_the_command_writes_and_tells(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    out = tmp_path / "q.nano"
-    assert run("quantize", source, "--to", "int4", "-o", out) == 0
-    printed = capsys.readouterr().out
-    assert "int4, groups of 32, scale search" in printed
-    assert "searched" in printed
-    for part in (*LAYERS, "all"):
-        assert f"  {part} " in printed
-    assert "lm_head" not in printed
-    assert printed.splitlines()[-1].startswith(f"{out}: ")
-    with open_checkpoint(out) as opened:
-        assert opened.tensors["layers.0.q.weight"].dtype == "int4"
-        assert opened.tensors["lm_head.weight"].dtype == "bfloat16"
-        assert opened.tokenizer is not None
-        assert opened.config == open_checkpoint(source).config
-
-    options = ("--to", "int8", "--group-size", "16", "--lm-head", "--out")
-    assert run("quantize", source, *options, out) == 0  # over the older one
-    printed = capsys.readouterr().out
-    assert "int8, groups of 16" in printed
-    assert "searched" not in printed
-    assert "lm_head" in printed
-    assert open_checkpoint(out).tensors["lm_head.weight"].dtype == "int8"
-    assert run("quantize", out, "--to", "fp8", "-o", tmp_path / "again.nano") == 0
-    assert "has int8, which was rounded a second time" in capsys.readouterr().err
-    assert run("inspect", out, "--verify", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["dtypes"]["int8"]["tensors"] == 15
-    assert report["metadata"]["quantized"] == "int8, groups of 16"
-    assert run("generate", "-m", out, "--temperature", "0", "--max-tokens", "3", "Hello") == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--to", "int2"), "'int2' is not one of"),
-        ((), "Missing option '--to'"),
-        (
-            ("--to", "int4", "--group-size", "48"),
-            "--group-size is 48, which does not divide the 32",
-        ),
-        (("--to", "int8", "--group-size", "x"), "'x' is not a valid integer"),
-    ],
-)
-def test_mistakes_end_in_one_line(
-    source: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    words: str,
-) -> None:
-    assert run("quantize", source, *options, "-o", tmp_path / "q.nano") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("nanocupy: error: ")
-    assert words in error
-    assert os.listdir(tmp_path) == ["m.nano"]
-
-
-def test_a_tied_lm_head_stays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = TinyCheckpoint(tiny_config(tied_lm_head=True))
-    monkeypatch.setattr(nanocupy.checkpoint.open, "open_checkpoint", lambda *_, **__: model)
-    (tmp_path / "m").touch()
-    options = ("--to", "int8", "--lm-head", "-o", tmp_path / "q.nano")
-    assert run("quantize", tmp_path / "m", *options) == 2
-    assert "its LM head is the embedding, which stays in 16 bits" in capsys.readouterr().err
 
 
 def test_float8_is_what_ml_dtypes_rounds_to() -> None:

@@ -14,12 +14,19 @@ import numpy as np
 
 from tests.ops.cases import guarded, guards_intact, inner
 
-CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+# Type codes of the kernels' macros; uint8 arrays of a cache hold the bits of float8 e4m3.
+CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "uint8": 4}
 NO_ROWS: Mapping[int, int] = MappingProxyType({})
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 # (entry, dtype) -> the worst error that `assert_close` saw since this was emptied, as a share of
 # |wanted| + rms: what the record of a GPU run tells.
 WORST_ERRORS: dict[tuple[str, str], float] = {}
+
+
+def cache_macro(call: Any) -> dict[str, int]:
+    """The macro of a call's cache, where it is quantised."""
+    a = call.arguments
+    return {} if a["key_scales"] is None else {"CACHE": CODES[a["key_cache"].dtype.name]}
 
 
 class Shape(Protocol):
@@ -156,6 +163,8 @@ def assert_close(
     tolerance = TOLERANCES[got.dtype.name] if tolerance is None else tolerance
     smallest = 2.0**-24 if got.dtype == np.float16 else 1e-37  # the spacing of subnormal numbers
     values, wanted = got.astype(np.float64), wanted.astype(np.float64)
+    if ignored is not None:
+        wanted = np.where(ignored, 0, wanted)
     rms = np.sqrt(np.mean(wanted**2, axis=-1, keepdims=True)) if wanted.size else np.float64(0)
     bound = tolerance * (abs(wanted) + rms) + smallest
     share = abs(values - wanted) / bound

@@ -16,7 +16,7 @@ from nanocupy.ops import launch_shapes, philox
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.numpy_ops import NumpyOps, kept_probabilities
 from tests.kernels.backends import CODES, TOLERANCES, assert_close
-from tests.ops.cases import DTYPES, Case
+from tests.ops.cases import DTYPES, Case, assert_codes_close
 
 F32 = np.float32
 I32 = np.int32
@@ -58,7 +58,7 @@ def run_rope_table(
 
 def run_rope_write_kv(
     backend, storage, block, *, qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache,
-    q_out,
+    key_scales, value_scales, q_out,
 ) -> None:  # fmt: skip
     num_tokens, heads, head_size = q_out.shape
     kv_heads, block_size = key_cache.shape[1:3]
@@ -66,14 +66,15 @@ def run_rope_write_kv(
     if block is not None:
         shape = LaunchShape((num_tokens, -(-(heads + 2 * kv_heads) * 32 // block)), block)
     args = (
-        qkv, q_norm, k_norm, F32(eps), rope, slots, key_cache, value_cache, q_out,
-        I32(heads), I32(kv_heads), I32(block_size),
+        qkv, q_norm, k_norm, F32(eps), rope, slots, key_cache, value_cache, key_scales,
+        value_scales, q_out, I32(heads), I32(kv_heads), I32(block_size),
     )  # fmt: skip
     macros = codes(storage, CACHE=key_cache.dtype)
     # Padding tokens share the null block's slots: which of them stays there is left open.
+    open_rows = {i: 1 for i in (6, 7, 8, 9) if args[i] is not None}
     backend.run(
-        "rope.cu", "rope_write_kv", shape, args, (6, 7, 8), {6: 1, 7: 1}, HEAD_SIZE=head_size,
-        **macros,
+        "rope.cu", "rope_write_kv", shape, args, (6, 7, 8, 9, 10), open_rows,
+        HEAD_SIZE=head_size, **macros,
     )  # fmt: skip
 
 
@@ -213,13 +214,16 @@ def check_case(backend: Any, case: Case, storage: np.dtype, block: int | None = 
     for name in call.written:
         before = call.arguments[name]
         got[name] = before.copy()
-        exact = case.op in ROUNDS_INSIDE or before.dtype.kind == "i"
+        exact = case.op in ROUNDS_INSIDE or before.dtype.kind in "iu"
         wanted[name] = before.copy() if exact else before.astype(np.float64)
     RUNNERS[case.op](backend, storage, block, **got)
     getattr(NumpyOps(np.float64), case.op)(**wanted)
     for name in call.written:
         if case.op == "sample":
             assert_same_tokens(got[name], wanted[name], call.arguments)
+            continue
+        if got[name].dtype in (np.int8, np.uint8):
+            assert_codes_close(got[name], wanted[name], call.ignored.get(name))
             continue
         # The normed row is rounded to the storage type, where it may fall to the other neighbour.
         limit = TOLERANCES[storage.name] if case.op == "lm_head" else None

@@ -23,13 +23,13 @@ from nanocupy.ops.launch_attention_decode import (
     launch_attention_decode,
 )
 from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, assert_close
+from tests.kernels.backends import CODES, assert_close, cache_macro
 from tests.ops import cases
 from tests.ops.cases import CASES, DTYPES, Call, Case
 from tests.shim import build
 from tests.shim.driver import KernelFault, host_kernel
 
-WRITTEN = (7, 8, 9, 10)  # out, partial_values, partial_states, counters
+WRITTEN = (9, 10, 11, 12)  # out, partial_values, partial_states, counters
 PLAIN_AND_MMA = ("attention_decode", "attention_decode_mma")
 KERNELS = Path(build.KERNELS)
 
@@ -60,6 +60,7 @@ def launch_for(
 ) -> DecodeLaunch:
     a = call.arguments
     code = CODES[a["q"].dtype.name]
+    cache = code if a["key_scales"] is None else CODES[a["key_cache"].dtype.name]
     return launch_attention_decode(
         len(a["kv_lens"]),
         a["q"].shape[1],
@@ -68,7 +69,7 @@ def launch_for(
         queries=queries,
         max_context=int(a["kv_lens"].max(initial=1)),
         scalar=code,
-        cache=code,
+        cache=cache,
         compute_capability=(9, 0),
         num_multiprocessors=6,
         max_shared_bytes=227 << 10,
@@ -86,8 +87,9 @@ def kernel_arguments(call: Call, launch: DecodeLaunch) -> list[Any]:
         a["block_tables"].shape[1], launch.num_items, launch.least_part, launch.num_row_tiles,
     )  # fmt: skip
     return [
-        a["q"], a["key_cache"], a["value_cache"], a["query_starts"], a["kv_lens"],
-        a["block_tables"], np.float32(a["scale"]), a["out"].copy(),
+        a["q"], a["key_cache"], a["value_cache"], a["key_scales"], a["value_scales"],
+        a["query_starts"], a["kv_lens"], a["block_tables"], np.float32(a["scale"]),
+        a["out"].copy(),
         np.full(launch.partial_values_shape, np.nan, np.float32),
         np.full(launch.partial_states_shape, np.nan, np.float32),
         counters, *(np.int32(n) for n in numbers),
@@ -99,7 +101,8 @@ def run(backend: Any, call: Call, launch: DecodeLaunch, **macros: int) -> np.nda
     args = kernel_arguments(call, launch)
     q = call.arguments["q"]
     macros = {
-        **launch.macros, "SCALAR": CODES[q.dtype.name], "HEAD_SIZE": q.shape[2], **macros
+        **launch.macros, "SCALAR": CODES[q.dtype.name], "HEAD_SIZE": q.shape[2],
+        **cache_macro(call), **macros,
     }  # fmt: skip
     shape = Launch(launch.grid, launch.block, launch.shared_bytes)
     backend.run(FILE, launch.entry, shape, args, WRITTEN, **macros)
@@ -107,8 +110,8 @@ def run(backend: Any, call: Call, launch: DecodeLaunch, **macros: int) -> np.nda
         merge = Launch(launch.merge.grid, launch.merge.block, launch.merge.shared_bytes)
         backend.run(FILE, MERGE_ENTRY, merge, args, WRITTEN, **macros)
     else:
-        assert not args[10].any(), "the counters are not ready for the next launch"
-    return args[7]
+        assert not args[12].any(), "the counters are not ready for the next launch"
+    return args[9]
 
 
 def wanted(call: Call) -> np.ndarray:
@@ -347,7 +350,7 @@ class PlantedBackend:
 def whole_source() -> str:
     """The kernels with their own headers in the text, so that bugs can be planted in all."""
     source = (KERNELS / FILE).read_text()
-    for name in ("attention_decode_mma.cuh", "attention_decode.cuh"):
+    for name in ("attention_decode_codes.cuh", "attention_decode_mma.cuh", "attention_decode.cuh"):
         source = source.replace(f'#include "{name}"', (KERNELS / name).read_text())
     return source
 

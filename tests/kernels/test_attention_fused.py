@@ -23,7 +23,7 @@ from nanocupy.ops.launch_attention_fused import (
 )
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, ShimBackend, assert_close
+from tests.kernels.backends import CODES, ShimBackend, assert_close, cache_macro
 from tests.ops import cases
 from tests.ops.cases import CASES, DTYPES, Call, Case
 from tests.shim import build
@@ -32,7 +32,8 @@ from tests.shim.driver import KernelFault
 
 KERNELS = Path(build.KERNELS)
 LENGTHS = [(1, n) for n in (1, 2, 15, 16, 17, 250)]
-WRITTEN = (6, 7, 12)  # key_cache, value_cache, out
+WRITTEN = (6, 7, 8, 9, 14)  # the cache's parts, out
+PARTS = ("key_cache", "value_cache", "key_scales", "value_scales")
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -40,8 +41,8 @@ def attend_case(name: str, *args: Any, **kwargs: Any) -> Case:
     return Case("attend", name, cases._attend(*args, **kwargs))
 
 
-def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """key_cache, value_cache and out after the launch; the call's own arrays stay."""
+def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[Any, ...]:
+    """The cache's parts and out after the launch; the call's own arrays stay."""
     a = call.arguments
     (_, num_heads, head_size), (_, num_kv_heads, block_size) = (
         a["out"].shape,
@@ -50,22 +51,23 @@ def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[np.ndarray, np.n
     launch = launch_attention_fused(
         len(a["kv_lens"]), num_heads, num_kv_heads, head_size,
         max_kv_len=int(a["kv_lens"].max(initial=0)), num_multiprocessors=6,
-        max_shared_bytes=227 << 10, tuning=tuning,
+        max_shared_bytes=227 << 10, quantized=a["key_scales"] is not None, tuning=tuning,
     )  # fmt: skip
+    parts = (None if a[name] is None else a[name].copy() for name in PARTS)
     numbers = (num_kv_heads, num_heads // num_kv_heads, block_size, a["block_tables"].shape[1])
     args = [
         a["qkv"], a["q_norm"], a["k_norm"], np.float32(a["eps"]), a["rope"], a["slots"],
-        a["key_cache"].copy(), a["value_cache"].copy(), a["query_starts"], a["kv_lens"],
-        a["block_tables"], np.float32(a["scale"]), a["out"].copy(), *map(np.int32, numbers),
+        *parts, a["query_starts"], a["kv_lens"], a["block_tables"], np.float32(a["scale"]),
+        a["out"].copy(), *map(np.int32, numbers),
     ]  # fmt: skip
     shape = LaunchShape(launch.grid, launch.block, launch.shared_bytes, launch.cluster)
     macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size, **launch.macros}
-    backend.run(FILE, ENTRY, shape, args, WRITTEN, **macros)
-    return args[6], args[7], args[12]
+    backend.run(FILE, ENTRY, shape, args, WRITTEN, **macros, **cache_macro(call))
+    return *args[6:10], args[14]
 
 
-def unfused(backend: Any, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The caches after rope_write_kv, and the reference's attention over them."""
+def unfused(backend: Any, call: Call) -> tuple[Any, ...]:
+    """The cache's parts after rope_write_kv, and the reference's attention over them."""
     a = dict(call.arguments)
     for name in call.written:
         a[name] = a[name].copy()
@@ -75,24 +77,25 @@ def unfused(backend: Any, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarra
     numbers = (num_heads, num_kv_heads, block_size)
     args = (
         a["qkv"], a["q_norm"], a["k_norm"], np.float32(a["eps"]), a["rope"], a["slots"],
-        a["key_cache"], a["value_cache"], a["q_scratch"], *map(np.int32, numbers),
+        *(a[name] for name in PARTS), a["q_scratch"], *map(np.int32, numbers),
     )  # fmt: skip
-    macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size}
-    backend.run("rope.cu", "rope_write_kv", shape, args, (6, 7, 8), **macros)
+    macros = {"SCALAR": CODES[a["out"].dtype.name], "HEAD_SIZE": head_size, **cache_macro(call)}
+    backend.run("rope.cu", "rope_write_kv", shape, args, (6, 7, 8, 9, 10), **macros)
     out = np.full(a["out"].shape, np.nan)
     NumpyOps(np.float64).attention(
-        a["q_scratch"], a["key_cache"], a["value_cache"], a["query_starts"], a["kv_lens"],
+        a["q_scratch"], *(a[name] for name in PARTS), a["query_starts"], a["kv_lens"],
         a["block_tables"], a["scale"], 1, out,
     )  # fmt: skip
-    return a["key_cache"], a["value_cache"], out
+    return *(a[name] for name in PARTS), out
 
 
 def check(backend: Any, case: Case, storage: str, **tuning: Any) -> None:
     call = case.build(DTYPES[storage])
-    keys, values, out = run(backend, call, FusedTuning(**tuning))
-    wanted_keys, wanted_values, wanted = unfused(backend, call)
-    assert keys.tobytes() == wanted_keys.tobytes(), "other keys in the cache"
-    assert values.tobytes() == wanted_values.tobytes(), "other values in the cache"
+    *parts, out = run(backend, call, FusedTuning(**tuning))
+    *wanted_parts, wanted = unfused(backend, call)
+    for name, part, wanted_part in zip(PARTS, parts, wanted_parts, strict=True):
+        if part is not None:
+            assert part.tobytes() == wanted_part.tobytes(), f"another {name}"
     assert_close(out, wanted, str(case))
 
 
@@ -100,7 +103,7 @@ GROUPS = [(2, 2), (2, 1), (4, 1), (7, 1), (16, 2)]
 SHARED = [
     case
     for case in CASES
-    if case.op == "attend" and case.name.startswith("decode") and "d12" not in case.name
+    if case.op == "attend" and "decode" in case.name and "d12" not in case.name
 ]
 
 
@@ -122,6 +125,29 @@ def test_groups(backend: Any, heads: int, kv_heads: int, cluster: int) -> None:
 def test_head_sizes(backend: Any, head_size: int, cluster: int) -> None:
     case = attend_case(f"d{head_size}", [(1, 300), (1, 17), (1, 1)], 2, 1, head_size, norms="k")
     check(backend, case, "float16", cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(("heads", "head_size"), [(4, 64), (7, 128), (16, 80), (8, 256), (2, 16)])
+@pytest.mark.parametrize("codes", cases.CODES)
+def test_quantised_caches(
+    backend: Any, codes: str, heads: int, head_size: int, cluster: int
+) -> None:
+    """Groups, head sizes, and lengths whose newest position lies anywhere in a step."""
+    name = f"{codes}-{heads}-{head_size}"
+    case = attend_case(name, LENGTHS, heads, 1, head_size, norms="qk", codes=codes)
+    check(backend, case, "float16" if head_size in (64, 256) else "bfloat16", cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (1, 2), (8, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize("codes", cases.CODES)
+def test_long_quantised_contexts(
+    backend: Any, codes: str, cluster: int, warps: int, stages: int
+) -> None:
+    lens = [1000, 1025, 16 * cluster * warps, 16 * cluster * warps + 1, 640]
+    case = attend_case(f"long-{codes}", [(1, n) for n in lens], 2, 1, 64, 5, codes=codes)
+    check(backend, case, "float16", cluster=cluster, warps=warps, stages=stages)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
@@ -158,7 +184,7 @@ def test_padding_and_sequences_without_queries(backend: Any, cluster: int) -> No
     a["kv_lens"][2:] = 0
     a["block_tables"][2:] = cases.FAR_BLOCK
     a["slots"][1:] = 3
-    keys, values, out = run(backend, call, FusedTuning(cluster=cluster))
+    keys, values, *_, out = run(backend, call, FusedTuning(cluster=cluster))
     assert_close(out[:1], wanted[:1])
     assert (out[1:].astype(np.float64) == 0).all()
     new = tuple(int(n) for n in divmod(a["slots"][0], a["key_cache"].shape[2]))
@@ -214,8 +240,9 @@ def test_launches_fit(shared_kb: int, head_size: int) -> None:
             max_shared_bytes=shared_kb << 10,
         )  # fmt: skip
         warps, stages = launch.block // 32, launch.macros["STAGES"]
-        need = fused_shared_bytes(head_size, heads // 8, warps, stages, launch.cluster)
-        assert need == launch.shared_bytes <= shared_kb << 10
+        shape = head_size, heads // 8, warps, stages, launch.cluster
+        assert fused_shared_bytes(*shape) == launch.shared_bytes <= shared_kb << 10
+        assert fused_shared_bytes(*shape, quantized=True) < launch.shared_bytes
         assert launch.grid == (8 * launch.cluster, num_seqs)
 
 
@@ -243,28 +270,52 @@ PLANTED = {
 }  # fmt: skip
 
 
+QUANTIZED_PLANTED = {
+    "the newest scale is forgotten": ("fresh_scales[lane_id()];", "from_float<scale_t>(0.02f);"),
+    "the newest key's codes are the value's": ("from[CODE_CHUNKS]", "from[0]"),
+    "scales are written elsewhere": (
+        "[slot / HEAD_SIZE] = scale", "[(slot / HEAD_SIZE) ^ 1] = scale"),
+    "queries unsorted": ("low / 16 * 2 + low % 2) + low % 16 / 2", "low / 8) + low % 8"),
+    "results unsorted": (
+        "place = sorted_column(chunk, column % 8)", "place = chunk * 8 + column % 8"),
+    "the last scales are never stored": ("if (step >= num_steps) copies.finish();", ""),
+    "scales that nobody waits for": ("if (STAGES == 1) copies.finish();", ""),
+}  # fmt: skip
+
+
 @cache
-def planting_call() -> Call:
-    case = attend_case("planted", [(1, 700), (1, 81), (1, 1)], 6, 2, 64, 8, norms="qk")
+def planting_call(codes: str = "") -> Call:
+    sequences = [(1, 700), (1, 81), (1, 1)]
+    case = attend_case("planted", sequences, 6, 2, 64, 8, norms="qk", codes=codes)
     return case.build(DTYPES["float16"])
+
+
+def plant(bugs: dict[str, tuple[str, str]], bug: str, call: Call, stages: int) -> None:
+    source = (KERNELS / FILE).read_text()
+    if bug != "none":
+        old, new = bugs[bug]
+        assert old in source, "the kernel has changed: plant this bug anew"
+        source = source.replace(old, new)
+    backend = ShimBackend((0, 1), {FILE: source})
+    *caches, wanted = unfused(ShimBackend(), call)
+    try:
+        *got, out = run(backend, call, FusedTuning(cluster=4, warps=2, stages=stages))
+        assert_close(out, wanted)
+        for a, b in zip(caches, got, strict=True):
+            assert a is b is None or a.tobytes() == b.tobytes()
+    except (KernelFault, AssertionError):
+        assert bug != "none"
+    else:
+        assert bug == "none", "not found"
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 @pytest.mark.parametrize("bug", ["none", *PLANTED])
 def test_planted_bugs_are_found(bug: str) -> None:
-    source = (KERNELS / FILE).read_text()
-    if bug != "none":
-        old, new = PLANTED[bug]
-        assert old in source, "the kernel has changed: plant this bug anew"
-        source = source.replace(old, new)
-    call = planting_call()
-    backend = ShimBackend((0, 1), {FILE: source})
-    *caches, wanted = unfused(ShimBackend(), call)
-    try:
-        *got, out = run(backend, call, FusedTuning(cluster=4, warps=2, stages=2))
-        assert_close(out, wanted)
-        assert all(a.tobytes() == b.tobytes() for a, b in zip(caches, got, strict=True))
-    except (KernelFault, AssertionError):
-        assert bug != "none"
-    else:
-        assert bug == "none", "not found"
+    plant(PLANTED, bug, planting_call(), 2)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("bug", ["none", *QUANTIZED_PLANTED])
+def test_planted_bugs_with_codes_are_found(bug: str) -> None:
+    plant(QUANTIZED_PLANTED, bug, planting_call("int8"), 1 if "nobody waits" in bug else 2)

@@ -25,14 +25,24 @@ ENTRIES = {
 # Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
 READ_BEFORE = (
     "gemv.cu", "norm.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
-    "decode_step.cu",
+    "decode_step.cu", "quantized.cu",
 )  # fmt: skip
+# Where PTX and intrinsics stand.
+INTRINSICS = (
+    "device.cuh",
+    "cluster.cuh",
+    "small_numbers.cuh",
+    "bulk_copy.cuh",
+    "weight_copy.cuh",
+    "hopper.cuh",
+)
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
     "apply_updates": "engine.decode_state.DecodeState.updates",
     "count_tokens": "engine.request.Request.output_counts",
     "set_token_counts": "engine.device_penalties.PenaltySlots",
     "resolve_tokens": "engine.decode_state.DecodeState.updates",
+    "fill_quantized": "philox of ops.philox",
     "fill_normal": "Box and Muller 1958",
     "stamp_step": "cuda.step_stamps.StepStamps.read",
 }
@@ -86,11 +96,11 @@ def test_every_entry_bounds_its_threads() -> None:
 
 
 def test_kernels_use_no_intrinsic_of_their_own() -> None:
-    """PTX and intrinsics stand in device.cuh and its cluster.cuh, where the host shim has their
-    twins, as in bulk_copy.cuh, and for what runs on 9.0a alone in hopper.cuh."""
+    """PTX and intrinsics stand in device.cuh and its parts, where the host shim has their twins,
+    as in bulk_copy.cuh, and for what runs on 9.0a alone in hopper.cuh."""
     forbidden = re.compile(r"\basm\b|__shfl|__syncthreads|__syncwarp|__ballot|atomic[A-Z]|__ldg")
     for path in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
-        if path.name not in ("device.cuh", "cluster.cuh", "bulk_copy.cuh", "hopper.cuh"):
+        if path.name not in INTRINSICS:
             code = re.sub(r"//[^\n]*", "", path.read_text())
             assert not forbidden.search(code), f"{path.name}: {forbidden.search(code)}"
 

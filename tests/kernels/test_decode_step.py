@@ -98,8 +98,8 @@ class Model:
             keys, values = w["key_cache"].copy(), w["value_cache"].copy()
             ops.attend(
                 qkv, w["q_norm.weight"], w["k_norm.weight"], EPS, self.rope, self.slots, keys,
-                values, np.arange(n + 1, dtype=np.int32), self.kv_lens, self.block_tables,
-                d**-0.5, 1, 0, np.empty_like(attended), attended,
+                values, None, None, np.arange(n + 1, dtype=np.int32), self.kv_lens,
+                self.block_tables, d**-0.5, 1, 0, np.empty_like(attended), attended,
             )  # fmt: skip
             caches.append((keys, values))
             ops.linear_add(attended.reshape(n, -1), w["o.weight"], w["o.bias"], x)

@@ -21,6 +21,11 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+SCALE = DTYPES["bfloat16"]  # of the rows of a quantised cache
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+# Quantised caches: the dtype of their codes, and a code that no row has (of e4m3 a NaN).
+CODES = {"int8": (np.dtype(np.int8), -128), "fp8": (np.dtype(np.uint8), 0x7F)}
+
 GUARD_ROWS = 16  # keeps a buffer's start a multiple of 32 bytes, whatever its width
 GUARD_VALUE = 113
 FAR_BLOCK = 1 << 30  # fills block-table columns that no sequence owns: must not be followed
@@ -186,6 +191,56 @@ def _lm_head(
 # ------------------------------------------------------------------------------ the paged cache
 
 
+class Rows:
+    """Makes a cache's parts, and random rows for it; codes: of `CODES`, "" for a storage dtype."""
+
+    def __init__(self, rng: np.random.Generator, storage: np.dtype, codes: str) -> None:
+        self.rng, self.storage, self.codes = rng, storage, codes
+
+    def poison(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+        """A cache [N, G, P, d] and its scales [N, G, P], of which nothing may be used."""
+        if not self.codes:
+            return _nan(shape, self.storage), None
+        return np.full(shape, *CODES[self.codes][::-1]), _nan(shape[:3], SCALE)
+
+    def normal(self, *shape: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows [..., d], and their scales [...]: such that they are about normal, each its own."""
+        x = self.rng.standard_normal(shape)
+        if not self.codes:
+            return x.astype(self.storage), None
+        scales = (self.rng.uniform(0.5, 1.5, shape[:-1]) / 40).astype(SCALE)
+        if self.codes == "int8":
+            return np.clip(np.rint(x * 40), -127, 127).astype(np.int8), scales
+        return (x * 40).astype(E4M3).view(np.uint8), scales
+
+    def fill(self, parts: tuple[np.ndarray, np.ndarray | None], where: Any) -> None:
+        """Random rows at an index of the first three axes."""
+        cache, scales = parts
+        cache[where], new = self.normal(*cache[where].shape)
+        if scales is not None:
+            scales[where] = new
+
+
+def code_order(codes: np.ndarray) -> np.ndarray:
+    """Codes as whole numbers of which neighbours differ by one."""
+    if codes.dtype == np.int8:
+        return codes.astype(np.int32)
+    return (codes & 0x7F).astype(np.int32) * np.where(codes & 0x80, -1, 1)
+
+
+def assert_codes_close(
+    got: np.ndarray, wanted: np.ndarray, ignored: np.ndarray | None = None, most: int = 1
+) -> None:
+    """Codes differ by `most` neighbours, and few of them: their rows are rounded numbers, which may
+    fall to the other side of a tie."""
+    assert got.dtype == wanted.dtype
+    differences = abs(code_order(got) - code_order(wanted))
+    if ignored is not None:
+        differences = differences[~ignored]
+    assert differences.max(initial=0) <= most
+    assert (differences > 0).sum() <= 1 + differences.size // 50
+
+
 def _rope_write_kv(
     num_tokens: int,
     heads: int,
@@ -194,8 +249,10 @@ def _rope_write_kv(
     block_size: int = 16,
     norms: str = "",
     padding: int = 0,
+    codes: str = "",
 ) -> Callable[..., Call]:
-    """`norms`: letters of "qk" that have a norm; `padding`: tokens at the end that are none."""
+    """`norms`: letters of "qk" that have a norm; `padding`: tokens at the end that are none; codes:
+    of a quantised cache, whose first token's key and value are then zeros."""
 
     def make(rng: np.random.Generator, storage: np.dtype) -> Call:
         half, num_blocks = head_size // 2, 3 + num_tokens // block_size
@@ -205,22 +262,29 @@ def _rope_write_kv(
         cache_shape = (num_blocks, kv_heads, block_size, head_size)
         null_block = np.zeros(cache_shape, bool)
         null_block[0] = True
+        qkv = _normal(rng, (num_tokens, (heads + 2 * kv_heads) * head_size), storage)
+        if codes:
+            qkv[:1, heads * head_size :] = 0
+        cache_rows = Rows(rng, storage, codes)
+        (key_cache, key_scales), (value_cache, value_scales) = (
+            cache_rows.normal(*cache_shape) for _ in range(2)
+        )
         arguments = {
-            "qkv": _normal(rng, (num_tokens, (heads + 2 * kv_heads) * head_size), storage),
+            "qkv": qkv,
             "q_norm": _norm_weight(rng, head_size, storage) if "q" in norms else None,
             "k_norm": _norm_weight(rng, head_size, storage) if "k" in norms else None,
             "eps": 1e-6,
             "rope": (1.25 * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.float32),
             "slots": _int32(slots),
-            "key_cache": _normal(rng, cache_shape, storage),
-            "value_cache": _normal(rng, cache_shape, storage),
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "key_scales": key_scales,
+            "value_scales": value_scales,
             "q_out": _nan((num_tokens, heads, head_size), storage),
         }
-        return Call(
-            arguments,
-            ("key_cache", "value_cache", "q_out"),
-            {"key_cache": null_block, "value_cache": null_block},
-        )
+        parts = "key_cache", "value_cache", *(("key_scales", "value_scales") if codes else ())
+        ignored = {n: null_block[..., 0] if n.endswith("scales") else null_block for n in parts}
+        return Call(arguments, (*parts, "q_out"), ignored)
 
     return make
 
@@ -233,8 +297,10 @@ def _attention(
     block_size: int = 16,
     shuffled: bool = True,
     q_scale: float = 1.0,
+    codes: str = "",
 ) -> Callable[..., Call]:
-    """`sequences`: (queries, kv length) of each. Whatever lies behind a length is NaN."""
+    """`sequences`: (queries, kv length) of each. Whatever lies behind a length is NaN; codes: of a
+    quantised cache."""
 
     def make(rng: np.random.Generator, storage: np.dtype) -> Call:
         needed = [-(-kv_len // block_size) for _, kv_len in sequences]
@@ -243,20 +309,23 @@ def _attention(
         if shuffled:
             ids = rng.permutation(ids)
         cache_shape = (num_blocks, kv_heads, block_size, head_size)
-        key_cache, value_cache = _nan(cache_shape, storage), _nan(cache_shape, storage)
+        cache_rows = Rows(rng, storage, codes)
+        keys, values = cache_rows.poison(cache_shape), cache_rows.poison(cache_shape)
         tables = np.full((len(sequences), num_columns), FAR_BLOCK, np.int32)
         for b, (_, kv_len) in enumerate(sequences):
             first = sum(needed[:b])
             tables[b, : needed[b]] = ids[first : first + needed[b]]
             for position in range(kv_len):
                 block, row = tables[b, position // block_size], position % block_size
-                key_cache[block, :, row] = _normal(rng, (kv_heads, head_size), storage)
-                value_cache[block, :, row] = _normal(rng, (kv_heads, head_size), storage)
+                for parts in (keys, values):
+                    cache_rows.fill(parts, (block, slice(None), row))
         num_tokens = sum(queries for queries, _ in sequences)
         arguments = {
             "q": _normal(rng, (num_tokens, heads, head_size), storage, q_scale),
-            "key_cache": key_cache,
-            "value_cache": value_cache,
+            "key_cache": keys[0],
+            "value_cache": values[0],
+            "key_scales": keys[1],
+            "value_scales": values[1],
             "query_starts": _int32(np.cumsum([0] + [queries for queries, _ in sequences])),
             "kv_lens": _int32([kv_len for _, kv_len in sequences]),
             "block_tables": tables,
@@ -277,11 +346,13 @@ def _attend(
     block_size: int = 16,
     norms: str = "",
     bounded: bool = True,
+    codes: str = "",
 ) -> Callable[..., Call]:
-    """`sequences` as above; the last positions' keys and values come from qkv, and what the cache
-    holds there before is NaN. `norms` as in `_rope_write_kv`; bounded: the longest length is told.
+    """`sequences` and `codes` as above; the last positions' keys and values come from qkv, and
+    what the cache holds there before is NaN. `norms` as in `_rope_write_kv`; bounded: the longest
+    length is told.
     """
-    make_attention = _attention(sequences, heads, kv_heads, head_size, block_size)
+    make_attention = _attention(sequences, heads, kv_heads, head_size, block_size, codes=codes)
 
     def make(rng: np.random.Generator, storage: np.dtype) -> Call:
         a = make_attention(rng, storage).arguments
@@ -293,8 +364,11 @@ def _attend(
                 stored[block, :, row] = True
                 if position >= kv_len - queries:
                     slots.append(block * block_size + row)
-                    a["key_cache"][block, :, row] = np.nan
-                    a["value_cache"][block, :, row] = np.nan
+                    for name in ("key", "value"):
+                        cache, scales = a[f"{name}_cache"], a[f"{name}_scales"]
+                        cache[block, :, row] = CODES[codes][1] if codes else np.nan
+                        if codes:
+                            scales[block, :, row] = np.nan
         angles = rng.uniform(0, 2 * np.pi, (num_tokens, half))
         arguments = {
             "qkv": _normal(rng, (num_tokens, (heads + 2 * kv_heads) * head_size), storage),
@@ -305,6 +379,8 @@ def _attend(
             "slots": _int32(slots),
             "key_cache": a["key_cache"],
             "value_cache": a["value_cache"],
+            "key_scales": a["key_scales"],
+            "value_scales": a["value_scales"],
             "query_starts": a["query_starts"],
             "kv_lens": a["kv_lens"],
             "block_tables": a["block_tables"],
@@ -314,15 +390,10 @@ def _attend(
             "q_scratch": _nan((num_tokens, heads, head_size), storage),
             "out": a["out"],
         }
-        return Call(
-            arguments,
-            ("key_cache", "value_cache", "q_scratch", "out"),
-            {
-                "key_cache": ~stored,
-                "value_cache": ~stored,
-                "q_scratch": np.ones((num_tokens, heads, head_size), bool),
-            },
-        )
+        parts = "key_cache", "value_cache", *(("key_scales", "value_scales") if codes else ())
+        ignored = {n: ~(stored[..., 0] if n.endswith("scales") else stored) for n in parts}
+        ignored["q_scratch"] = np.ones((num_tokens, heads, head_size), bool)
+        return Call(arguments, (*parts, "q_scratch", "out"), ignored)
 
     return make
 
@@ -451,6 +522,28 @@ def _all() -> Iterator[tuple[str, str, Callable[..., Call]]]:
     yield "attend", "some-without-queries", _attend([(1, 9), (0, 20), (1, 33)], 2, 2, 16)
     yield "attend", "mixed", _attend(mixed, 4, 2, 6, norms="q")
     yield "attend", "empty", _attend([], 4, 2, 16)
+    for codes in CODES:
+        more = {"codes": codes}
+        for heads, kv_heads, head_size in ((3, 3, 64), (4, 1, 80), (8, 1, 96), (8, 2, 128)):
+            name = f"{codes}-h{heads}-g{kv_heads}-d{head_size}"
+            make = _rope_write_kv(5, heads, kv_heads, head_size, norms="q", **more)
+            yield "rope_write_kv", name, make
+        yield "rope_write_kv", f"{codes}-d256", _rope_write_kv(3, 2, 1, 256, norms="qk", **more)
+        yield "rope_write_kv", f"{codes}-empty", _rope_write_kv(0, 4, 2, 8, **more)
+        yield "rope_write_kv", f"{codes}-padding", _rope_write_kv(7, 4, 2, 8, padding=3, **more)
+        many = _rope_write_kv(37, 2, 1, 6, block_size=4, norms="k", **more)
+        yield "rope_write_kv", f"{codes}-many-blocks", many
+        for heads, kv_heads in ((2, 2), (4, 1), (7, 1), (8, 1), (8, 2)):
+            name = f"{codes}-mixed-h{heads}-g{kv_heads}"
+            yield "attention", name, _attention(mixed, heads, kv_heads, 16, **more)
+        yield "attention", f"{codes}-d6", _attention(mixed, 4, 2, 6, 5, **more)
+        for head_size in (64, 80, 96, 128, 256):
+            lens = [(1, 5), (3, 9), (1, 17)]
+            yield "attention", f"{codes}-d{head_size}", _attention(lens, 4, 2, head_size, **more)
+        yield "attention", f"{codes}-decode", _attention(around, 4, 1, 16, 8, **more)
+        yield "attention", f"{codes}-empty", _attention([], 4, 2, 8, **more)
+        yield "attend", f"{codes}-decode", _attend(around, 4, 2, 64, norms="k", **more)
+        yield "attend", f"{codes}-mixed", _attend(mixed, 4, 2, 6, norms="q", **more)
     yield "penalize", "empty", _penalize([], 10)
     yield "penalize", "ragged", _penalize([0, 7, 1, 40, 0], 40)
     yield "penalize", "untouched", _penalize([0, 0], 5)

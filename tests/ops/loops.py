@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
@@ -58,8 +59,29 @@ def loop_norm_linear(x, norm_weight, eps, weight, bias, out) -> None:
         out[t] = loop_product(normed, weight, bias)
 
 
+BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def loop_codes(values: list[float], dtype: np.dtype) -> tuple[list[Any], float]:
+    """The codes of a row, and its scale."""
+    limit = 127 if dtype == np.int8 else 448
+    scale = rounded(max(abs(v) for v in values) / limit, BFLOAT16)
+    codes = []
+    for value in values:
+        x = min(max(value / scale, -limit), limit) if scale > 0 else 0.0
+        # Python rounds ties to even.
+        codes.append(round(x) if dtype == np.int8 else np.float64(x).astype(E4M3).view(np.uint8))
+    return codes, scale
+
+
+def loop_row(codes: np.ndarray, scale: Any) -> list[float]:
+    """What a row of codes stands for."""
+    values = codes if codes.dtype == np.int8 else codes.view(E4M3)
+    return [float(v) * float(scale) for v in values]
+
+
 def loop_rope_write_kv(
-    qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_out
+    qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales, value_scales, q_out
 ) -> None:
     num_heads, d = q_out.shape[1:]
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -80,14 +102,26 @@ def loop_rope_write_kv(
         for h in range(num_heads):
             q_out[t, h] = turned(t, h, q_norm)
         for g in range(num_kv_heads):
-            key_cache[block, g, row] = turned(t, num_heads + g, k_norm)
             start = (num_heads + num_kv_heads + g) * d
-            value_cache[block, g, row] = qkv[t, start : start + d]
+            key = turned(t, num_heads + g, k_norm)
+            value = [float(v) for v in qkv[t, start : start + d]]
+            for x, cache, scales in (
+                (key, key_cache, key_scales), (value, value_cache, value_scales)
+            ):  # fmt: skip
+                if scales is None:
+                    cache[block, g, row] = x
+                else:
+                    cache[block, g, row], scales[block, g, row] = loop_codes(x, cache.dtype)
 
 
 def loop_attention(
-    q, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, max_queries, out
-) -> None:
+    q, key_cache, value_cache, key_scales, value_scales, query_starts, kv_lens, block_tables, scale,
+    max_queries, out,
+) -> None:  # fmt: skip
+    def row_of(cache: np.ndarray, scales: np.ndarray | None, n: int, g: int, row: int) -> Any:
+        x = cache[n, g, row]
+        return x if scales is None else loop_row(x, scales[n, g, row])
+
     block_size = key_cache.shape[2]
     queries_per_kv_head = q.shape[1] // key_cache.shape[1]
     for b in range(len(kv_lens)):
@@ -99,25 +133,24 @@ def loop_attention(
             ]
             for h in range(q.shape[1]):
                 g = h // queries_per_kv_head
-                scores = [scale * dot(q[t, h], key_cache[n, g, row]) for n, row in places]
+                keys = [row_of(key_cache, key_scales, n, g, row) for n, row in places]
+                scores = [scale * dot(q[t, h], key) for key in keys]
                 highest = max(scores)
                 weights = [math.exp(s - highest) for s in scores]
                 total = math.fsum(weights)
-                values = [value_cache[n, g, row] for n, row in places]
+                values = [row_of(value_cache, value_scales, n, g, row) for n, row in places]
                 for i in range(q.shape[2]):
                     column = [float(v[i]) for v in values]
                     out[t, h, i] = dot(weights, column) / total
 
 
 def loop_attend(
-    qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, query_starts, kv_lens,
-    block_tables, scale, max_queries, max_kv_len, q_scratch, out,
+    qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, key_scales, value_scales,
+    query_starts, kv_lens, block_tables, scale, max_queries, max_kv_len, q_scratch, out,
 ) -> None:  # fmt: skip
-    loop_rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, key_cache, value_cache, q_scratch)
-    loop_attention(
-        q_scratch, key_cache, value_cache, query_starts, kv_lens, block_tables, scale, max_queries,
-        out,
-    )  # fmt: skip
+    caches = key_cache, value_cache, key_scales, value_scales
+    loop_rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, *caches, q_scratch)
+    loop_attention(q_scratch, *caches, query_starts, kv_lens, block_tables, scale, max_queries, out)
 
 
 def loop_linear_add(x, weight, bias, residual) -> None:

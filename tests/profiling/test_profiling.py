@@ -53,6 +53,27 @@ def test_costs_by_hand():
     assert found["lm_head"] == Cost(2 * (48 * 32 + 2 * 32) + 4 * 2 * 48, 2 * 2 * 48 * 32)
 
 
+def test_the_bytes_of_weights_that_are_stored_otherwise() -> None:
+    step = step_shape(step_dims(4, 2, 2, 3), [0, 3, 4], [8, 10])
+    shapes = {weight.name: weight.shape for weight in weight_layout(CONFIG)}
+    call = next(c for c in decoder_forward(CONFIG, rope_parameters(CONFIG)) if c.op == "linear_add")
+    plain = call_cost(call, step, shapes, 2)
+    packed = call_cost(call, step, shapes, 2, {"layers.0.o.weight": 700})
+    assert plain.num_bytes - packed.num_bytes == 2 * 32 * 32 - 700
+    assert plain.num_flops == packed.num_flops
+
+
+def test_a_quantised_cache_moves_codes_and_scales():
+    step = step_shape(step_dims(1, 1, 1, 1), [0, 1], [10])
+    shapes = {weight.name: weight.shape for weight in weight_layout(CONFIG)}
+    rope, moved = rope_parameters(CONFIG), []
+    for quantized in (False, True):
+        calls = decoder_forward(CONFIG, rope, quantized_cache=quantized)
+        (attend, *_) = [call for call in calls if call.op == "attend"]
+        moved.append(call_cost(attend, step, shapes, 2).num_bytes)
+    assert moved[0] - moved[1] == 2 * 10 * 2 * (2 * 8 - (8 + 2))
+
+
 class TickingClock:
     """Every mark is one second after the one before."""
 

@@ -45,6 +45,7 @@ constexpr uint32_t FULL_WARP = 0xffffffffu;
 
 inline float infinity() { return __builtin_inff(); }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t ones) { return (x & mask) | ones; }
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline bool is_aligned_16(const void* p) { return (uintptr_t(p) & 15) == 0; }
 inline float exp2_approx(float x) { return exp2f(x); }
@@ -152,6 +153,11 @@ inline uint4 ld_shared_16(const void* p, CALLER) {
     if (!shim::in_shared(p, 16)) shim::fail("line %d: a load not from shared memory", line);
     if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte load not aligned to 16", line);
     return *static_cast<const uint4*>(p);
+}
+inline uint2 ld_shared_8(const void* p, CALLER) {
+    if (!shim::in_shared(p, 8)) shim::fail("line %d: a load not from shared memory", line);
+    if (uintptr_t(p) & 7) shim::fail("line %d: an 8-byte load not aligned to 8", line);
+    return *static_cast<const uint2*>(p);
 }
 template <typename T>
 inline T* keep_pointer(T* p) {
@@ -275,6 +281,32 @@ inline void mma_m16n8k16(
 }
 #endif
 
+namespace shim {
+
+inline uint32_t bits_of_half(float x, __half*) { return __float2half_rn(x).bits; }
+inline uint32_t bits_of_half(float x, __nv_bfloat16*) { return __float2bfloat16_rn(x).bits; }
+
+}  // namespace shim
+
+template <typename T>
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    uint32_t y = 0;
+    for (int i = 0; i < 2; ++i) {
+        const float x = shim::half_of(a, i, (T*)nullptr) - shim::half_of(b, i, (T*)nullptr);
+        y |= shim::bits_of_half(x, (T*)nullptr) << 16 * i;
+    }
+    return y;
+}
+template <typename T>
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    uint32_t y = 0;
+    for (int i = 0; i < 2; ++i) {
+        const float x = shim::half_of(a, i, (T*)nullptr) * shim::half_of(b, i, (T*)nullptr);
+        y |= shim::bits_of_half(x, (T*)nullptr) << 16 * i;
+    }
+    return y;
+}
+
 // ------------------------------------------------------------------------------ across blocks
 
 template <typename T>
@@ -364,3 +396,4 @@ inline uint64_t globaltimer_ns() {
 }
 
 #include "host_bulk_copy.h"
+#include "host_small_numbers.h"
