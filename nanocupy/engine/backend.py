@@ -146,6 +146,7 @@ def _cpu_runner(
     checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
     from nanocupy.engine.numpy_runner import NumpyRunner
+    from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
 
     if config.dtype not in ("auto", "float32"):
@@ -169,10 +170,11 @@ def _cpu_runner(
         max_num_seqs=config.max_num_seqs,
         num_host_blocks=_num_host_blocks(config, wanted, token_bytes),
     )
+    read_codes, notes = quantized_reader(checkpoint, config.weight_format)
+    for note in notes:
+        say(note, progress)
     with byte_progress("loading", progress, quiet_s=1.0) as report:
-        weights = load_numpy_weights(
-            checkpoint, progress=report, weight_format=config.weight_format
-        )
+        weights = load_numpy_weights(checkpoint, progress=report, quantized=read_codes)
     return NumpyRunner(checkpoint.config, weights, limits, cache_dtype=quantized)
 
 

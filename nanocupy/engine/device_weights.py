@@ -67,7 +67,9 @@ def upload_weights(
     """
     layout = list(weight_layout(config))
     total_bytes = sum(
-        stored[w.name].num_bytes(w.shape) if w.name in stored else weights[w.name].nbytes
+        stored[w.name].num_bytes(w.shape, is_pairs(w.name))
+        if w.name in stored
+        else weights[w.name].nbytes
         for w in layout
     )
     is_random = isinstance(checkpoint, RandomCheckpoint)

@@ -11,28 +11,32 @@ import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, dequantized
 from nanocupy.errors import CapacityError
-from nanocupy.model.quantize import requantized
 from nanocupy.model.weights import Weight, weight_layout
+from nanocupy.quantized import QuantizedMatrix
 
 
 def load_numpy_weights(
     checkpoint: Checkpoint,
     dtype: type[np.floating] = np.float32,
     progress: Callable[[int, int], None] | None = None,
-    weight_format: str = "auto",
+    quantized: Callable[[Weight], QuantizedMatrix | None] | None = None,
 ) -> dict[str, np.ndarray]:
     """All weights in `dtype`, by the names of `weight_layout`. A tensor already stored so is not
     copied: it stays a view of the mapped file.
 
-    weight_format: as the setting; where it names a kind, matrices of layers are rounded to that.
+    quantized: gives a weight in codes, to be loaded as what they stand for; None for one that comes
+    from the checkpoint as it is. It is called from several threads.
     progress is called with (done, total) bytes. Raises CheckpointError, CapacityError.
     """
     layout = list(weight_layout(checkpoint.config))
 
     def read(source: str) -> np.ndarray:
-        return requantized(dequantized(checkpoint.read(source)), source, weight_format)
+        return dequantized(checkpoint.read(source))
 
     def load(weight: Weight) -> np.ndarray:
+        matrix = None if quantized is None else quantized(weight)
+        if matrix is not None:
+            return matrix.dequantize().astype(dtype, copy=False)
         if len(weight.sources) == 1:
             return read(weight.sources[0]).astype(dtype, copy=False)
         stacked = np.empty(weight.shape, dtype)

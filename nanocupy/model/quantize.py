@@ -6,10 +6,7 @@ are.
 
 from __future__ import annotations
 
-import numpy as np
-
 from nanocupy.model.weights import FUSED
-from nanocupy.quantized import KINDS, quantize
 
 _PARTS = frozenset((*FUSED, *(part for parts in FUSED.values() for part in parts), "o", "down"))
 _LARGEST_GROUP, _LEAST_GROUP = 128, 16
@@ -28,14 +25,3 @@ def group_size_for(kind: str, num_inputs: int) -> int | None:
         return num_inputs
     size = min(_LARGEST_GROUP, num_inputs & -num_inputs)
     return size if size >= _LEAST_GROUP else None
-
-
-def requantized(tensor: np.ndarray, name: str, weight_format: str) -> np.ndarray:
-    """A tensor of floats as it comes out of its quantised copy, float32; itself where
-    `weight_format` leaves it alone."""
-    if weight_format not in KINDS or not is_layer_matrix(name):
-        return tensor
-    group_size = group_size_for(weight_format, tensor.shape[1])
-    if group_size is None:
-        return tensor
-    return quantize(np.asarray(tensor, np.float32), weight_format, group_size).dequantize()

@@ -10,21 +10,25 @@ import pytest
 
 from nanocupy.checkpoint.base import GroupedInt8, TensorInfo
 from nanocupy.checkpoint.random import RandomCheckpoint
+from nanocupy.config import ModelConfig
+from nanocupy.engine.backend import device_settings, make_runner, with_weight_formats
 from nanocupy.engine.batch import build_batch
+from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.schedule import ScheduledRequest
-from nanocupy.engine.weight_formats import plan_weight_formats
+from nanocupy.engine.weight_formats import plan_weight_formats, quantized_reader
 from nanocupy.errors import CheckpointError
 from nanocupy.model.load import load_numpy_weights
+from nanocupy.model.weights import weight_layout
 from nanocupy.quantized import QuantizedMatrix, quantize
 from nanocupy.sampling_params import SamplingParams
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.shim import build
-from tests.shim.device import MODERN, OLD, ShimDevice
+from tests.shim.device import MODERN, OLD, ShimDevice, _ShimUploader
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -39,8 +43,13 @@ class QuantizedCheckpoint(TinyCheckpoint):
     """The tiny model with its matrices stored quantised; `kinds` by the names of projections,
     (kind, group size)."""
 
-    def __init__(self, kinds: dict[str, tuple[str, int | None]], orders: tuple[str, ...] = ()):
-        super().__init__(CONFIG, seed=3)
+    def __init__(
+        self,
+        kinds: dict[str, tuple[str, int | None]],
+        orders: tuple[str, ...] = (),
+        config: ModelConfig = CONFIG,
+    ):
+        super().__init__(config, seed=3)
         self.kinds, self.orders = kinds, orders
         for name, info in self.tensors.items():
             kind = self._kind(name)
@@ -84,6 +93,11 @@ def logits(runner, num_tokens: int) -> np.ndarray:
     return runner.logits(batch).copy()
 
 
+def on_the_cpu(checkpoint, weight_format) -> dict[str, np.ndarray]:
+    quantized, _ = quantized_reader(checkpoint, weight_format)
+    return load_numpy_weights(checkpoint, quantized=quantized)
+
+
 def check(checkpoint, weight_format="auto", traits=MODERN, dtype="float16", wanted_names=None):
     formats, notes = plan_weight_formats(
         checkpoint, weight_format, multiplies_codes=not traits.force_plain
@@ -92,7 +106,7 @@ def check(checkpoint, weight_format="auto", traits=MODERN, dtype="float16", want
     settings = DeviceSettings(dtype, dtype, dtype, quantized=formats)
     runner = DeviceRunner(CONFIG, ShimDevice(traits), limits, settings)
     runner.upload_weights(checkpoint)
-    weights = load_numpy_weights(checkpoint, weight_format=weight_format)
+    weights = on_the_cpu(checkpoint, weight_format)
     reference = NumpyRunner(CONFIG, weights, limits)
     for num_tokens in (1, 11, 70):
         got, wanted = logits(runner, num_tokens), logits(reference, num_tokens)
@@ -119,7 +133,7 @@ def test_quantised_at_load(kind):
 @needs_compiler
 def test_old_cards_and_an_lm_head_of_codes():
     kinds = all_of("int8") | {"lm_head": ("int8", 32)}
-    formats, _ = check(QuantizedCheckpoint(kinds), traits=OLD)
+    formats, _ = check(QuantizedCheckpoint(kinds), "int8", traits=OLD)
     assert formats["lm_head.weight"].is_unpacked
     formats, _ = check(QuantizedCheckpoint(kinds))
     assert not formats["lm_head.weight"].is_unpacked
@@ -132,8 +146,8 @@ def test_an_order_of_inputs_and_parts_of_different_kinds():
     assert formats["layers.0.down.weight"].has_order
     assert "layers.0.qkv.weight" not in formats
     assert notes == [
-        f"layers.0.qkv.weight and {CONFIG.num_layers - 1} more: loaded in 16 bits, as its parts "
-        "are quantised in different ways"
+        f"layers.0.qkv.weight and {CONFIG.num_layers - 1} more: loaded in floating point, as "
+        "its parts are quantised in different ways"
     ]
 
 
@@ -153,6 +167,119 @@ def test_what_stays_quantised():
     formats, notes = plan_weight_formats(odd, "auto")
     assert not formats
     assert "groups of 8" in notes[0]
+
+
+@needs_compiler
+def test_a_part_with_an_order_among_parts_to_be_rounded_is_rounded_too():
+    """One stored as the others are made keeps its codes."""
+    kinds = {"q": ("int4", 128), "gate": ("int4", 128)}
+    checkpoint = QuantizedCheckpoint(kinds, orders=("q",))
+    formats, notes = check(checkpoint, "int4")
+    assert formats["layers.0.qkv.weight"].is_made
+    assert not formats["layers.0.qkv.weight"].has_order
+    assert not notes
+    layout = {weight.name: weight for weight in weight_layout(CONFIG)}
+    read, _ = quantized_reader(checkpoint, "int4")
+    gate_up = read(layout["layers.0.gate_up.weight"])
+    stored = checkpoint.read_quantized("layers.0.gate.weight")
+    assert np.array_equal(gate_up.codes[: len(stored.codes)], stored.codes)
+    assert np.array_equal(gate_up.scales[: len(stored.scales)], stored.scales)
+
+
+def test_codes_stay_only_where_they_are_multiplied_or_asked_for():
+    stored, plain = QuantizedCheckpoint(all_of("int4")), TinyCheckpoint(CONFIG, seed=3)
+    formats, notes = plan_weight_formats(stored, "auto", multiplies_codes=False)
+    assert not formats
+    assert "weight_format int8, int4 or fp8 keeps codes" in notes[0]
+    for weight_format in ("auto", "float"):
+        nothing = plan_weight_formats(plain, weight_format, multiplies_codes=False)
+        assert nothing == ({}, [])
+    for checkpoint in (stored, plain):
+        formats, notes = plan_weight_formats(checkpoint, "int4", multiplies_codes=False)
+        assert len(formats) == 4 * CONFIG.num_layers
+        assert ["every product unpacks codes" in note for note in notes] == [True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_card_keeps_codes_where_it_multiplies_them(dtype):
+    config = EngineConfig(dtype=dtype, device="cuda")
+    checkpoint = QuantizedCheckpoint(all_of("int4"))
+    for capability in ((9, 0), (7, 5)):
+        traits = replace(MODERN, compute_capability=capability)
+        settings = device_settings(config, capability)
+        settings, notes = with_weight_formats(settings, checkpoint, config, traits)
+        multiplies = dtype == "float16" and capability >= (8, 0)
+        assert bool(settings.quantized) == multiplies
+        assert bool(notes) != multiplies
+
+
+@needs_compiler
+def test_parts_of_the_kind_that_was_asked_for_but_of_different_groups_are_rounded_once_more():
+    kinds = all_of("int8") | {"k": ("int8", 64), "o": ("int8", 8)}
+    formats, notes = check(QuantizedCheckpoint(kinds), "int8")
+    groups = {name.split(".")[2]: stored.group_size for name, stored in formats.items()}
+    assert groups == {"qkv": 128, "o": 128, "gate_up": 32, "down": 32}
+    others = f"and {CONFIG.num_layers - 1} more: rounded to int8 once more, as"
+    assert notes == [
+        f"layers.0.qkv.weight {others} its parts are quantised in different ways",
+        f"layers.0.o.weight {others} no kernel takes groups of 8 of 128 inputs",
+    ]
+
+
+def test_a_cpu_rounds_nothing_that_is_stored_as_it_was_asked_for():
+    checkpoint = QuantizedCheckpoint(all_of("int4"), orders=("down",))
+    stored, again = on_the_cpu(checkpoint, "float"), on_the_cpu(checkpoint, "int4")
+    assert stored.keys() == again.keys()
+    assert all(np.array_equal(stored[name], again[name]) for name in stored)
+    config = EngineConfig(device="cpu", weight_format="int4", max_num_seqs=1)
+    of_engine = make_runner(checkpoint, config).weights
+    assert all(np.array_equal(stored[name], of_engine[name]) for name in stored)
+    other = on_the_cpu(checkpoint, "int8")
+    assert not np.array_equal(stored["layers.0.down.weight"], other["layers.0.down.weight"])
+
+
+def test_a_cpu_rounds_what_a_card_would_and_leaves_alone_what_it_would_leave():
+    """Rows of 36 inputs are in groups for fp8, but no kernel takes them."""
+    checkpoint = TinyCheckpoint(tiny_config(intermediate_size=36), seed=3)
+    exact, rounded = load_numpy_weights(checkpoint), on_the_cpu(checkpoint, "fp8")
+    formats, _ = plan_weight_formats(checkpoint, "fp8")
+    assert "layers.0.o.weight" in formats
+    assert "layers.0.down.weight" not in formats
+    for name, values in exact.items():
+        assert np.array_equal(values, rounded[name]) == (name not in formats), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_progress_ends_at_all_bytes(kind):
+    """Orders of inputs and the rows that fill up the last strips of gate and up among them."""
+    config = replace(CONFIG, intermediate_size=196)
+    kinds = all_of(kind)
+    del kinds["down"]
+    checkpoint = QuantizedCheckpoint(kinds, orders=("q", "k", "v", "o"), config=config)
+    sent: list[int] = []
+
+    class Counting(ShimDevice):
+        total = 0
+
+        def uploader(self, total_bytes, progress):
+            self.total = total_bytes
+            return super().uploader(total_bytes, progress)
+
+    formats, _ = plan_weight_formats(checkpoint, "auto")
+    settings = DeviceSettings("float16", "float16", "float16", quantized=formats)
+    device = Counting()
+    runner = DeviceRunner(config, device, RunnerLimits(40, 4, 96, 80, 12), settings)
+    upload = _ShimUploader.upload
+
+    def counted(self, name, source, destination):
+        sent.append(destination.nbytes)
+        upload(self, name, source, destination)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ShimUploader, "upload", counted)
+        runner.upload_weights(checkpoint)
+    assert sum(sent) == device.total
 
 
 @needs_compiler
