@@ -17,21 +17,24 @@ from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.weight_formats import plan_weight_formats
 from nanocupy.model.quantize import group_size_for, is_layer_matrix
 from nanocupy.quantized import QuantizedMatrix, quantize
-from tests.engine.test_gpu_engine import all_logits, device_runner, run
+from tests.engine.test_gpu_engine import FLOAT32, all_logits, device_runner, run
 from tests.kernels.backends import TOLERANCES
 
 pytestmark = pytest.mark.gpu
 
 
 class StoredQuantized(Checkpoint):
-    """Random weights of a shape, stored in `kind`; `ordered`: with an order of the inputs."""
+    """Random weights of a shape, stored in `kind`; `ordered`: with an order of the inputs;
+    short_scales: scales and offsets of 11 bits, which int4 keeps as they are on a device."""
 
     format = "quantized"
 
-    def __init__(self, config, dtype: str, kind: str, *, ordered: bool = False) -> None:
+    def __init__(
+        self, config, dtype: str, kind: str, *, ordered: bool = False, short_scales: bool = False
+    ) -> None:
         self._source = RandomCheckpoint(config, dtype, seed=1)
         self.path, self.config = self._source.path, config
-        self.kind, self.ordered = kind, ordered
+        self.kind, self.ordered, self.short_scales = kind, ordered, short_scales
         self.tensors = {
             name: replace(info, dtype=kind) if is_layer_matrix(name) else info
             for name, info in self._source.tensors.items()
@@ -48,6 +51,9 @@ class StoredQuantized(Checkpoint):
             if self.ordered and ".down." in name:
                 order = np.random.default_rng(3).permutation(values.shape[1])
                 matrix = replace(matrix, input_order=order.astype(np.int32))
+            if self.short_scales:
+                offsets = None if matrix.offsets is None else in_11_bits(matrix.offsets)
+                matrix = replace(matrix, scales=in_11_bits(matrix.scales), offsets=offsets)
             self._known[name] = matrix
         return self._known[name]
 
@@ -63,6 +69,11 @@ class StoredQuantized(Checkpoint):
         return None
 
 
+def in_11_bits(values: np.ndarray) -> np.ndarray:
+    fractions, exponents = np.frexp(values)
+    return np.ldexp(np.rint(fractions * 2048) / np.float32(2048), exponents)
+
+
 @pytest.fixture(scope="module")
 def make_device():
     from nanocupy.cuda.device import CudaDevice
@@ -71,8 +82,8 @@ def make_device():
 
 
 def both(make_device, checkpoint: StoredQuantized, dtype: str, **how):
-    """Runners of the codes, and of the same weights in 16 bits."""
-    formats, notes = plan_weight_formats(checkpoint, "auto")
+    """Runners of the codes, and of the same weights in the storage type."""
+    formats, notes = plan_weight_formats(checkpoint, checkpoint.kind)
     assert not notes
     assert len(formats) == 4 * checkpoint.config.num_layers
     settings = DeviceSettings(dtype, dtype, dtype)
@@ -105,12 +116,38 @@ def test_many_sequences_decode_as_one_does(make_device) -> None:
     assert all(len(ids) == 64 for ids in run(codes, prompts))
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_float32_decodes_in_graphs_as_the_dequantised_model_does(make_device, kind) -> None:
+    """Every product unpacks its matrix, into one workspace that all layers take in turns, so that
+    none may begin before that is done, nor the next unpack while it reads."""
+    config = SHAPES["smollm2-135m"].with_(num_layers=3)
+    checkpoint = StoredQuantized(config, "float32", kind, ordered=kind == "int4", short_scales=True)
+    device = make_device()
+    formats, _ = plan_weight_formats(checkpoint, kind)
+    assert len(formats) == 4 * config.num_layers
+    codes = device_runner(device, checkpoint, replace(FLOAT32, quantized=formats), num_seqs=96)
+    floats = device_runner(make_device(), checkpoint, FLOAT32, num_seqs=96)
+    rng = np.random.default_rng(2)
+    for num_rows in (1, 4, 8):
+        prompts = [rng.integers(0, config.vocab_size, 3 + i).tolist() for i in range(num_rows)]
+        before = device.graphs.counters.replayed
+        got, wanted = run(codes, prompts), run(floats, prompts)
+        assert device.graphs.counters.replayed > before + 40
+        for ids, a, b in zip(prompts, got, wanted, strict=True):
+            if a == b:
+                continue
+            at = next(i for i in range(len(b)) if a[i] != b[i])
+            last = np.sort(all_logits(floats, ids + b[:at])[-1])
+            gap = (last[-1] - last[-2]) / abs(last).max()
+            assert gap < 1e-4, f"token {at} is {a[at]}, not {b[at]}"
+
+
 def test_random_weights_need_no_host(make_device) -> None:
     for kind in ("int4", "int8", "fp8"):
         checkpoint = RandomCheckpoint(SHAPES["qwen3-0.6b"].with_(num_layers=2), seed=4)
         formats, _ = plan_weight_formats(checkpoint, kind)
         settings = DeviceSettings(quantized=formats)
         runner = device_runner(make_device(), checkpoint, settings)
-        ids = np.arange(40)
+        ids = np.arange(24)  # logits of each, and the runner is made for those of 32
         assert np.isfinite(all_logits(runner, ids)).all()
         assert isinstance(checkpoint.tensors["layers.0.o.weight"], TensorInfo)
