@@ -159,3 +159,9 @@ def test_gpu_hash_follows_contents_and_nothing_else(tmp_path: Path) -> None:
     )
     assert printed.stdout.strip() == module.gpu_hash(ROOT)
     assert any(path.parent == ROOT / "nanocupy" / "ops" for path in module.gpu_sources(ROOT))
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """The folders are no packages, so pytest may import a file by its bare name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

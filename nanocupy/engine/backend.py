@@ -170,11 +170,11 @@ def _cpu_runner(
         max_num_seqs=config.max_num_seqs,
         num_host_blocks=_num_host_blocks(config, wanted, token_bytes),
     )
-    quantized, notes = quantized_reader(checkpoint, config.weight_format)
+    read_codes, notes = quantized_reader(checkpoint, config.weight_format)
     for note in notes:
         say(note, progress)
     with byte_progress("loading", progress, quiet_s=1.0) as report:
-        weights = load_numpy_weights(checkpoint, progress=report, quantized=quantized)
+        weights = load_numpy_weights(checkpoint, progress=report, quantized=read_codes)
     return NumpyRunner(checkpoint.config, weights, limits, cache_dtype=quantized)
 
 

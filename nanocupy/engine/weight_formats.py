@@ -28,7 +28,7 @@ _NO_CODES = "codes are multiplied in 16 bits alone, on compute capability 8.0 an
 class StoredWeight:
     """A matrix [R, K] that stays quantised, its fused parts stacked.
 
-    is_made       quantised at load, whatever the checkpoint has
+    is_made       quantised at load, but for parts that the checkpoint has just so
     has_order     its columns have an order of their own
     is_unpacked   larger batches need room to unpack it: all but an LM head, of which few rows are
                   asked for, where the card can multiply codes

@@ -11,7 +11,7 @@ import pytest
 from nanocupy.checkpoint.base import GroupedInt8, TensorInfo
 from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.config import ModelConfig
-from nanocupy.engine.backend import device_settings, with_weight_formats
+from nanocupy.engine.backend import device_settings, make_runner, with_weight_formats
 from nanocupy.engine.batch import build_batch
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.device_plan import DeviceSettings
@@ -231,6 +231,9 @@ def test_a_cpu_rounds_nothing_that_is_stored_as_it_was_asked_for():
     stored, again = on_the_cpu(checkpoint, "float"), on_the_cpu(checkpoint, "int4")
     assert stored.keys() == again.keys()
     assert all(np.array_equal(stored[name], again[name]) for name in stored)
+    config = EngineConfig(device="cpu", weight_format="int4", max_num_seqs=1)
+    of_engine = make_runner(checkpoint, config).weights
+    assert all(np.array_equal(stored[name], of_engine[name]) for name in stored)
     other = on_the_cpu(checkpoint, "int8")
     assert not np.array_equal(stored["layers.0.down.weight"], other["layers.0.down.weight"])
 
