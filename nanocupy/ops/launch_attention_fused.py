@@ -124,10 +124,7 @@ def fused_contexts(
     def choice(max_kv_len: int) -> _Block:
         return _choose(items, group, head_size, max_kv_len, num_multiprocessors, tuning)
 
-    most = tuning.cluster or MAX_CLUSTER
-    while most > 1 and not tuning.cluster and items * most > 2 * num_multiprocessors:
-        most //= 2
-    longest = most * tuning.block_tokens
+    longest = choice(1 << 30).cluster * tuning.block_tokens
     steps = [n for n in (128 << i for i in range(8)) if n < longest] + [longest]
     return tuple(
         n for n, after in zip(steps, [*steps[1:], 0], strict=True)

@@ -277,7 +277,9 @@ QUANTIZED_PLANTED = {
         "[slot / HEAD_SIZE] = scale", "[(slot / HEAD_SIZE) ^ 1] = scale"),
     "queries unsorted": ("low / 16 * 2 + low % 2) + low % 16 / 2", "low / 8) + low % 8"),
     "results unsorted": (
-        "place = sorted_column(chunk, column % 8)", "place = chunk * 8 + column % 8"),
+        "sorted_column(chunk, pair % 4 * 2)]", "chunk * 8 + pair % 4 * 2]"),
+    "second results unsorted": (
+        "sorted_column(chunk, pair % 4 * 2 + 1)]", "chunk * 8 + pair % 4 * 2 + 1]"),
     "the last scales are never stored": ("if (step >= num_steps) copies.finish();", ""),
     "scales that nobody waits for": ("if (STAGES == 1) copies.finish();", ""),
 }  # fmt: skip

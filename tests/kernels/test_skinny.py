@@ -119,7 +119,7 @@ def test_a_token_does_not_depend_on_the_batch(backend, splits: int) -> None:
         call = make_call(op, DTYPES["bfloat16"], 33, 37, 1032, bias=True)
         whole = {**call.arguments, "out": call.arguments["out"].copy()}
         launch_op(backend.run, op, whole, tuning=tuning)
-        for few in (9, 20):
+        for few in (3, 8, 9, 20):
             out = call.arguments["out"][:few].copy()
             part = {**call.arguments, "x": call.arguments["x"][:few], "out": out}
             launch_op(backend.run, op, part, tuning=tuning)
@@ -154,7 +154,7 @@ def plan(outputs: int, inputs: int, rows: int = 32, **more: Any):
 
 @pytest.mark.parametrize(("outputs", "inputs", "pairs"), SHAPES)
 def test_plans_of_real_shapes_fill_the_device(outputs: int, inputs: int, pairs: bool) -> None:
-    for rows in (9, 16, 32, 64):
+    for rows in (8, 9, 16, 32, 64):
         launch = plan(outputs, inputs, rows, pairs=pairs)
         assert launch.grid[0] >= 124
         # Clusters do not take turns: one block for each multiprocessor, nearly two, or many.
@@ -199,7 +199,7 @@ def test_the_norm_is_folded_in_where_the_inputs_have_room() -> None:
 )
 def test_every_card_has_room_for_every_batch(clusters: bool, shared_kb: int) -> None:
     for outputs, inputs, pairs in SHAPES:
-        for rows in (9, 32, 64):
+        for rows in (8, 9, 32, 64):
             launch = plan(
                 outputs, inputs, rows, pairs=pairs, clusters=clusters,
                 max_shared_bytes=shared_kb << 10,
