@@ -12,7 +12,6 @@
 #pragma once
 
 #include "types.cuh"
-#include "weight_copy.cuh"
 
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define SKINNY_ON_TENSOR_CORES (HAS_MMA && SCALAR != 0)
@@ -141,7 +140,7 @@ struct SkinnyShare {
             const bool valid = output < matrix.num_outputs && input < matrix.num_inputs;
             const int from = PAIRS && row % 16 >= 8 ? matrix.num_outputs + output : output;
             const int64_t offset = static_cast<int64_t>(from) * matrix.num_inputs + input;
-            copy_weights_16_or_zero(to + place(row, piece), matrix.weight + (valid ? offset : 0), valid);
+            cp_async_16_or_zero(to + place(row, piece), matrix.weight + (valid ? offset : 0), valid);
         }
     }
 

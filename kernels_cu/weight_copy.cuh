@@ -1,6 +1,10 @@
 // Copies of weights to shared memory, as cp_async_16 of device.cuh makes them. A step reads weights
 // once, and more of them than the L2 holds: they are the first to leave it, so that what a step comes
 // back to stays there, and that is not its activations alone, but the code of its kernels.
+//
+// `shared` must come from a pointer that depends on the thread, kept by keep_pointer: where it was a sum
+// of a place that all threads know and of a register, NVRTC 13.0 gave one build of many an instruction
+// that an H100 calls illegal (in SASS: [R19+UR0], desc[UR1]). So skinny_parts.cuh does without.
 #pragma once
 
 #include "device.cuh"
