@@ -45,8 +45,9 @@ def bars_of(records: Iterable[dict]) -> list[Bar]:
     found = []
     for record in records:
         if "ceiling" in record:
-            _, shape, _, size = record["name"].split("/")
-            label = f"{shape}, {words[size[0]]} {size[1:]}"
+            _, shape, dtype, size = record["name"].split("/")
+            _, _, codes = dtype.partition("-")  # bfloat16-int4: of weights in codes
+            label = f"{shape}{f' {codes}' if codes else ''}, {words[size[0]]} {size[1:]}"
             found.append(Bar(label, record["value"], record["ceiling"]))
     return found
 
