@@ -84,6 +84,12 @@ def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if compute_capability >= BFLOAT16_CAPABILITY else "float16"
+    residual_dtype = dtype if config.residual_dtype == "auto" else config.residual_dtype
+    if residual_dtype not in (dtype, "float32"):
+        raise ConfigError(
+            f"residual_dtype is {residual_dtype} and dtype {dtype}; the residual stream has the "
+            "same type, or float32"
+        )
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     if kv_dtype != dtype and kv_dtype not in QUANTIZED:
         raise ConfigError(
@@ -97,8 +103,9 @@ def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -
         )
     cache_dtype = QUANTIZED.get(kv_dtype, kv_dtype)
     return DeviceSettings(
-        dtype, dtype, cache_dtype, config.gpu_memory_utilization, two_streams=config.two_streams
-    )
+        dtype, residual_dtype, cache_dtype, config.gpu_memory_utilization,
+        two_streams=config.two_streams,
+    )  # fmt: skip
 
 
 def with_weight_formats(
@@ -149,8 +156,11 @@ def _cpu_runner(
     from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
 
-    if config.dtype not in ("auto", "float32"):
-        raise ConfigError(f"dtype is {config.dtype}; the CPU computes in float32 alone")
+    for name in ("dtype", "residual_dtype"):
+        if getattr(config, name) not in ("auto", "float32"):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}; the CPU computes in float32 alone"
+            )
     if config.kv_cache_dtype not in ("auto", "float32", *QUANTIZED):
         raise ConfigError(
             f"kv_cache_dtype is {config.kv_cache_dtype}; on the CPU it is float32, "

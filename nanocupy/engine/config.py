@@ -124,6 +124,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of weights and activations; auto: float32 on a CPU, 16 bits on a GPU")
+    residual_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
+        "auto", _DTYPES,
+        "type of the residual stream, which all layers add to; auto: as dtype")
     weight_format: Literal["auto", "float", "int8", "int4", "fp8"] = _choice(
         "auto", ("auto", "float", "int8", "int4", "fp8"),
         "matrices of layers: auto = as stored, float = as dtype, or quantised at load")
