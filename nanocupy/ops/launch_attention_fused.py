@@ -17,6 +17,10 @@ ENTRY = "attention_decode_fused"
 MAX_CLUSTER = 8  # blocks that every card with clusters can place together
 MAX_HEADS_PER_GROUP = 16  # rows of a tensor-core tile
 STEP_TOKENS = 16  # as in the kernel
+# Positions of a block up to which one launch is taken; where there are many blocks for each
+# multiprocessor, long ones end beside the others.
+BLOCK_TOKENS = 1024
+MANY_BLOCKS, BLOCK_TOKENS_OF_MANY = 8, 4096
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class FusedTuning:
     warps: int | None = None
     stages: int | None = None
     read_early: bool = True
-    block_tokens: int = 1024
+    block_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,13 @@ def fused_contexts(
     def choice(max_kv_len: int) -> _Block:
         return _choose(items, group, head_size, max_kv_len, num_multiprocessors, tuning)
 
-    longest = choice(1 << 30).cluster * tuning.block_tokens
-    steps = [n for n in (128 << i for i in range(8)) if n < longest] + [longest]
+    cluster = choice(1 << 30).cluster
+    block_tokens = tuning.block_tokens or (
+        BLOCK_TOKENS_OF_MANY if items * cluster >= MANY_BLOCKS * num_multiprocessors
+        else BLOCK_TOKENS
+    )
+    longest = cluster * block_tokens
+    steps = [n for n in (128 << i for i in range(10)) if n < longest] + [longest]
     return tuple(
         n for n, after in zip(steps, [*steps[1:], 0], strict=True)
         if not after or choice(n) != choice(after)
