@@ -130,7 +130,8 @@ def fused_contexts(
 
     cluster = choice(1 << 30).cluster
     block_tokens = tuning.block_tokens or (
-        BLOCK_TOKENS_OF_MANY if items * cluster >= MANY_BLOCKS * num_multiprocessors
+        BLOCK_TOKENS_OF_MANY
+        if items * cluster >= MANY_BLOCKS * num_multiprocessors
         else BLOCK_TOKENS
     )
     longest = cluster * block_tokens
