@@ -90,13 +90,12 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            for rows in shapes.slices(num_rows, 2 * width * ITEMSIZES[self._sizes.dtype]):
-                gate_up = self._workspace("gate_up", rows.stop - rows.start, 2 * width)
-                self._product_with_bias(normed[rows], weight, bias, gate_up)
-                self._launch(
-                    "activation.cu", "swiglu_rows", shapes.swiglu_rows(len(gate_up), width),
-                    gate_up, None, out[rows], _i32(width), **self._types,
-                )  # fmt: skip
+            gate_up = self._workspace("gate_up", num_rows, 2 * width)
+            self._product_with_bias(normed, weight, bias, gate_up)
+            self._launch(
+                "activation.cu", "swiglu_rows", shapes.swiglu_rows(num_rows, width),
+                gate_up, None, out, _i32(width), **self._types,
+            )  # fmt: skip
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
         num_rows = len(rows)

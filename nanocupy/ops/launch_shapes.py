@@ -15,9 +15,6 @@ MAX_GRID_Y = 65535
 MAX_RANKS = 8  # blocks of a cluster on any card that has clusters
 # Of kernels_cu/sampling.cu: the tokens that a block ends with, and a bound of its other variables.
 SAMPLE_SHARED_BYTES, SAMPLE_STATIC_BYTES = 8 * 2048, 19 << 10
-# What is written and read again at once is better kept small enough for L2: bytes at most, and rows
-# at least, as products of few rows are slower.
-SLICE_BYTES, LEAST_SLICE = 34 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,6 @@ class LaunchShape:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def slices(num_rows: int, row_bytes: int) -> list[slice]:
-    """num_rows rows in slices of equal size, but for the last, that L2 has room for; all in one
-    where that would be slices of too few."""
-    most = SLICE_BYTES // row_bytes // 128 * 128
-    if most < LEAST_SLICE:
-        most = num_rows
-    return [slice(i, min(i + most, num_rows)) for i in range(0, num_rows, most)]
 
 
 def row_block(width: int, per_thread: int, most: int = MAX_BLOCK) -> int:

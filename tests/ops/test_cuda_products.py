@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanocupy.ops import launch_shapes
 from nanocupy.ops.cuda_sizes import OpSizes
 from nanocupy.ops.launch_skinny import SkinnyTuning
 from nanocupy.ops.numpy_ops import NumpyOps
@@ -85,15 +84,3 @@ def test_a_wide_residual_stream(op: str) -> None:
 )
 def test_what_goes_to_cublas(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
     assert ENTRIES[op] not in launched(op, rows, inputs, **how)
-
-
-def test_many_rows_of_a_wide_layer_go_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the activation reads is no larger than L2 has room for; the results are the same."""
-    row_bytes = 2 * 45 * 2
-    monkeypatch.setattr(launch_shapes, "SLICE_BYTES", 128 * row_bytes)
-    monkeypatch.setattr(launch_shapes, "LEAST_SLICE", 128)
-    found = launched("norm_swiglu", 300, 24)
-    assert found.count("swiglu_rows") == 3
-    assert [s.stop - s.start for s in launch_shapes.slices(300, row_bytes)] == [128, 128, 44]
-    monkeypatch.setattr(launch_shapes, "LEAST_SLICE", 129)  # too few rows for a product
-    assert launched("norm_swiglu", 300, 24).count("swiglu_rows") == 1
