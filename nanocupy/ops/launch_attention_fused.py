@@ -17,9 +17,9 @@ ENTRY = "attention_decode_fused"
 MAX_CLUSTER = 8  # blocks that every card with clusters can place together
 MAX_HEADS_PER_GROUP = 16  # rows of a tensor-core tile
 STEP_TOKENS = 16  # as in the kernel
-# Positions of a block up to which one launch is taken, by the blocks that each multiprocessor has at
-# least: where they are many, the long ones end beside others. With 256 requests, 1024 for all gave
-# 19,867 tokens a second of Qwen3-0.6B, 2048 from 3 blocks on 20,605.
+# Positions of a block up to which one launch is taken, by the blocks that there are for each
+# multiprocessor at least: of many, the long ones end beside others. With 256 requests, 1024 for all
+# gave 19,867 tokens a second of Qwen3-0.6B, 2048 from 3 blocks on 20,605.
 BLOCK_TOKENS = ((8, 4096), (3, 2048), (0, 1024))
 
 
