@@ -161,7 +161,7 @@ def throughput(
         *(b if a is None else a for a, b in zip(given, defaults, strict=True)), seed
     )
     num_seqs = min(workload.num_requests, 256)
-    config = _config(options, workload.max_context, num_seqs, chunk_size=2048 if on_gpu else 512)
+    config = _config(options, workload.max_context, num_seqs)
     engine, dtype = _engine(shape, config, workload.max_context, 1)
     with count_progress("output tokens") as report:
         found = bench_throughput.throughput(engine, shape, dtype, workload, repeats, report)

@@ -146,7 +146,7 @@ class EngineConfig:
         int, None, "the largest chunk_size while running; null = chunk_size at start",
         unit="tokens", **_COUNT, optional=True)
     chunk_size: int = _setting(
-        int, 512, "tokens one step computes, prompts cut to fit; up to max_chunk_size",
+        int, 2048, "tokens one step computes, prompts cut to fit; up to max_chunk_size",
         unit="tokens", **_COUNT, live=True)
     block_size: int = _setting(
         int, 16, "tokens in one block of the key/value cache",

@@ -87,7 +87,7 @@ def test_every_setting_has_a_flag_that_reads_every_kind(
             argv, value = [s.flag, s.choices[-1]], s.choices[-1]
         else:
             # Within every bound, the limits of other settings included.
-            value = {int: 16, float: 0.5}[s.kind] if name != "max_chunk_size" else 600
+            value = {int: 16, float: 0.5}[s.kind] if name != "max_chunk_size" else 4096
             argv = [s.flag, str(value)]
         got = show(capsys, *argv)[name]
         assert (got["value"], got["source"]) == (value, "flag")

@@ -54,7 +54,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "max_context": ([None, 2, 1 << 28], [1, 0, -1, (1 << 28) + 1, 4096.0, "4096"]),
     "max_num_seqs": ([1, 16, 65536], [0, -1, 65537, None, True, "16", 1.5]),
     "batch_size": ([None, 1, 16], [0, 65537, 2.0]),
-    "max_chunk_size": ([None, 512, 65536], [0, 65537, "auto"]),
+    "max_chunk_size": ([None, 2048, 65536], [0, 65537, "auto"]),
     "chunk_size": ([1, 512, 65536], [0, 65537, None, False, 10**5000]),
     "block_size": ([1, 16, 256], [0, 257, None]),
     "gpu_memory_utilization": ([0.05, 0.9, 0.98], [0.04, 0.99, 1, 90, float("nan"), "0.9", None]),
@@ -107,7 +107,7 @@ def test_bounds(name: str) -> None:
 def test_a_running_value_stays_below_its_maximum() -> None:
     with pytest.raises(ConfigError, match="batch_size is 17, above max_num_seqs, which is 16"):
         EngineConfig(batch_size=17)
-    with pytest.raises(ConfigError, match="chunk_size is 512, above max_chunk_size, which is 256"):
+    with pytest.raises(ConfigError, match="chunk_size is 2048, above max_chunk_size, which is 256"):
         EngineConfig(max_chunk_size=256)
     config = EngineConfig(chunk_size=64)
     assert (config.chunk_limit, config.max_step_tokens, config.num_running) == (64, 64, 16)
