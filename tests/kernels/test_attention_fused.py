@@ -217,7 +217,7 @@ def test_only_what_the_kernel_can_do_is_fused() -> None:
 
 def test_the_bound_is_the_key_of_a_graph() -> None:
     """Contexts of one bound have one launch; an unknown length has the one that suits all."""
-    for num_seqs in (1, 2, 8, 64):
+    for num_seqs in (1, 2, 8, 64, 130, 1000):
         bounds = fused_bounds(sizes(), MODERN, num_seqs)
         assert list(bounds) == sorted(set(bounds))
         for before, bound in pairwise((0, *bounds)):
@@ -229,6 +229,13 @@ def test_the_bound_is_the_key_of_a_graph() -> None:
         assert long >= 4096
         for unfused_bound in (0, long, bounds[-1] + 1):
             assert fused_launch(sizes(), MODERN, num_seqs, unfused_bound) is None
+
+
+def test_many_sequences_keep_one_launch_for_longer_contexts() -> None:
+    """Blocks that one multiprocessor has in turn end beside others; a few would end alone."""
+    assert (MODERN.num_multiprocessors, sizes().num_kv_heads) == (6, 4)
+    longest = [fused_bounds(sizes(), MODERN, num_seqs)[-1] for num_seqs in (2, 4, 5, 11, 12)]
+    assert longest == [1024, 1024, 2048, 2048, 4096]
 
 
 @pytest.mark.parametrize("shared_kb", [99, 227])
