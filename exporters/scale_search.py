@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from nanocupy.quantized import to_half_bits
+
 # Shares of the whole range. Below, cutting off outliers costs more than finer steps save.
 SHARES = tuple(1.0 - 0.05 * i for i in range(9))
 # Where a narrower range lies in the whole: -1 at its lower end, 1 at its upper one. On normal
@@ -21,7 +23,8 @@ _TOP = np.float32(15)
 def search_int4(
     groups: np.ndarray, scales: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes 0 to 15 as float32 [M, G], scales and offsets float32 [M], of float32 groups [M, G].
+    """Codes 0 to 15 as float32 [M, G], scales and offsets float32 [M] with the bits of
+    `to_half_bits`, of float32 groups [M, G].
 
     scales, offsets   of the whole range, where the search begins: as `quantize` gives them. A group
                       for which it finds nothing better keeps them.
@@ -32,6 +35,7 @@ def search_int4(
 
     def offer(codes: np.ndarray, fitted: np.ndarray, moved: np.ndarray) -> None:
         """Take these for the groups in which they are better."""
+        fitted, moved = to_half_bits(fitted), to_half_bits(moved)
         errors = _errors(groups, codes, fitted, moved)
         better = errors < best_errors
         best_errors[better] = errors[better]

@@ -66,19 +66,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) norm_swiglu
 }
 
 // lm_head_rows: logits of ROWS sampled rows, out = rms_norm(x[rows]) @ weight.T
-// grid, block as norm_linear_rows; shared memory the same with sizeof(residual_t)
+// grid, block, shared memory as norm_linear_rows
 // x            residual_t [T, K]
 // rows         int32 [ROWS], each in [0, T)
 // norm_weight  scalar_t [K]
 // weight       scalar_t [V, K]
 // out          float [ROWS, V]
-// The rest as norm_linear_rows. The norm is rounded to residual_t; where that is wider than scalar_t
-// the tensor cores are not used.
+// The rest as norm_linear_rows. A head whose type is not that of the layers is a build of its own.
 // REF: numpy_ops.lm_head
 // COST: V * K * sizeof(scalar_t) + ROWS * V * 4 bytes, and 2 * ROWS * V * K flops
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) lm_head_rows(
     const residual_t* x, const int32_t* rows, const scalar_t* norm_weight, float eps,
     const scalar_t* weight, float* out, int32_t V, int32_t K, int32_t k_tile, int32_t k_splits) {
-    const GemvInput<residual_t, residual_t, true> input = {x, rows, norm_weight, eps, K, k_tile};
+    const GemvInput<residual_t, scalar_t, true> input = {x, rows, norm_weight, eps, K, k_tile};
     run_gemv<false>(GemvMatrix{weight, V, K, k_splits}, input, StoreLogits{out, V});
 }

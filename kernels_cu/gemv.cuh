@@ -337,11 +337,7 @@ __device__ __forceinline__ void run_gemv(
     grid_dependency_launch();
     if (rows_are_wide(matrix.weight, matrix.num_inputs)) {
 #if TENSOR && HAS_MMA && SCALAR != 0
-        if constexpr (same_type<typename Input::act_t, scalar_t>) {
-            run_product<PAIRS, TensorProduct<Input, UNROLL>>(matrix, input, epilogue);
-        } else {
-            run_product<PAIRS, LaneProduct<Input, UNIT, BATCH, true>>(matrix, input, epilogue);
-        }
+        run_product<PAIRS, TensorProduct<Input, UNROLL>>(matrix, input, epilogue);
 #else
         run_product<PAIRS, LaneProduct<Input, UNIT, BATCH, true>>(matrix, input, epilogue);
 #endif

@@ -47,11 +47,6 @@ static_assert(
 
 constexpr int ROWS_POWER = ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8;
 
-template <typename A, typename B>
-constexpr bool same_type = false;
-template <typename A>
-constexpr bool same_type<A, A> = true;
-
 // What the threads of a block exchange, beside dynamic shared memory.
 struct GemvScratch {
     float partial[MERGE_PASSES][WARPS * MAX_UNIT_ROWS * ROWS];

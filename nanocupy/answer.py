@@ -17,11 +17,24 @@ from nanocupy.errors import CheckpointError
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.tokenizer import Tokenizer, stream_decoder
 
-NO_NUMBERS = (
-    "the model computes NaN or infinite logits: its weights are damaged or out of range, or this "
-    "prompt is more than its number format holds; check the file with `nanocupy inspect --verify`, "
-    "or try another dtype"
-)
+
+def no_numbers(where: str, dtype: str, residual_dtype: str) -> CheckpointError:
+    """What is raised where no token can be told. where: the request, or nothing; the types are
+    those of activations and of the residual stream."""
+    if dtype == "float16":
+        wider = ", or residual_dtype float32" if residual_dtype == "float16" else ""
+        why = (
+            "its values are beyond float16 (65504), or its weights are damaged; take dtype "
+            f"bfloat16{wider}"
+        )
+    else:
+        why = (
+            "its weights are damaged or out of range, or this prompt is more than its number "
+            "format holds; check the file with `nanocupy inspect --verify`, or try another dtype"
+        )
+    return CheckpointError(
+        f"{where}{': ' if where else ''}the model computes NaN or infinite logits: {why}"
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,9 @@ class Steps(Protocol):
 
     def _end(self, request_id: str, sample_index: int | None = None) -> None:
         """Forget a request, or end one sample of it; it may have ended already."""
+
+    def no_numbers(self, where: str = "") -> CheckpointError:
+        """What is wrong where the model gave no numbers; see the function of this name."""
 
 
 class _SampleText:
@@ -241,5 +257,5 @@ class Answer(Iterator[TextChunk]):
         reasons = [sample.finish_reason for sample in self._samples]
         self.finish_reason = reasons[0]
         if all(reason == "error" for reason in reasons):
-            self.error = CheckpointError(NO_NUMBERS)
+            self.error = self._steps.no_numbers(f"request {self.request_id}")
         self._steps._end(self.request_id)

@@ -46,3 +46,10 @@ class CudaError(NanocupyError):
     """A CUDA call or kernel that failed; names the call and the kernel."""
 
     exit_code = 1
+
+
+def beyond_float16(name: str) -> ConfigError:
+    """What is raised where the tensor `name`, to be kept in float16, has larger values."""
+    owns = {"embed.weight": "embed_dtype", "lm_head.weight": "lm_head_dtype"}
+    setting = owns.get(name, "dtype")
+    return ConfigError(f"tensor {name} has values beyond float16 (65504); take {setting} bfloat16")

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanocupy.answer import NO_NUMBERS
-from nanocupy.errors import CheckpointError, RequestError
+from nanocupy.errors import RequestError
 from nanocupy.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def score_text(
         for (start, _, scored), answer in zip(batch, answers, strict=True):
             found = answer.prompt_logprobs
             if answer.finish_reason == "error" or found is None:
-                raise CheckpointError(NO_NUMBERS)
+                raise llm.no_numbers()
             for token in found[scored - start :]:
                 assert token is not None
                 logprobs.append(token.logprob)

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 from weakref import WeakValueDictionary
 
-from nanocupy.answer import Answer, Completion, Sample, TextChunk
+from nanocupy.answer import Answer, Completion, Sample, TextChunk, no_numbers
 from nanocupy.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from nanocupy.engine.backend import make_engine, starting_driver
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import scheduler_settings
 from nanocupy.engine.request import RequestPriority
 from nanocupy.engine.results import StepOutput
-from nanocupy.errors import ConfigError, RequestError, TokenizerError
+from nanocupy.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from nanocupy.progress import count_progress
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.tokenizer import Tokenizer
@@ -86,6 +86,11 @@ class LLM:
         self.started_with.changes_allowed(new)
         self._engine.configure(scheduler_settings(new, self._engine.runner.limits))
         self.engine_config = new
+
+    def no_numbers(self, where: str = "") -> CheckpointError:
+        """What to tell of a sample whose finish_reason is "error": that its logits are NaN or
+        infinite, and what mends it with the types in use. where: named first, "prompt 3" say."""
+        return no_numbers(where, *self._engine.runner.dtypes)
 
     @property
     def max_context(self) -> int:

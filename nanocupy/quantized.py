@@ -168,8 +168,9 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
 @np.errstate(over="ignore", invalid="ignore")
 def quantize(matrix: np.ndarray, kind: str, group_size: int | None = None) -> QuantizedMatrix:
     """`matrix` [R, K], finite, rounded to the nearest codes, from the largest (and for int4 the
-    smallest) value of each group; scales are infinite where float32 cannot hold that. group_size:
-    None for one scale a row. Raises ValueError where it does not divide K, or K is odd for int4."""
+    smallest) value of each group; scales are infinite where float32 cannot hold that; int4's have,
+    as offsets do, the bits of `to_half_bits`. group_size: None for one scale a row. Raises
+    ValueError where it does not divide K, or K is odd for int4."""
     num_rows, num_inputs = matrix.shape
     group_size = group_size or num_inputs
     if num_inputs % group_size or (kind == "int4" and num_inputs % 2):
@@ -178,7 +179,8 @@ def quantize(matrix: np.ndarray, kind: str, group_size: int | None = None) -> Qu
     if kind == "int4":
         low = np.minimum(groups.min(axis=-1), 0.0)
         high = np.maximum(groups.max(axis=-1), 0.0)
-        scales = _positive((high - low) / np.float32(15))
+        low = to_half_bits(low)
+        scales = to_half_bits(_positive((high - low) / np.float32(15)))
         codes = np.clip(np.rint((groups - low[..., None]) / scales[..., None]), 0, 15)
         packed = pack_int4(codes.reshape(matrix.shape))
         return QuantizedMatrix(kind, packed, scales, low, group_size)
@@ -191,6 +193,17 @@ def quantize(matrix: np.ndarray, kind: str, group_size: int | None = None) -> Qu
         values = np.clip(groups / scales[..., None], -_FP8_MAX, _FP8_MAX).astype(_FP8)
         codes = values.view(np.uint8).reshape(matrix.shape)
     return QuantizedMatrix(kind, codes, scales, None, group_size)
+
+
+def to_half_bits(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to the eleven significant bits of float16, whatever their exponents.
+
+    A GPU keeps scales and offsets of int4 so. Where they are rounded before codes are chosen, it
+    multiplies the very weights that the codes stand for; rounded after, all weights of a group are
+    off by as much, which adds up where inputs have a mean.
+    """
+    mantissas, exponents = np.frexp(values)
+    return np.ldexp(np.rint(mantissas * np.float32(2048)) / np.float32(2048), exponents)
 
 
 def _positive(scales: np.ndarray) -> np.ndarray:

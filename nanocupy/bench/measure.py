@@ -153,7 +153,7 @@ def weight_bytes(engine: LLMEngine, itemsize: int) -> int:
     if not kept:
         counts = weight_counts(engine.config)
         return (counts.body + counts.head) * itemsize
-    rows_alone = set() if engine.config.tied_lm_head else {"embed.weight"}
+    rows_alone = {"embed.weight"} if "lm_head.weight" in kept else set()
     return sum(weight.nbytes for name, weight in kept.items() if name not in rows_alone)
 
 

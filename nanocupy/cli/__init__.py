@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nanocupy.cli.doctor:doctor", "Check GPU, driver, CuPy and cache; say how to mend."),
     "bench": ("nanocupy.cli.bench:bench", "Measure decode, prefill, throughput, start-up."),
     "warmup": ("nanocupy.cli.warmup:warmup", "Compile a model's GPU kernels into the cache."),
+    "plan": ("nanocupy.cli.plan:plan", "Show what an engine takes of a GPU's memory."),
     "eval": ("nanocupy.cli.eval:evaluate", "Measure a model's perplexity on a text."),
     "profile": ("nanocupy.cli.profile:profile", "Show where time and memory of a model go."),
     "config": ("nanocupy.cli.config:config", "Show the engine's settings, or write a file."),

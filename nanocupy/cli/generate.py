@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanocupy.answer import NO_NUMBERS
 from nanocupy.cli.model_options import (
     Stopwatch,
     load_model,
@@ -21,7 +20,7 @@ from nanocupy.cli.model_options import (
     read_prompt,
     statistics_line,
 )
-from nanocupy.errors import CheckpointError, RequestError
+from nanocupy.errors import RequestError
 
 if TYPE_CHECKING:
     from nanocupy.llm import LLM, Completion
@@ -84,8 +83,18 @@ def generate(
         else:
             line = _statistics_of_many(llm, completions, load_time, watch.seconds)
         click.echo(f"[{line}]", err=True)
-    if all(s.finish_reason == "error" for c in completions for s in c.samples):
-        raise CheckpointError(NO_NUMBERS)
+    failed = [
+        number
+        for number, completion in enumerate(completions, 1)
+        if any(sample.finish_reason == "error" for sample in completion.samples)
+    ]
+    if failed:
+        plural = "s" if len(failed) > 1 else ""
+        which = f"prompt{plural} {', '.join(map(str, failed))}" if len(completions) > 1 else ""
+        error = llm.no_numbers(which)
+        if all(s.finish_reason == "error" for c in completions for s in c.samples):
+            raise error
+        click.echo(f"nanocupy: {error}", err=True)
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> Completion:

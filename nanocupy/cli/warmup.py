@@ -75,15 +75,14 @@ def _checkpoint(model: str | None, shape: str | None) -> Checkpoint:
 def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, config: Any) -> None:
     """Compile for each of `cards`, all of `arch`, and say what was done."""
     from nanocupy.cuda.compiler import Compiler
-    from nanocupy.engine.backend import device_settings, model_context, with_weight_formats
+    from nanocupy.engine.backend import device_model, model_context
     from nanocupy.engine.device_kernels import kernel_variants
     from nanocupy.engine.runner import RunnerLimits
     from nanocupy.progress import count_progress
 
     start_s = time.monotonic()
+    checkpoint, settings, _ = device_model(checkpoint, config, cards[0])
     model = checkpoint.config
-    settings = device_settings(config, cards[0].compute_capability)
-    settings, _ = with_weight_formats(settings, checkpoint, config, cards[0])
     limits = RunnerLimits(
         num_blocks=2,  # no kernel depends on it
         block_size=config.block_size,

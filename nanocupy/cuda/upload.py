@@ -16,7 +16,7 @@ import numpy as np
 
 from nanocupy.cuda.checks import cuda_call
 from nanocupy.cuda.streams import PinnedBuffer, new_event
-from nanocupy.errors import ConfigError, CudaError
+from nanocupy.errors import CudaError, beyond_float16
 
 BUFFER_BYTES = 32 << 20
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -172,9 +172,7 @@ def convert(name: str, source: np.ndarray, out: np.ndarray) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, source, casting="unsafe")
     if out.dtype == np.float16 and not np.isfinite(out).all():
-        raise ConfigError(
-            f"tensor {name} has values beyond float16 (65504); run the model in bfloat16"
-        )
+        raise beyond_float16(name)
 
 
 def _check_pair(name: str, source: np.ndarray, destination: Any) -> None:

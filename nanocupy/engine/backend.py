@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nanocupy.checkpoint.base import Checkpoint
+from nanocupy.checkpoint.untied import EMBEDDING, LM_HEAD, untied
 from nanocupy.config import ModelConfig
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import LLMEngine, scheduler_settings
@@ -105,7 +106,21 @@ def device_settings(config: EngineConfig, compute_capability: tuple[int, int]) -
     return DeviceSettings(
         dtype, residual_dtype, cache_dtype, config.gpu_memory_utilization,
         two_streams=config.two_streams,
+        embed_dtype=None if config.embed_dtype == "auto" else config.embed_dtype,
+        lm_head_dtype=None if config.lm_head_dtype == "auto" else config.lm_head_dtype,
     )  # fmt: skip
+
+
+def device_model(
+    checkpoint: Checkpoint, config: EngineConfig, traits: DeviceTraits
+) -> tuple[Checkpoint, DeviceSettings, list[str]]:
+    """What runs on a card of these traits as `config` says: the model, with an LM head of its own
+    where that has another type than the embedding; the types; notes for the user. Raises
+    ConfigError, CheckpointError."""
+    settings = device_settings(config, traits.compute_capability)
+    if settings.weight_dtype(EMBEDDING) != settings.weight_dtype(LM_HEAD):
+        checkpoint = untied(checkpoint)
+    return checkpoint, *with_weight_formats(settings, checkpoint, config, traits)
 
 
 def with_weight_formats(
@@ -123,6 +138,8 @@ def with_weight_formats(
     formats, notes = plan_weight_formats(
         checkpoint, config.weight_format, multiplies_codes=multiplies_codes
     )
+    if settings.lm_head_dtype is not None:  # asked for in floating point
+        formats = {name: stored for name, stored in formats.items() if name != LM_HEAD}
     return replace(settings, quantized=formats), notes
 
 
@@ -155,6 +172,7 @@ def _cpu_runner(
     from nanocupy.engine.numpy_runner import NumpyRunner
     from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
+    from nanocupy.model.weights import HEAD_NORM
 
     for name in ("dtype", "residual_dtype"):
         if getattr(config, name) not in ("auto", "float32"):
@@ -166,6 +184,11 @@ def _cpu_runner(
             f"kv_cache_dtype is {config.kv_cache_dtype}; on the CPU it is float32, "
             f"{' or '.join(QUANTIZED)}"
         )
+    dtypes = {EMBEDDING: config.embed_dtype, LM_HEAD: config.lm_head_dtype}
+    dtypes = {name: "float32" if d == "auto" else d for name, d in dtypes.items()}
+    if dtypes[EMBEDDING] != dtypes[LM_HEAD]:
+        checkpoint = untied(checkpoint)
+    dtypes[HEAD_NORM] = dtypes[LM_HEAD]
     quantized = QUANTIZED.get(config.kv_cache_dtype)
     token_bytes = checkpoint.config.kv_bytes_per_token(quantized or "float32")
     # Pages of the cache are committed as they are written, so a large one costs nothing unused.
@@ -184,7 +207,9 @@ def _cpu_runner(
     for note in notes:
         say(note, progress)
     with byte_progress("loading", progress, quiet_s=1.0) as report:
-        weights = load_numpy_weights(checkpoint, progress=report, quantized=read_codes)
+        weights = load_numpy_weights(
+            checkpoint, progress=report, quantized=read_codes, dtypes=dtypes
+        )
     return NumpyRunner(checkpoint.config, weights, limits, cache_dtype=quantized)
 
 
@@ -196,8 +221,7 @@ def _cuda_runner(
     from nanocupy.engine.device_runner import DeviceRunner
 
     device = CudaDevice(use_graphs=config.use_graphs)
-    settings = device_settings(config, device.traits.compute_capability)
-    settings, notes = with_weight_formats(settings, checkpoint, config, device.traits)
+    checkpoint, settings, notes = device_model(checkpoint, config, device.traits)
     for note in notes:
         say(note, progress)
     limits = plan_limits(

@@ -127,6 +127,12 @@ class EngineConfig:
     residual_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
         "auto", _DTYPES,
         "type of the residual stream, which all layers add to; auto: as dtype")
+    embed_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
+        "auto", _DTYPES,
+        "type of the embedding table; auto: as dtype")
+    lm_head_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _choice(
+        "auto", _DTYPES,
+        "type of the LM head's weights; auto: as dtype, or in codes if stored so")
     weight_format: Literal["auto", "float", "int8", "int4", "fp8"] = _choice(
         "auto", ("auto", "float", "int8", "int4", "fp8"),
         "matrices of layers: auto = as stored, float = as dtype, or quantised at load")

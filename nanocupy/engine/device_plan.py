@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from nanocupy.checkpoint.untied import EMBEDDING, LM_HEAD
 from nanocupy.config import ModelConfig
 from nanocupy.cuda.arena import ArenaPlan, BufferSpec
 from nanocupy.cuda.device import Device
@@ -21,7 +22,7 @@ from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.kv_types import SCALE_DTYPE, is_quantized
 from nanocupy.model.forward import Buffer, OpCall, decoder_forward
 from nanocupy.model.rope import rope_parameters
-from nanocupy.model.weights import Weight, weight_layout
+from nanocupy.model.weights import HEAD_NORM, Weight, weight_layout
 from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, step_launch, workspace_plan
 from nanocupy.ops.launch_decode_step import LAYER_POINTERS
 from nanocupy.progress import human_bytes
@@ -48,7 +49,8 @@ class DeviceSettings:
     quantised one as `kv_types` names it);
     gpu_memory_utilization: the share of the card's free memory to take, weights included;
     two_streams: prompts beside decodes, on a stream and in workspaces of their own; quantized: the
-    weights that stay so, by name, as `plan_weight_formats` gives them."""
+    weights that stay so, by name, as `plan_weight_formats` gives them; embed_dtype, lm_head_dtype:
+    of these weights, where it is not dtype. Both are one where the model is tied."""
 
     dtype: str = "bfloat16"
     residual_dtype: str = "bfloat16"
@@ -56,6 +58,17 @@ class DeviceSettings:
     gpu_memory_utilization: float = 0.9
     two_streams: bool = False
     quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
+    embed_dtype: str | None = None
+    lm_head_dtype: str | None = None
+
+    def weight_dtype(self, name: str) -> str:
+        """The storage type of a weight of `weight_layout` that is not quantised."""
+        own = None
+        if name == EMBEDDING:
+            own = self.embed_dtype
+        elif name in (LM_HEAD, HEAD_NORM):
+            own = self.lm_head_dtype
+        return own or self.dtype
 
 
 def check_model(config: ModelConfig) -> None:
@@ -160,7 +173,7 @@ def _weight_buffers(weight: Weight, settings: DeviceSettings) -> Iterator[Buffer
     """What a weight takes: itself, or its packed codes and the order of its inputs."""
     name, stored = f"weight.{weight.name}", settings.quantized.get(weight.name)
     if stored is None:
-        yield BufferSpec(name, weight.shape, settings.dtype, "weights")
+        yield BufferSpec(name, weight.shape, settings.weight_dtype(weight.name), "weights")
         return
     num_rows, num_inputs = weight.shape
     shape = stored.packed(num_inputs).packed_shape(num_rows, num_inputs, is_pairs(weight.name))
@@ -193,6 +206,8 @@ def forward_calls(config: ModelConfig, cache_dtype: str) -> list[OpCall]:
 
 
 def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits) -> OpSizes:
+    head_dtype = settings.weight_dtype(LM_HEAD)
+    assert not config.tied_lm_head or head_dtype == settings.weight_dtype(EMBEDDING), "one matrix"
     shapes = {w.name: w.shape for w in weight_layout(config) if w.name in settings.quantized}
     unpacked = [math.prod(shapes[n]) for n, s in settings.quantized.items() if s.is_unpacked]
     ordered = [shapes[n][1] for n, s in settings.quantized.items() if s.has_order]
@@ -213,6 +228,8 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         # Codes come to the card through the same memory, as many at a time as it holds.
         dequantized_size=max([MIN_STAGING_SIZE, *unpacked]) if shapes else 0,
         ordered_width=max(ordered, default=0),
+        embed_dtype=settings.weight_dtype(EMBEDDING),
+        lm_head_dtype=head_dtype,
     )
 
 

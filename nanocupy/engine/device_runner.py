@@ -67,6 +67,7 @@ class DeviceRunner(Runner):
         self.settings = settings
         self._device = device
         self.device = device.name
+        self.dtypes = settings.dtype, settings.residual_dtype
         self.plan = ArenaPlan(buffer_specs(config, device, settings, limits))
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)

@@ -60,6 +60,7 @@ class NumpyRunner(Runner):
         self.weights = weights
         self.ops = NumpyOps(dtype)
         self.dtype = np.dtype(dtype)
+        self.dtypes = self.dtype.name, self.dtype.name
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
         # The dtypes of the cache's parts, by their roles; codes that are no int8 are bits.

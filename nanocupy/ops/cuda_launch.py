@@ -64,7 +64,9 @@ class CudaLauncher:
             "SCALAR": TYPE_CODES[sizes.dtype],
             **({"FORCE_PLAIN": 1} if plain else {}),
         }
-        self._row_types = self._types | type_macro("RESIDUAL", sizes.residual_dtype, sizes.dtype)
+        self._row_types = self._types_of(sizes.dtype, wide=True)
+        self._embed_dtype = sizes.embed_dtype or sizes.dtype
+        self._head_dtype = sizes.lm_head_dtype or sizes.dtype
         self._cache_types = {
             **self._types,
             **type_macro("CACHE", sizes.cache_dtype, sizes.dtype),
@@ -80,6 +82,12 @@ class CudaLauncher:
                 shape.grid, (shape.block,), args, shape.shared_bytes,
                 cluster=shape.cluster, overlap_previous=overlap, resident=shape.resident,
             )  # fmt: skip
+
+    def _types_of(self, dtype: str, *, wide: bool = False) -> dict[str, int]:
+        """The macros of a build whose weights are of `dtype`; wide: it reads or writes the residual
+        stream."""
+        residual = type_macro("RESIDUAL", self._sizes.residual_dtype, dtype) if wide else {}
+        return self._types | {"SCALAR": TYPE_CODES[dtype]} | residual
 
     def _workspace(self, name: str, *shape: int) -> Array:
         """The start of a workspace in this shape."""

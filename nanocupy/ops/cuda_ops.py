@@ -29,9 +29,8 @@ class CudaOps(ProductOps, AttentionOps, SamplingOps, PenaltyOps, StepOps, Ops):
     def embed(self, token_ids, table, out) -> None:
         shape = shapes.embed_rows(*out.shape)
         width = _i32(out.shape[1])
-        self._launch(
-            "embed.cu", "embed_rows", shape, token_ids, table, out, width, **self._row_types
-        )
+        types = self._types_of(self._embed_dtype, wide=True)
+        self._launch("embed.cu", "embed_rows", shape, token_ids, table, out, width, **types)
 
     # ----------------------------------------------------------------- beyond the interface
 
@@ -52,10 +51,10 @@ class CudaOps(ProductOps, AttentionOps, SamplingOps, PenaltyOps, StepOps, Ops):
         )  # fmt: skip
 
     def fill_normal(self, out: Array, deviation: float, seed: int) -> None:
-        """Normal values of mean 0 in an array of the storage type, the same for the same seed."""
+        """Normal values of mean 0 in an array of a storage type, the same for the same seed."""
         size = math.prod(out.shape)
         grid = min(-(-size // 1024), 32 * self._traits.num_multiprocessors)
         self._launch(
             "random.cu", "fill_normal", LaunchShape((grid,), 256), out, _i64(size),
-            _f32(deviation), np.uint64(seed), **self._types,
+            _f32(deviation), np.uint64(seed), **self._types_of(out.dtype.name),
         )  # fmt: skip

@@ -104,17 +104,18 @@ class ProductOps(QuantizedProducts):
                 self._quantized_logits(x, rows, norm_weight, eps, weight, out)
                 return
             weight = self._unpacked(weight)
-        if 0 < num_rows <= MAX_ROWS and not self._is_skinny(x[:num_rows]):
+        dtype = self._head_dtype
+        if 0 < num_rows <= MAX_ROWS and not self._is_skinny(x[:num_rows], dtype):
             self._gemv(
                 "lm_head_rows", num_rows, *weight.shape, x, rows, norm_weight, _f32(eps), weight,
-                out, input_dtype=self._sizes.residual_dtype,
+                out, dtype=dtype,
             )  # fmt: skip
         elif num_rows:
             normed = self._workspace("head_rows", num_rows, x.shape[1])
-            self._norm_rows(x, rows, norm_weight, eps, normed)
-            if self._is_skinny(normed):
+            self._norm_rows(x, rows, norm_weight, eps, normed, dtype)
+            if self._is_skinny(normed, dtype):
                 plan = self._skinny_plan(normed, out)
-                self._skinny("skinny_logits", plan, normed, weight, out)
+                self._skinny("skinny_logits", plan, normed, weight, out, dtype=dtype)
             else:
                 self._matmul(normed, weight, out, 0.0)
 
@@ -122,28 +123,27 @@ class ProductOps(QuantizedProducts):
 
     def _gemv(
         self, entry: str, rows: int, num_outputs: int, num_inputs: int, *args: Any,
-        input_dtype: str = "", pairs: bool = False,
+        pairs: bool = False, dtype: str | None = None,
     ) -> None:  # fmt: skip
-        """A product of `rows` tokens, few, with all that is folded into it."""
+        """A product of `rows` tokens, few, with all that is folded into it. dtype: of the weights,
+        if not the storage type."""
         tuning = self._gemv_tuning
-        weight_bytes = ITEMSIZES[self._sizes.dtype]
+        dtype = dtype or self._sizes.dtype
         plan: GemvLaunch = plan_gemv(
             num_outputs, num_inputs, rows, self._traits.num_multiprocessors,
-            weight_bytes=weight_bytes,
-            input_bytes=ITEMSIZES[input_dtype] if input_dtype else weight_bytes,
-            norm=entry != "linear_add_rows", pairs=pairs, tuning=tuning,
-            max_shared_bytes=self._traits.max_shared_bytes,
+            weight_bytes=ITEMSIZES[dtype], norm=entry != "linear_add_rows", pairs=pairs,
+            tuning=tuning, max_shared_bytes=self._traits.max_shared_bytes,
         )  # fmt: skip
-        macros = self._row_types | tuning.macros(rows)
+        macros = self._types_of(dtype, wide=True) | tuning.macros(rows)
         self._launch(
             "gemv.cu", entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),
             *args, _i32(num_outputs), _i32(num_inputs), _i32(plan.k_tile), _i32(plan.k_splits),
             **macros,
         )  # fmt: skip
 
-    def _is_skinny(self, x: Array) -> bool:
+    def _is_skinny(self, x: Array, dtype: str | None = None) -> bool:
         return uses_skinny(
-            *x.shape, ITEMSIZES[self._sizes.dtype], self._traits.compute_capability,
+            *x.shape, ITEMSIZES[dtype or self._sizes.dtype], self._traits.compute_capability,
             force_plain=self._traits.force_plain, tuning=self._skinny_tuning,
         )  # fmt: skip
 
@@ -168,11 +168,14 @@ class ProductOps(QuantizedProducts):
             x = normed
         self._skinny(entry, plan, x, norm_weight, _f32(eps), weight, bias, out)
 
-    def _skinny(self, entry: str, plan: SkinnyLaunch, x: Array, *args: Any) -> None:
-        """A product of x with what follows it folded in; args end with the array of results."""
+    def _skinny(
+        self, entry: str, plan: SkinnyLaunch, x: Array, *args: Any, dtype: str | None = None
+    ) -> None:
+        """A product of x with what follows it folded in; args end with the array of results. dtype:
+        of x and the weights, if not the storage type."""
         (num_rows, num_inputs), num_outputs = x.shape, args[-1].shape[1]
         # The residual's type matters to one of them; the others share a module where they can.
-        types = self._row_types if entry == "skinny_linear_add" else self._types
+        types = self._types_of(dtype or self._sizes.dtype, wide=entry == "skinny_linear_add")
         self._launch(
             SKINNY, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
             x, *args, _i32(num_rows), _i32(num_outputs), _i32(num_inputs), **types, **plan.macros,

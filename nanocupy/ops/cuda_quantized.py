@@ -173,11 +173,15 @@ class QuantizedProducts(CudaLauncher):
         )  # fmt: skip
         return out
 
-    def _norm_rows(self, x: Array, rows: Array | None, weight: Array, eps: float, out: Array):
+    def _norm_rows(
+        self, x: Array, rows: Array | None, weight: Array, eps: float, out: Array,
+        dtype: str | None = None,
+    ) -> None:  # fmt: skip
+        """dtype: of weight and out, if not the storage type."""
         shape = shapes.rms_norm_rows(len(out), x.shape[1])
         self._launch(
             "norm.cu", "rms_norm_rows", shape, x, rows, weight, _f32(eps), out, _i32(x.shape[1]),
-            **self._row_types,
+            **self._types_of(dtype or self._sizes.dtype, wide=True),
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class DeviceTraits:
 @dataclass(frozen=True)
 class OpSizes:
     """The largest step: tokens, sequences, sampled rows, and the model's widths. Letters as in
-    `ops.interface`; dtypes by name."""
+    `ops.interface`; dtypes by name, those of embedding and LM head None where they are `dtype`."""
 
     max_tokens: int
     max_num_seqs: int
@@ -48,6 +48,8 @@ class OpSizes:
     max_queries: int = 1  # of a sequence that decodes
     dequantized_size: int = 0  # weights of the largest quantised matrix to unpack; 0 = none is
     ordered_width: int = 0  # inputs of the widest one with an order of its own; 0 = none has
+    embed_dtype: str | None = None  # of the embedding's table
+    lm_head_dtype: str | None = None  # of the LM head's matrix and of the norm before it
 
 
 def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -57,7 +59,7 @@ def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tupl
         "normed": ((sizes.max_tokens * sizes.hidden_size,), sizes.dtype),
         "gate_up": ((sizes.max_tokens * 2 * sizes.intermediate_size,), sizes.dtype),
         "product": ((sizes.max_tokens * sizes.hidden_size,), "float32"),
-        "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.dtype),
+        "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.lm_head_dtype or sizes.dtype),
     }
     if sizes.dequantized_size:
         plan["dequantized"] = (sizes.dequantized_size,), sizes.dtype
@@ -106,6 +108,7 @@ def step_launch(
 ) -> whole.DecodeStepLaunch | None:
     """The launch that does a whole decode step; None where the ops go one by one."""
     types = {sizes.dtype, sizes.residual_dtype, sizes.cache_dtype}
+    types.add(sizes.lm_head_dtype or sizes.dtype)
     if traits.compute_capability < (9, 0) or traits.force_plain or not traits.whole_steps:
         return None
     if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2 or num_seqs > whole.BEST_SEQUENCES:

@@ -10,8 +10,8 @@ N blocks of the cache, P slots in a block, M columns of the block table.
 
 Dtypes: "storage" is float32, float16 or bfloat16; `x` (the residual stream) may be wider than the
 other activations. Products and sums accumulate in float32 at least. A value is rounded only when it
-is stored in a buffer, and at the points marked "rounded" below, to the dtype of `out` (of `x` where
-an op has no `out`), so that fused and unfused paths round alike.
+is stored in a buffer, and at the points marked "rounded" below, to the dtype of `out` unless
+another is named, so that fused and unfused paths round alike.
 
 Where a product's `weight` may be quantised (norm_linear, linear_add, norm_swiglu, lm_head) it is a
 `quantized.QuantizedMatrix`, on a device its packed form, `packed_matrix.PackedMatrix`; its value is
@@ -41,7 +41,8 @@ class Ops(ABC):
     def embed(self, token_ids: Array, table: Array, out: Array) -> None:
         """out[t] = table[token_ids[t]].
 
-        token_ids int32 [T], each in [0, V); table storage [V, D]; out storage [T, D].
+        token_ids int32 [T], each in [0, V); table [V, D], of a storage dtype of its own;
+        out storage [T, D].
         """
 
     @abstractmethod
@@ -201,8 +202,9 @@ class Ops(ABC):
     ) -> None:
         """Logits of the rows that are sampled, and of no other.
 
-        x storage [T, D]; rows int32 [S], indices of tokens; weight storage [V, D];
-        out float32 [S, V] = rms_norm(x[rows]) @ weight.T; rms_norm is rounded to x's dtype.
+        x storage [T, D]; rows int32 [S], indices of tokens; norm_weight [D] and weight [V, D] of
+        one storage dtype, which may be another than the layers'; out float32 [S, V] =
+        rms_norm(x[rows]) @ weight.T; rms_norm is rounded to norm_weight's dtype.
         """
 
     @abstractmethod

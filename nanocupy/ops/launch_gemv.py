@@ -122,7 +122,6 @@ def plan_gemv(
     num_multiprocessors: int,
     *,
     weight_bytes: int,
-    input_bytes: int | None = None,
     norm: bool = True,
     pairs: bool = False,
     tuning: GemvTuning = DEFAULT_TUNING,
@@ -131,24 +130,23 @@ def plan_gemv(
 ) -> GemvLaunch:
     """The launch of a product of `rows` tokens with weights [num_outputs, num_inputs].
 
-    weight_bytes: of one weight; input_bytes: of one value in shared memory (a weight's, and the
-    residual's in lm_head_rows); norm: whether the inputs are normalised (all but linear_add_rows);
-    pairs: norm_swiglu_rows, whose weights have twice num_outputs rows; max_shared_bytes: what a
-    block can have on the card; k_splits: forced, else chosen. num_outputs 0 gives a grid of 0:
-    nothing is to be launched. Raises ValueError for numbers outside what the kernels take.
+    weight_bytes: of one weight, and of an input in shared memory; norm: whether the inputs are
+    normalised (all but linear_add_rows); pairs: norm_swiglu_rows, whose weights have twice
+    num_outputs rows; max_shared_bytes: what a block can have on the card; k_splits: forced, else
+    chosen. num_outputs 0 gives a grid of 0: nothing is to be launched. Raises ValueError for
+    numbers outside what the kernels take.
     """
     if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_outputs < 0 or num_multiprocessors < 1:
         raise ValueError(
             f"{rows} tokens, weights [{num_outputs}, {num_inputs}], {num_multiprocessors} "
             f"multiprocessors: gemv kernels take 1 to {MAX_ROWS} tokens and sizes from 1 on"
         )
-    input_bytes = weight_bytes if input_bytes is None else input_bytes
-    row_bytes = (rows + norm) * input_bytes  # of all rows, an input
+    row_bytes = (rows + norm) * weight_bytes  # of all rows, an input
     fixed = tuning.ring_bytes(rows) + (rows * 4 * -(-num_inputs // TILE_STEP) if norm else 0)
     room = min(max_shared_bytes, MAX_SHARED_BYTES) - fixed - scratch_bytes(rows, tuning)
     k_tile = _tile(num_inputs, row_bytes, room)
     stride = min(k_tile, _padded(num_inputs)) + ROW_PAD
-    unit_outputs, chunk = _unit(weight_bytes, input_bytes, pairs, tuning)
+    unit_outputs, chunk = _unit(weight_bytes, pairs, tuning)
     units = -(-num_outputs // unit_outputs)
     # Rather a few blocks without work than a multiprocessor without a block: the next kernel's come
     # while these are there, and two of them would share an empty one.
@@ -186,9 +184,9 @@ def _tile(num_inputs: int, bytes_per_input: int, room: int) -> int:
     return _padded(-(-num_inputs // num_tiles))
 
 
-def _unit(weight_bytes: int, input_bytes: int, pairs: bool, tuning: GemvTuning) -> tuple[int, int]:
+def _unit(weight_bytes: int, pairs: bool, tuning: GemvTuning) -> tuple[int, int]:
     """(outputs a unit, inputs a chunk) of the method that aligned weights are given to."""
-    if tuning.tensor and weight_bytes == 2 and input_bytes == 2:
+    if tuning.tensor and weight_bytes == 2:
         unit_rows, lanes = TENSOR_UNIT_ROWS, 4
     else:
         unit_rows, lanes = tuning.rows_per_warp, 32

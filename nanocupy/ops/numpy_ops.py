@@ -18,6 +18,7 @@ MAX_SCORE_ELEMENTS = 1 << 24
 # Logits that are sampled together: rows of small vocabularies share the cost of each call.
 MAX_SAMPLE_ELEMENTS = 1 << 16
 WIDE_VOCAB = 1 << 12  # rows of more are drawn one by one, without sorting them
+HEAD_ROWS = 1 << 9  # of an LM head in 16 bits, made float32 at a time
 
 
 class NumpyOps(Ops):
@@ -201,12 +202,17 @@ class NumpyOps(Ops):
             out[...] = gate / (1 + np.exp(-gate)) * up
 
     def lm_head(self, x, rows, norm_weight, eps, weight, out) -> None:
-        normed = self._rounded(self._rms_norm(x[rows], norm_weight, eps), x.dtype)
-        weight = self._weight(weight)
-        if out.dtype == self.compute:
-            np.matmul(normed, weight.T, out=out)
-        else:
-            out[...] = normed @ weight.T
+        normed = self._rounded(self._rms_norm(x[rows], norm_weight, eps), norm_weight.dtype)
+        # A head in 16 bits becomes numbers a few rows at a time, and so lies in the caches.
+        whole = isinstance(weight, QuantizedMatrix) or weight.dtype.itemsize >= 4
+        step = out.shape[1] if whole else HEAD_ROWS
+        for first in range(0, out.shape[1], step):
+            part = slice(first, first + step)
+            rows_of = self._weight(weight if whole else weight[part])
+            if out.dtype == self.compute:
+                np.matmul(normed, rows_of.T, out=out[:, part])
+            else:
+                out[:, part] = normed @ rows_of.T
 
     def penalize(
         self, logits, entry_starts, token_ids, output_counts, in_context, bias,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,9 +152,10 @@ def test_bad_texts(model: Path, tmp_path: Path, content, says, capsys) -> None:
 
 
 def test_a_model_without_numbers(model: Path) -> None:
-    answer = SimpleNamespace(finish_reason="error", prompt_logprobs=None)
-    mute = SimpleNamespace(max_context=256, generate=lambda *args, **options: [answer])
-    with pytest.raises(CheckpointError, match="NaN"):
-        score_text(mute, list(range(20)), 20, 10)
+    llm = LLM(model, device="cpu")
+    weights = llm._engine.runner.weights
+    llm._engine.runner.weights = {**weights, "embed.weight": weights["embed.weight"] * np.nan}
+    with pytest.raises(CheckpointError, match=r"^the model computes NaN or infinite logits: "):
+        score_text(llm, list(range(20)), 20, 10)
     with pytest.raises(RequestError, match="two are the least"):
-        score_text(LLM(model, device="cpu"), [5], 20, 10)
+        score_text(llm, [5], 20, 10)

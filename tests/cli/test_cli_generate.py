@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanocupy import LLM, SamplingParams, cli
@@ -202,6 +203,35 @@ def test_mistakes_end_in_one_line(
     last = err.splitlines()[-1]
     assert last.startswith("nanocupy: error: ")
     assert words in last
+
+
+def test_some_prompts_without_numbers(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are answered; one line says which were not, and what to do."""
+    import nanocupy.model.load as load
+
+    whole = load.load_numpy_weights
+
+    def damaged(*args, **options):
+        weights = whole(*args, **options)
+        weights["embed.weight"] = weights["embed.weight"].copy()
+        weights["embed.weight"][ord("!")] = np.nan
+        return weights
+
+    monkeypatch.setattr(load, "load_numpy_weights", damaged)
+    argv = ["-m", str(model), "--device", "cpu", "--max-tokens", "4", "--temperature", "0"]
+    with np.errstate(invalid="ignore"):
+        assert run(*argv, "no!", "yes", "no!!") == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("--- prompt 1: the model gave no numbers\n\n--- prompt 2\n")
+        last = err.splitlines()[-1]
+        assert last.startswith("nanocupy: prompts 1, 3: the model computes NaN or infinite logits:")
+        for prompts in (["no!"], ["no!", "n!"]):
+            assert run(*argv, *prompts) == 2
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert last.startswith("nanocupy: error: ")
+            assert "the model computes NaN or infinite logits: " in last
 
 
 def test_prompts_that_are_not_text(

@@ -90,7 +90,7 @@ def test_what_float16_cannot_hold_is_refused(value: float) -> None:
     source = np.ones(100, np.float32)
     source[63] = value
     destination = np.zeros(100, np.float16)
-    message = r"tensor w has values beyond float16 \(65504\); run the model in bfloat16"
+    message = r"tensor w has values beyond float16 \(65504\); take dtype bfloat16"
     with pytest.raises(ConfigError, match=message), Uploader(LateTransfer(256)) as uploader:
         uploader.upload("w", source, destination)
 

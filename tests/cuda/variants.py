@@ -113,7 +113,15 @@ VARIANTS = (
             for macros, sequences in zip(_heads(), (1, 4, 2, 3, 1), strict=True)
         ),
     ),
-    Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
+    Variants(
+        "embed.cu",
+        ("embed_rows",),
+        (
+            *_scalars(),
+            {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32},
+            {"SCALAR": FLOAT32, "RESIDUAL": BFLOAT16},
+        ),
+    ),
     Variants(
         "gemv.cu",
         ("norm_linear_rows", "linear_add_rows", "norm_swiglu_rows", "lm_head_rows"),
@@ -122,10 +130,17 @@ VARIANTS = (
             {"SCALAR": FLOAT16, "ROWS": 4, "RESIDUAL": FLOAT32},
             {"SCALAR": FLOAT32, "ROWS": 1},
             {"SCALAR": FLOAT32, "ROWS": 8},
+            {"SCALAR": FLOAT32, "ROWS": 2, "RESIDUAL": BFLOAT16},
         ),
     ),
     Variants(
-        "norm.cu", ("rms_norm_rows",), (*_scalars(), {"SCALAR": BFLOAT16, "RESIDUAL": FLOAT32})
+        "norm.cu",
+        ("rms_norm_rows",),
+        (
+            *_scalars(),
+            {"SCALAR": BFLOAT16, "RESIDUAL": FLOAT32},
+            {"SCALAR": FLOAT32, "RESIDUAL": BFLOAT16},
+        ),
     ),
     Variants(
         "penalties.cu",

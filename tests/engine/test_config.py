@@ -46,6 +46,8 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "device": (["auto", "cuda", "cpu"], ["gpu", "CPU", "", None, 0, b"cpu"]),
     "dtype": (["auto", "float32", "float16", "bfloat16"], ["fp16", "int8", None]),
     "residual_dtype": (["auto", "float32", "float16", "bfloat16"], ["fp32", "int8", None]),
+    "embed_dtype": (["auto", "float32", "float16", "bfloat16"], ["int8", "half", None]),
+    "lm_head_dtype": (["auto", "float32", "float16", "bfloat16"], ["int4", "", None]),
     "weight_format": (["auto", "float", "int8", "int4", "fp8"], ["int2", "", None]),
     "kv_cache_dtype": (
         ["auto", "float32", "float16", "bfloat16", "int8", "fp8"],

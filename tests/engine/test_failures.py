@@ -183,7 +183,8 @@ def test_errors_reach_who_asked(llm):
         lambda: llm.chat([{"role": "user", "content": "bad!"}], TEXT),
         lambda: list(llm.stream("bad!", TEXT)),
     ):
-        with pytest.raises(CheckpointError, match="NaN or infinite logits"):
+        message = r"^request \d+: the model computes NaN or infinite logits: .*inspect --verify"
+        with pytest.raises(CheckpointError, match=message):
             ask()
     bad, good = llm.generate(["bad!", "fine"], TEXT)
     assert (bad.finish_reason, bad.text, bad.token_ids) == ("error", "", [])

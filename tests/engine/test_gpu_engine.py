@@ -13,7 +13,9 @@ import pytest
 from nanocupy.bench.shapes import SHAPES
 from nanocupy.checkpoint.open import open_checkpoint
 from nanocupy.checkpoint.random import RandomCheckpoint
+from nanocupy.engine.backend import device_model, make_runner
 from nanocupy.engine.batch import build_batch
+from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
@@ -23,6 +25,7 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import ScheduledRequest
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.sampling_params import SamplingParams
+from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.cuda.gpu_record import alone_on_the_device
 from tests.kernels.backends import TOLERANCES
 
@@ -127,6 +130,36 @@ def test_chunks_give_the_same_logits(make_device, record_error, shape, dtype) ->
         record_error("logits in chunks", dtype, of_row.max())
         assert of_row.max() < TOLERANCES[dtype]
         assert worst(error + whole, whole) < 6 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("embed", "head"),
+    [("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16"), ("auto", "float32")],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embedding_and_head_of_types_of_their_own(
+    make_device, record_error, dtype, embed, head
+) -> None:
+    """By each way of the head's product, from one row to all at once, beside NumPy."""
+    model = tiny_config(
+        vocab_size=5003, hidden_size=1024, intermediate_size=2048, head_size=64, num_heads=16,
+        num_kv_heads=4, max_context=640, tied_lm_head=True,
+    )  # fmt: skip
+    checkpoint, device = TinyCheckpoint(model, seed=5), make_device()
+    config = EngineConfig(dtype=dtype, embed_dtype=embed, lm_head_dtype=head)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, 200)
+    on_cpu = {"dtype": "auto", "embed_dtype": dtype if embed == "auto" else embed}
+    reference = make_runner(checkpoint, config.with_(device="cpu", max_num_seqs=600, **on_cpu))
+    wanted = all_logits(reference, ids)
+    checkpoint, settings, _ = device_model(checkpoint, config, device.traits)
+    runner = device_runner(device, checkpoint, settings, num_seqs=600, max_context=640, in_cache=1)
+    # Of layers in bfloat16 the weights are rounded too.
+    limit = 0.05 if dtype == "bfloat16" else 2 * TOLERANCES[head]
+    for chunk in (1, 2, 7, 20, 64, 200):
+        error = all_logits(runner, ids, chunk).astype(np.float64) - wanted
+        of_row = np.sqrt(np.mean(error**2, -1) / np.mean(wanted.astype(np.float64) ** 2, -1))
+        record_error("logits of another head", dtype, of_row.max())
+        assert of_row.max() < limit
 
 
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b"])

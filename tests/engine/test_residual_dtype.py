@@ -43,7 +43,8 @@ def logits(runner, num_tokens: int) -> np.ndarray:
 @pytest.mark.parametrize("num_tokens", [1, 6, 20, 70])
 def test_a_wide_residual_stream_is_nearer_to_float32(num_tokens: int) -> None:
     """By every way of the products: few rows, tensor cores, cuBLAS. The model's own weights are
-    rounded to bfloat16 beforehand, so that all that differs is what is rounded on the way."""
+    rounded to bfloat16 beforehand, so that all that differs is what is rounded on the way; the LM
+    head's input is, with either."""
     checkpoint = TinyCheckpoint(CONFIG, seed=3)
     rounded = {
         name: weight.astype("bfloat16").astype(np.float32)
@@ -56,7 +57,7 @@ def test_a_wide_residual_stream_is_nearer_to_float32(num_tokens: int) -> None:
         runner = DeviceRunner(CONFIG, ShimDevice(MODERN), LIMITS, settings)
         runner.upload_weights(checkpoint)
         errors[residual] = np.sqrt(np.mean((logits(runner, num_tokens) - wanted) ** 2))
-    assert errors["float32"] < 0.9 * errors["bfloat16"]
+    assert errors["float32"] < 0.95 * errors["bfloat16"]
     assert errors["bfloat16"] < 0.1 * wanted.std()
 
 

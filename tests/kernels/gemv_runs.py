@@ -89,7 +89,6 @@ def launch_op(
         rows,
         num_multiprocessors,
         weight_bytes=storage.itemsize,
-        input_bytes=(residual if op == "lm_head" else storage).itemsize,
         norm=op != "linear_add",
         pairs=op == "norm_swiglu",
         tuning=tuning,

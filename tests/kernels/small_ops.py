@@ -40,7 +40,8 @@ def run_embed(backend, storage, block, *, token_ids, table, out) -> None:
     shape = launch_shapes.embed_rows(len(token_ids), table.shape[1])
     backend.run(
         "embed.cu", "embed_rows", sized(shape, block),
-        (token_ids, table, out, I32(table.shape[1])), (2,), **codes(storage, RESIDUAL=out.dtype),
+        (token_ids, table, out, I32(table.shape[1])), (2,),
+        **codes(table.dtype, RESIDUAL=out.dtype),
     )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def run_norm_swiglu(backend, storage, block, *, x, norm_weight, eps, weight, bia
 
 
 def run_lm_head(backend, storage, block, *, x, rows, norm_weight, eps, weight, out) -> None:
-    normed = run_norm(backend, storage, block, x, rows, norm_weight, eps, x.dtype)
+    own = norm_weight.dtype
+    normed = run_norm(backend, own, block, x, rows, norm_weight, eps, own)
     out[...] = product(normed, weight)
 
 
@@ -225,6 +227,6 @@ def check_case(backend: Any, case: Case, storage: np.dtype, block: int | None = 
         if got[name].dtype in (np.int8, np.uint8):
             assert_codes_close(got[name], wanted[name], call.ignored.get(name))
             continue
-        # The normed row is rounded to the storage type, where it may fall to the other neighbour.
-        limit = TOLERANCES[storage.name] if case.op == "lm_head" else None
+        # The normed row is rounded to the head's type, where it may fall to the other neighbour.
+        limit = TOLERANCES[call.head_dtype.name] if call.head_dtype is not None else None
         assert_close(got[name], wanted[name], f"{case} {name}", call.ignored.get(name), limit)

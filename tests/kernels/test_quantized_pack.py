@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nanocupy.exporters.quantizing import quantized_matrix
 from nanocupy.ops import philox
 from nanocupy.ops.launch_quantized import PACK_FILE, packed_format
 from nanocupy.ops.launch_shapes import LaunchShape
@@ -25,8 +26,16 @@ from tests.ops.cases import DTYPES
 
 
 def matrix(kind: str, rows: int, inputs: int, group: int | None, seed: int = 0) -> QuantizedMatrix:
-    values = np.random.default_rng(seed).standard_normal((rows, inputs)).astype(np.float32)
-    return quantize(values, kind, group)
+    rng = np.random.default_rng(seed)
+    made = quantize(rng.standard_normal((rows, inputs)).astype(np.float32), kind, group)
+    if kind != "int4":
+        return made
+    # Of other makers: with more bits than a device keeps.
+    scales, offsets = (
+        part * rng.uniform(0.99, 1.01, part.shape).astype(np.float32)
+        for part in (made.scales, made.offsets)
+    )
+    return replace(made, scales=scales, offsets=offsets)
 
 
 def laid_out(weight: QuantizedMatrix, pairs: bool) -> np.ndarray:
@@ -123,10 +132,22 @@ def test_units_leave_float16_its_bits() -> None:
         assert math.frexp(unit)[0] == 0.5
     weight = matrix("int4", 16, 128, 32)
     stored = as_stored(weight)
-    assert (abs(stored.scales / weight.scales - 1) < 2.0**-11).all()
+    assert 0 < abs(stored.scales / weight.scales - 1).max() < 2.0**-11
     zeros = replace(weight, scales=0 * weight.scales, offsets=0 * weight.offsets)
     assert scale_unit(zeros) == 1.0
     assert scale_unit(matrix("int8", 16, 128, 32)) == 1.0
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_what_is_quantised_here_loses_no_bit_of_scales(search: bool) -> None:
+    """Rows of magnitudes that are 2**20 apart, some of one sign, one of zeros."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((24, 256)) * 2.0 ** rng.uniform(-10, 10, (24, 1))
+    values[3], values[4:8] = 0, abs(values[4:8])
+    made, _ = quantized_matrix(values.astype(np.float32), "int4", 64, search, "w")
+    stored = as_stored(made)
+    assert np.array_equal(stored.scales, made.scales)
+    assert np.array_equal(stored.offsets, made.offsets)
 
 
 def test_rows_of_gate_and_up_take_turns() -> None:

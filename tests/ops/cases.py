@@ -42,6 +42,12 @@ class Call:
     written: tuple[str, ...]
     ignored: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def head_dtype(self) -> np.dtype | None:
+        """Of lm_head: what its normed rows are rounded to, where float32 and float64 may come to
+        neighbours."""
+        return self.arguments["norm_weight"].dtype if "rows" in self.arguments else None
+
 
 @dataclass(frozen=True)
 class Case:
@@ -94,11 +100,13 @@ def _int32(values: Any) -> np.ndarray:
 # ------------------------------------------------------------------------------ embed, rope_table
 
 
-def _embed(num_tokens: int, vocab: int, hidden: int) -> Callable[..., Call]:
+def _embed(num_tokens: int, vocab: int, hidden: int, table: str = "") -> Callable[..., Call]:
+    """table: its dtype, if not the storage type."""
+
     def make(rng: np.random.Generator, storage: np.dtype) -> Call:
         arguments = {
             "token_ids": _int32(rng.integers(0, vocab, num_tokens)),
-            "table": _normal(rng, (vocab, hidden), storage),
+            "table": _normal(rng, (vocab, hidden), DTYPES[table] if table else storage),
             "out": _nan((num_tokens, hidden), storage),
         }
         if num_tokens > 1:
@@ -169,18 +177,21 @@ def _product(
 
 
 def _lm_head(
-    num_tokens: int, rows: list[int], hidden: int, vocab: int, wide: bool = False
+    num_tokens: int, rows: list[int], hidden: int, vocab: int, wide: bool = False, head: str = ""
 ) -> Callable[..., Call]:
+    """head: the dtype of its weights, if not the storage type."""
+
     def make(rng: np.random.Generator, storage: np.dtype) -> Call:
+        own = DTYPES[head] if head else storage
         x_dtype = np.dtype(np.float32) if wide and storage.itemsize < 4 else storage
         x = _normal(rng, (num_tokens, hidden), x_dtype)
         x[[t for t in range(num_tokens) if t not in rows]] = np.nan  # rows nobody asked for
         arguments = {
             "x": x,
             "rows": _int32(rows),
-            "norm_weight": _norm_weight(rng, hidden, storage),
+            "norm_weight": _norm_weight(rng, hidden, own),
             "eps": 1e-6,
-            "weight": _normal(rng, (vocab, hidden), storage, 1 / np.sqrt(hidden)),
+            "weight": _normal(rng, (vocab, hidden), own, 1 / np.sqrt(hidden)),
             "out": _nan((len(rows), vocab), np.float32),
         }
         return Call(arguments, ("out",))
@@ -485,6 +496,11 @@ def _all() -> Iterator[tuple[str, str, Callable[..., Call]]]:
     yield "lm_head", "one", _lm_head(1, [0], 1, 1)
     yield "lm_head", "shuffled", _lm_head(9, [7, 2, 3], 35, 41)
     yield "lm_head", "wide-residual", _lm_head(4, [3, 1], 48, 21, wide=True)
+    for head in ("float32", "float16", "bfloat16"):
+        yield "embed", f"table-{head}", _embed(5, 11, 40, head)
+        yield "lm_head", f"few-{head}", _lm_head(5, [4, 1], 48, 21, head=head)
+        yield "lm_head", f"some-{head}", _lm_head(13, list(range(12)), 48, 33, head=head)
+        yield "lm_head", f"many-{head}", _lm_head(45, list(range(1, 42)), 40, 19, head=head)
     for heads, kv_heads, head_size in ((1, 1, 2), (3, 3, 64), (4, 1, 80), (8, 1, 96), (8, 2, 128)):
         for norms in ("", "qk"):
             name = f"h{heads}-g{kv_heads}-d{head_size}" + ("-norms" if norms else "")

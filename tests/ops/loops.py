@@ -174,7 +174,7 @@ def loop_norm_swiglu(x, norm_weight, eps, weight, bias, out) -> None:
 def loop_lm_head(x, rows, norm_weight, eps, weight, out) -> None:
     for s in range(len(rows)):
         normed = loop_rms_norm(x[rows[s]], norm_weight, eps)
-        out[s] = loop_product([rounded(v, x.dtype) for v in normed], weight, None)
+        out[s] = loop_product([rounded(v, norm_weight.dtype) for v in normed], weight, None)
 
 
 def loop_penalize(

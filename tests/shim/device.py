@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanocupy.cuda.arena import ArenaPlan, array_dtype
+from nanocupy.cuda.upload import convert
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, workspace_plan
 from tests.ops.cases import DTYPES
@@ -242,7 +243,8 @@ class ShimDevice:
 
 class _ShimUploader:
     def upload(self, name: str, source: np.ndarray, destination: np.ndarray) -> None:
-        destination[...] = source
+        assert source.shape == destination.shape
+        convert(name, np.ascontiguousarray(source).reshape(-1), destination.reshape(-1))
 
     def finish(self) -> None:
         """All of it is there at once."""
