@@ -1,0 +1,115 @@
+// Products of 9 to 64 tokens with packed codes, whose inputs have no room in shared memory whole: they
+// come through the ring beside the codes, from L2, a step of the inputs at a time.
+//
+// Owns the order of a block's work. What a warp copies and multiplies stands in
+// quantized_stream_parts.cuh with the macros; whose a tile is, and how sums meet, in skinny.cuh.
+//
+// A block takes one tile of rows and, in a cluster, a part of its steps. All its warps read the same
+// inputs, which is why a tile has as many rows as registers allow: 32 tokens are 64 bytes for each
+// column of it, 256 rows of int4 are 136. Codes become operands once, for all tokens.
+//
+// With int4 a step needs the sums of its inputs, by group. They are computed, on tensor cores, one
+// step before, so that no warp waits for them: inputs are copied one step further ahead than codes.
+//
+// Sums meet where the ring was. So a cluster's blocks wait for each other once before they send: any
+// of them needs sums of all others anyway.
+//
+// A token's sums are added in an order that depends on the weights' shape and on OUT_TILE, WARPS_K
+// and the cluster alone: not on the batch or the grid.
+#pragma once
+
+#include "quantized_stream_parts.cuh"
+
+#if SKINNY_ON_TENSOR_CORES
+
+// The whole kernel.
+template <bool PAIRS, typename Epilogue>
+__device__ __forceinline__ void run_stream(
+    const SkinnyMatrix& matrix, const PackedCodes& codes, const Epilogue& epilogue) {
+    const SkinnyShare<PAIRS> share(matrix);
+    // Inboxes lie in the same place in all blocks of a cluster: first.
+    const SkinnyMerge merge = {
+        share.ranks, share.rank, (matrix.num_rows + 1) / 2,
+        reinterpret_cast<uint64_t*>(dynamic_shared())};
+    unsigned char* const group_sums = dynamic_shared() + INBOX_HEAD;
+    unsigned char* const input_ring = group_sums + 2 * GROUP_SUM_BYTES;
+    CodeStream<PAIRS> stream(share, codes, input_ring + INPUT_SLOTS * INPUT_BYTES);
+    InputStream inputs(matrix, share.first_step, input_ring);
+
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+        if (i < share.num_steps) stream.bring();
+        cp_async_commit();
+    }
+    if (share.ranks > 1) {
+        if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
+        warp_sync();
+    }
+    grid_dependency_wait();
+
+    // As many groups again, in the order of their use.
+    const int num_steps = share.num_steps;
+#pragma unroll 1
+    for (int i = 0, ahead = 0; i < STAGES; ++i) {
+#pragma unroll 1
+        for (; ahead <= i + INPUT_LEAD; ++ahead) {
+            if (ahead < num_steps) inputs.bring();
+        }
+        cp_async_commit();
+    }
+
+    WarpSums own;
+    own.clear();
+    const int own_inputs = StepProduct::place_of_lane();
+    float* const own_group_sums = reinterpret_cast<float*>(group_sums);
+    int input_slot = 0;  // of this step
+    if (INPUT_LEAD) {
+        cp_async_wait<STAGES - 1>();
+        block_sync();  // the first inputs are there
+        StepProduct::sum_inputs(input_ring + own_inputs, own_group_sums);
+    }
+    int chunk = share.first_step * WARPS_K + WarpSums::warp_k();
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step, chunk += WARPS_K) {
+        if (step == 0) {
+            cp_async_wait<STAGES - 1>();
+        } else {
+            cp_async_wait<STAGES - 2>();
+        }
+        block_sync();  // the step is there, and nobody reads the one before any more
+        if (step > 0) {
+            if (step + STAGES - 1 < num_steps) stream.bring();
+            if (step + STAGES - 1 + INPUT_LEAD < num_steps) inputs.bring();
+            cp_async_commit();
+        }
+        const unsigned char* const here = input_ring + input_slot * INPUT_BYTES + own_inputs;
+        if (++input_slot == INPUT_SLOTS) input_slot = 0;
+        if (INPUT_LEAD && step + 1 < num_steps) {
+            StepProduct::sum_inputs(
+                input_ring + input_slot * INPUT_BYTES + own_inputs,
+                own_group_sums + (step + 1) % 2 * GROUP_SUMS);
+        }
+        const unsigned char* const weights = stream.take();
+        if (chunk < stream.num_chunks) {
+            StepProduct::multiply(own, weights, here, own_group_sums + step % 2 * GROUP_SUMS);
+        }
+    }
+
+    const int tile = share.first_tile;
+    SkinnyFinish<PAIRS, Epilogue> finish(share, merge, epilogue);
+    finish.fetch(tile);
+    StepProduct::scale(own, codes.unit);  // exact: it is a power of two
+    block_sync();                         // nobody reads the ring any more
+    if (share.ranks > 1) {
+        cluster_arrive();
+        cluster_wait();  // nor in the other blocks, whose inboxes are there
+        merge.send(own);
+        wait_for_inbox(merge.inbox);
+    } else {
+        merge.send(own);
+        block_sync();
+    }
+    finish.finish(tile);
+}
+
+#endif  // SKINNY_ON_TENSOR_CORES
