@@ -1,4 +1,4 @@
-"""Runs the products of 9 to 64 tokens with packed codes: launch, arguments, and what must come out."""
+"""Runs products of 9 to 64 tokens with packed codes: launch, arguments, and what must come out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def launch_op(
     packed: tuple[np.ndarray, float] | None = None,
     **macros: int,
 ) -> None:
-    """Run the kernel of `op`; `macros` go to the build. packed: of the weight, where it is known."""
+    """Run the kernel of `op`; `macros` go to the build. packed: of the weight, where known."""
     weight = arguments["weight"]
     pairs = op == "norm_swiglu"
     target = arguments["residual" if op == "linear_add" else "out"]
