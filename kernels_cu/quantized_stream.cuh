@@ -33,12 +33,13 @@ __device__ __forceinline__ void run_stream(
         reinterpret_cast<uint64_t*>(dynamic_shared())};
     unsigned char* const group_sums = dynamic_shared() + INBOX_HEAD;
     unsigned char* const input_ring = group_sums + 2 * GROUP_SUM_BYTES;
-    CodeStream<PAIRS> stream(share, codes, input_ring + INPUT_SLOTS * INPUT_BYTES);
-    InputStream inputs(matrix, share.first_step, input_ring);
+    const int num_steps = share.num_steps;
+    const CodeStream<PAIRS> codes_of(share, codes, input_ring + INPUT_SLOTS * INPUT_BYTES);
+    const InputStream inputs_of = {matrix, share.first_step, num_steps, input_ring};
 
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) {
-        if (i < share.num_steps) stream.bring();
+        codes_of.bring(i, i * STEP_CODE_BYTES);
         cp_async_commit();
     }
     if (share.ranks > 1) {
@@ -48,29 +49,25 @@ __device__ __forceinline__ void run_stream(
     grid_dependency_wait();
 
     // As many groups again, in the order of their use.
-    const int num_steps = share.num_steps;
 #pragma unroll 1
     for (int i = 0, ahead = 0; i < STAGES; ++i) {
 #pragma unroll 1
-        for (; ahead <= i + INPUT_LEAD; ++ahead) {
-            if (ahead < num_steps) inputs.bring();
-        }
+        for (; ahead <= i + INPUT_LEAD; ++ahead) inputs_of.bring(ahead, ahead * INPUT_BYTES);
         cp_async_commit();
     }
 
     WarpSums own;
     own.clear();
-    const int own_inputs = StepProduct::place_of_lane();
+    const unsigned char* const own_inputs = keep_pointer(input_ring + StepProduct::place_of_lane());
     float* const own_group_sums = reinterpret_cast<float*>(group_sums);
-    int input_slot = 0;  // of this step
     if (INPUT_LEAD) {
         cp_async_wait<STAGES - 1>();
         block_sync();  // the first inputs are there
-        StepProduct::sum_inputs(input_ring + own_inputs, own_group_sums);
+        StepProduct::sum_inputs(own_inputs, own_group_sums);
     }
-    int chunk = share.first_step * WARPS_K + WarpSums::warp_k();
+    int codes_place = 0, inputs_place = 0;  // of this step, in their rings
 #pragma unroll 1
-    for (int step = 0; step < num_steps; ++step, chunk += WARPS_K) {
+    for (int step = 0; step < num_steps; ++step) {
         if (step == 0) {
             cp_async_wait<STAGES - 1>();
         } else {
@@ -78,21 +75,25 @@ __device__ __forceinline__ void run_stream(
         }
         block_sync();  // the step is there, and nobody reads the one before any more
         if (step > 0) {
-            if (step + STAGES - 1 < num_steps) stream.bring();
-            if (step + STAGES - 1 + INPUT_LEAD < num_steps) inputs.bring();
+            codes_of.bring(
+                step + STAGES - 1, slot_before<STAGES, STEP_CODE_BYTES>(codes_place));
+            inputs_of.bring(
+                step + STAGES - 1 + INPUT_LEAD,
+                slot_before<INPUT_SLOTS, INPUT_BYTES>(inputs_place));
             cp_async_commit();
         }
-        const unsigned char* const here = input_ring + input_slot * INPUT_BYTES + own_inputs;
-        if (++input_slot == INPUT_SLOTS) input_slot = 0;
+        const int next_inputs = slot_after<INPUT_SLOTS, INPUT_BYTES>(inputs_place);
         if (INPUT_LEAD && step + 1 < num_steps) {
             StepProduct::sum_inputs(
-                input_ring + input_slot * INPUT_BYTES + own_inputs,
-                own_group_sums + (step + 1) % 2 * GROUP_SUMS);
+                own_inputs + next_inputs, own_group_sums + (step + 1) % 2 * GROUP_SUMS);
         }
-        const unsigned char* const weights = stream.take();
-        if (chunk < stream.num_chunks) {
-            StepProduct::multiply(own, weights, here, own_group_sums + step % 2 * GROUP_SUMS);
+        if (WARPS_K == 1 || step < codes_of.num_steps) {
+            StepProduct::multiply(
+                own, codes_of.ring + codes_place, own_inputs + inputs_place,
+                own_group_sums + step % 2 * GROUP_SUMS);
         }
+        codes_place = slot_after<STAGES, STEP_CODE_BYTES>(codes_place);
+        inputs_place = next_inputs;
     }
 
     const int tile = share.first_tile;

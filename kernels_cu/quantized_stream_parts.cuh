@@ -39,60 +39,61 @@ struct PackedCodes {
     float unit;                   // of scales and offsets, a power of two
 };
 
-// A warp's chunks on their way through its part of the ring: of every step one of each of its strips.
+// The slot of a ring before that at byte `place`, of slots of `SLOT_BYTES`.
+template <int SLOTS, int SLOT_BYTES>
+__device__ __forceinline__ int slot_before(int place) {
+    return place == 0 ? (SLOTS - 1) * SLOT_BYTES : place - SLOT_BYTES;
+}
+template <int SLOTS, int SLOT_BYTES>
+__device__ __forceinline__ int slot_after(int place) {
+    return place == (SLOTS - 1) * SLOT_BYTES ? 0 : place + SLOT_BYTES;
+}
+
+// A warp's chunks on their way to its part of the ring: of every step one of each of its strips. What
+// a step's number gives is worked out anew each time, as registers are few.
 template <bool PAIRS>
 struct CodeStream {
-    const unsigned char* from;  // this lane's vector of the next chunk of the first strip
+    const unsigned char* from;  // this lane's vector of the first step's chunk of the first strip
     unsigned char* ring;        // the warp's part of the first stage
-    int strip_bytes, num_chunks;  // of the matrix
-    int num_strips;               // from the warp's first on
-    int chunk;                    // the next to copy
-    int to = 0, oldest = 0;       // where it goes, and what is used next, in bytes
+    int strip_bytes;
+    int num_strips;             // of the matrix, from the warp's first on
+    int num_steps;              // of the warp, whose last chunk may be beyond the matrix
 
     __device__ __forceinline__ CodeStream(
         const SkinnyShare<PAIRS>& share, const PackedCodes& codes, unsigned char* whole_ring) {
         constexpr int OUTPUTS = PAIRS ? STRIP / 2 : STRIP;
         const int all_strips = (share.matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
         const int first = share.first_tile * (OUT_TILE / STRIP) + WarpSums::warp_n() * ROW_TILES;
+        const int num_chunks = (share.matrix.num_inputs + CHUNK - 1) / CHUNK;
+        const int chunk = share.first_step * WARPS_K + WarpSums::warp_k();
         num_strips = all_strips - first;
-        num_chunks = (share.matrix.num_inputs + CHUNK - 1) / CHUNK;
+        num_steps = share.num_steps;
+        if (WARPS_K > 1) num_steps = min(num_steps, (num_chunks - chunk + WARPS_K - 1) / WARPS_K);
         strip_bytes = num_chunks * CHUNK_BYTES;
-        chunk = share.first_step * WARPS_K + WarpSums::warp_k();
         from = codes.packed + static_cast<int64_t>(first) * strip_bytes + chunk * CHUNK_BYTES +
                lane_id() * 16;
         ring = keep_pointer(whole_ring + warp_id() * WARP_CODE_BYTES);
     }
 
-    // Copy the next step's to where the oldest ones were.
-    __device__ __forceinline__ void bring() {
-        if (chunk < num_chunks) {
-            unsigned char* place = ring + to + lane_id() * 16;
-            const unsigned char* source = from;
+    // Copy a step's, if there is one, to byte `to` of the ring.
+    __device__ __forceinline__ void bring(int step, int to) const {
+        if (step >= num_steps) return;
+        unsigned char* place = ring + to + lane_id() * 16;
+        const unsigned char* source = from + step * (WARPS_K * CHUNK_BYTES);
 #pragma unroll
-            for (int s = 0; s < ROW_TILES; ++s) {
-                if (s < num_strips) {
+        for (int s = 0; s < ROW_TILES; ++s) {
+            if (s < num_strips) {
 #pragma unroll
-                    for (int i = 0; i < CODE_VECTORS; ++i) {
-                        cp_async_16(place + i * 512, source + i * 512);
-                    }
-                    if (lane_id() < SCALE_BYTES / 16) {
-                        cp_async_16(place + CODE_BYTES, source + CODE_BYTES);
-                    }
+                for (int i = 0; i < CODE_VECTORS; ++i) {
+                    cp_async_16(place + i * 512, source + i * 512);
                 }
-                place += CHUNK_BYTES;
-                source += strip_bytes;
+                if (lane_id() < SCALE_BYTES / 16) {
+                    cp_async_16(place + CODE_BYTES, source + CODE_BYTES);
+                }
             }
+            place += CHUNK_BYTES;
+            source += strip_bytes;
         }
-        from += WARPS_K * CHUNK_BYTES;
-        chunk += WARPS_K;
-        to = to + STEP_CODE_BYTES < STAGES * STEP_CODE_BYTES ? to + STEP_CODE_BYTES : 0;
-    }
-
-    // The warp's chunks of the next step to multiply.
-    __device__ __forceinline__ const unsigned char* take() {
-        const unsigned char* const here = ring + oldest;
-        oldest = oldest + STEP_CODE_BYTES < STAGES * STEP_CODE_BYTES ? oldest + STEP_CODE_BYTES : 0;
-        return here;
     }
 };
 
@@ -102,27 +103,21 @@ __device__ __forceinline__ int input_place(int token, int piece) {
     return token * ROW_BYTES + (piece ^ (token & 1) * 4) * 16;
 }
 
-// The inputs of all tokens on their way, the same few pieces of every step by each thread.
+// The inputs of all tokens on their way: of every step the same few pieces by each thread.
 struct InputStream {
     static constexpr int TURNS = (TOKENS * PIECES + BLOCK_THREADS - 1) / BLOCK_THREADS;
     static constexpr int TURN_TOKENS = BLOCK_THREADS / PIECES;
 
     const SkinnyMatrix& matrix;
-    unsigned char* ring;  // this thread's place in the first slot
-    int token, input;     // its first, of the next step
-    int to = 0;
+    int first_step, num_steps;
+    unsigned char* ring;
 
-    __device__ __forceinline__ InputStream(
-        const SkinnyMatrix& matrix, int first_step, unsigned char* whole_ring)
-        : matrix(matrix) {
-        const int piece = threadIdx.x % PIECES;
-        token = threadIdx.x / PIECES;
-        input = first_step * K_STEP + piece * 8;
-        ring = keep_pointer(whole_ring + input_place(token, piece));
-    }
-
-    // Copy the next step's to where the oldest ones were; what is not there becomes 0.
-    __device__ __forceinline__ void bring() {
+    // Copy a step's, if there is one, to byte `to` of the ring; what is beyond the matrix becomes 0.
+    __device__ __forceinline__ void bring(int step, int to) const {
+        if (step >= num_steps) return;
+        const int token = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+        const int input = (first_step + step) * K_STEP + piece * 8;
+        unsigned char* const place = ring + to + input_place(token, piece);
         int offset = token * matrix.num_inputs + input;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
@@ -130,11 +125,9 @@ struct InputStream {
             if (TOKENS % TURN_TOKENS != 0 && own >= TOKENS) break;
             const bool valid = own < matrix.num_rows && input < matrix.num_inputs;
             cp_async_16_or_zero(
-                ring + to + i * (TURN_TOKENS * ROW_BYTES), matrix.x + (valid ? offset : 0), valid);
+                place + i * (TURN_TOKENS * ROW_BYTES), matrix.x + (valid ? offset : 0), valid);
             offset += TURN_TOKENS * matrix.num_inputs;
         }
-        input += K_STEP;
-        to = to + INPUT_BYTES < INPUT_SLOTS * INPUT_BYTES ? to + INPUT_BYTES : 0;
     }
 };
 

@@ -250,7 +250,8 @@ def test_the_plan_knows_the_kernels_constants() -> None:
 @pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 32), ("int8", 128)])
 @pytest.mark.parametrize("rows", [16, 32, 64])
 def test_little_spills_on_hopper(kind: str, group: int, rows: int) -> None:
-    """Some bytes at most, with registers for two blocks where that is planned."""
+    """Some bytes at most, outside the loop but for int4 in short groups, with registers for two
+    blocks where that is planned."""
     pytest.importorskip("cupy")
     from nanocupy.cuda.compiler import Compiler
 
@@ -263,4 +264,6 @@ def test_little_spills_on_hopper(kind: str, group: int, rows: int) -> None:
             log,
         )
         assert len(found) == 4, log
-        assert all(int(count) <= 80 for pair in found for count in pair), log
+        assert all(
+            int(count) <= (176 if group < 128 else 64) for pair in found for count in pair
+        ), log

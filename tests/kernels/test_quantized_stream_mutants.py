@@ -64,22 +64,6 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        "the ring filled before the barrier",
-        "block_sync();  // the step is there, and nobody reads the one before any more\n"
-        "        if (step > 0) {\n"
-        "            if (step + STAGES - 1 < num_steps) stream.bring();\n"
-        "            if (step + STAGES - 1 + INPUT_LEAD < num_steps) inputs.bring();\n"
-        "            cp_async_commit();\n"
-        "        }\n",
-        "if (step > 0) {\n"
-        "            if (step + STAGES - 1 < num_steps) stream.bring();\n"
-        "            if (step + STAGES - 1 + INPUT_LEAD < num_steps) inputs.bring();\n"
-        "            cp_async_commit();\n"
-        "        }\n"
-        "        block_sync();\n",
-    ),
-    Mutant("a step copied over the first", "if (step > 0) {", "{"),
-    Mutant(
         "inputs no further ahead than codes",
         "constexpr int INPUT_LEAD = WEIGHT_KIND == 1 ? 1 : 0;",
         "constexpr int INPUT_LEAD = 0;",
@@ -109,29 +93,44 @@ MUTANTS = [
     Mutant("no unit", "StepProduct::scale(own, codes.unit);", ""),
     Mutant(
         "a chunk beyond the inputs multiplied",
-        "if (chunk < stream.num_chunks) {",
+        "if (WARPS_K == 1 || step < codes_of.num_steps) {",
         "{",
         inputs=384,
         tuning=TWO_CHUNKS,
     ),
     Mutant(
         "a chunk for all warps of a step",
-        "int chunk = share.first_step * WARPS_K + WarpSums::warp_k();",
-        "int chunk = share.first_step * WARPS_K;",
+        "min(num_steps, (num_chunks - chunk + WARPS_K - 1) / WARPS_K);",
+        "min(num_steps, (num_chunks - share.first_step * WARPS_K + WARPS_K - 1) / WARPS_K);",
         inputs=384,
         tuning=TWO_CHUNKS,
     ),
     Mutant(
         "codes of the first steps in every block",
-        "chunk = share.first_step * WARPS_K + WarpSums::warp_k();\n        from",
-        "chunk = WarpSums::warp_k();\n        from",
+        "chunk = share.first_step * WARPS_K + WarpSums::warp_k();",
+        "chunk = WarpSums::warp_k();",
         tuning=SPLIT,
     ),
     Mutant(
         "inputs of the first steps in every block",
-        "input = first_step * K_STEP + piece * 8;",
-        "input = piece * 8;",
+        "input = (first_step + step) * K_STEP + piece * 8;",
+        "input = step * K_STEP + piece * 8;",
         tuning=SPLIT,
+    ),
+    Mutant(
+        "codes to where others are read",
+        "step + STAGES - 1, slot_before<STAGES, STEP_CODE_BYTES>(codes_place)",
+        "step + STAGES - 1, codes_place",
+    ),
+    Mutant(
+        "inputs to where others are read",
+        "slot_before<INPUT_SLOTS, INPUT_BYTES>(inputs_place)",
+        "inputs_place",
+    ),
+    Mutant(
+        "a ring that does not go round",
+        "return place == (SLOTS - 1) * SLOT_BYTES ? 0 : place + SLOT_BYTES;",
+        "return place == SLOTS * SLOT_BYTES ? 0 : place + SLOT_BYTES;",
     ),
     Mutant(
         "strips of the first tile",
@@ -147,8 +146,8 @@ MUTANTS = [
     Mutant("a strip beyond the matrix copied", "if (s < num_strips) {", "{", outputs=100),
     Mutant(
         "every chunk for every warp of a step",
-        "from += WARPS_K * CHUNK_BYTES;",
-        "from += CHUNK_BYTES;",
+        "from + step * (WARPS_K * CHUNK_BYTES);",
+        "from + step * CHUNK_BYTES;",
         tuning=TWO_CHUNKS,
     ),
     Mutant(
@@ -218,8 +217,8 @@ MUTANTS = [
     ),
     Mutant(
         "copies not waited for when few are left",
-        "            cp_async_commit();\n        }\n        const unsigned char* const here",
-        "        }\n        const unsigned char* const here",
+        "            cp_async_commit();\n        }\n        const int next_inputs",
+        "        }\n        const int next_inputs",
     ),
 ]
 
