@@ -10,7 +10,8 @@ the packed matrix's alone, scales included.
 Up to 8 tokens: "overlap" is where each launch may start before the one in front has ended, as in a
 step. Beside them stand a plain streaming read of as many bytes, and the product of the same matrix
 in 16 bits, overlapped too. The norm is folded in where the plan does so; else it is not part of the
-time. From 9 tokens on: quantized_batches.py, ops with their norms, and whole layers.
+time. From 9 tokens on, or from 1 with --batches: quantized_batches.py, ops with their norms, and
+whole layers.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ VARIANTS: dict[str, QuantizedTuning] = {
     "strips 1": replace(DEFAULT_TUNING, strips=1),
     "strips 2": replace(DEFAULT_TUNING, strips=2),
     "ring 40": replace(DEFAULT_TUNING, ring_kb=40),
-    "ring 54": replace(DEFAULT_TUNING, ring_kb=54),
+    "ring 86": replace(DEFAULT_TUNING, ring_kb=86, shared_kb=113),
     "alone": replace(DEFAULT_TUNING, ring_kb=136, shared_kb=227, resident_blocks=1),
     "blocks 1": replace(DEFAULT_TUNING, resident_blocks=1),
     "tile 1": replace(DEFAULT_TUNING, tile_segments=1, fold_norm=False),
@@ -332,6 +333,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="batch sizes, 1 to 64 (1,8,32)")
     parser.add_argument("--shape", action="append", choices=sorted(MODELS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--batches", action="store_true", help="from 1 token on, what is from 9")
     parser.add_argument("--head", action="store_true", help="the LM head's matrix too")
     args = parser.parse_args()
     text = args.rows or ("1" if args.variants else "1,8,32")
@@ -343,8 +345,8 @@ def main() -> None:
         products += [p for p in products_of(model) if p not in products]
     products = [p for p in products if args.head or p.op != "lm_head"]
     bench = QuantizedBench(args.dtype)
-    few = [rows for rows in rows_list if rows < MIN_ROWS]
-    many = [rows for rows in rows_list if rows >= MIN_ROWS]
+    few = [rows for rows in rows_list if rows < MIN_ROWS and not args.batches]
+    many = [rows for rows in rows_list if rows not in few]
     tunings = list(VARIANTS.values()) if args.variants else [DEFAULT_TUNING]
     prefetch(bench, products, kinds, [min(rows, MAX_TOKENS) for rows in rows_list], tunings)
     if few and args.variants:

@@ -32,22 +32,23 @@ if TYPE_CHECKING:
     from benchmarks.bench_quantized import QuantizedBench
 
 BEFORE = StreamTuning(min_rows=MAX_ROWS + 1)
-BUILDS = {"before": BEFORE, "now": DEFAULT_TUNING}
+NOW = replace(DEFAULT_TUNING, min_rows=1)  # for few tokens too
+BUILDS = {"before": BEFORE, "now": NOW}
 VARIANTS = {
-    "now": DEFAULT_TUNING,
-    "split 1": replace(DEFAULT_TUNING, splits=1),
-    "split 2": replace(DEFAULT_TUNING, splits=2),
-    "split 4": replace(DEFAULT_TUNING, splits=4),
-    "tile 256": replace(DEFAULT_TUNING, out_tile=256),
-    "tile 224": replace(DEFAULT_TUNING, out_tile=224),
-    "224 by 2": replace(DEFAULT_TUNING, out_tile=224, splits=2),
-    "tile 128": replace(DEFAULT_TUNING, out_tile=128),
-    "128 by 2": replace(DEFAULT_TUNING, out_tile=128, splits=2),
-    "128 by 4": replace(DEFAULT_TUNING, out_tile=128, splits=4),
-    "tile 64": replace(DEFAULT_TUNING, out_tile=64),
-    "strips 1": replace(DEFAULT_TUNING, strips=1),
-    "strips 2": replace(DEFAULT_TUNING, strips=2),
-    "alone": replace(DEFAULT_TUNING, shared_kb=226),
+    "now": NOW,
+    "split 1": replace(NOW, splits=1),
+    "split 2": replace(NOW, splits=2),
+    "split 4": replace(NOW, splits=4),
+    "tile 256": replace(NOW, out_tile=256),
+    "tile 224": replace(NOW, out_tile=224),
+    "224 by 2": replace(NOW, out_tile=224, splits=2),
+    "tile 128": replace(NOW, out_tile=128),
+    "128 by 2": replace(NOW, out_tile=128, splits=2),
+    "128 by 4": replace(NOW, out_tile=128, splits=4),
+    "tile 64": replace(NOW, out_tile=64),
+    "strips 1": replace(NOW, strips=1),
+    "strips 2": replace(NOW, strips=2),
+    "alone": replace(NOW, shared_kb=226),
 }
 OURS, CUBLAS = SkinnyTuning(max_rows=64), SkinnyTuning(max_rows=0)
 NUM_LAYERS = 4  # of packed matrices: more than L2 holds

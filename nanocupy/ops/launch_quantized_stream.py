@@ -21,7 +21,8 @@ _TALLEST_OF_BYTES = 128  # rows: of 8-bit codes, more leave the ring too few sta
 _ALONE_WARPS = 5  # along the rows, from which on a chunk of the inputs is a step
 _ALONE_SUMS = 128  # tokens times strips of a warp, from which a block takes most registers
 
-# Of an H100, roughly, as only their ratios matter: launch_skinny.py says what they are.
+# Of an H100, roughly, as only their ratios matter. launch_skinny.py says what they are and what was
+# measured; of codes, nothing was.
 _INPUT_COST = 0.5
 _NOMINAL_TOKENS = 32  # the plan does not depend on the batch, nor do a token's sums
 _MERGE_COST = 12 << 10  # of a cluster's sums, beside these themselves
@@ -45,7 +46,7 @@ class StreamTuning:
     splits: int | None = None
     strips: int | None = None
     stages: int = 8
-    shared_kb: int = 112
+    shared_kb: int = 113
 
 
 DEFAULT_TUNING = StreamTuning()
@@ -204,8 +205,8 @@ class _Shape:
     def _cost(self, part: _Part) -> float:
         turns = -(-self._blocks(part) // self.num_multiprocessors)
         read = part.read
-        if part.splits == 1:
-            return turns * read * (_ALONE_COST if turns * read > _ALONE_READ else 1.0)
+        if part.splits == 1:  # those that take turns are two at a time
+            return turns * read * (_ALONE_COST if turns == 1 and read > _ALONE_READ else 1.0)
         if part.splits >= _UNEVEN_SPLITS and read > _UNEVEN_READ:
             read *= _UNEVEN_COST
         sums = 4 * _NOMINAL_TOKENS * part.tile * part.warps_k
