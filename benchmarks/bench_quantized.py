@@ -355,7 +355,7 @@ def main() -> None:
         main_table(bench, products, kinds, few, args.record)
     if many:
         builds = BATCH_VARIANTS if args.variants else BUILDS
-        bench.loader.prefetch(builds_of(bench, products, kinds, many, list(builds.values())))
+        bench.loader.prefetch(builds_of(bench, models, kinds, many, list(builds.values())))
         tables(
             bench, models, kinds, many, head=args.head, variants=args.variants, record=args.record
         )

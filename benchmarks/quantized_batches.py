@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.bench_skinny import builds_of as skinny_builds
 from benchmarks.gemv_device import CODES, EPS, MODELS, ROTATED_BYTES, Product, products_of
 from benchmarks.gemv_layers import Layers
 from benchmarks.records import write_record
@@ -201,13 +202,13 @@ def cell(value: float | str) -> str:
 
 
 def builds_of(
-    bench: QuantizedBench, products: list[Product], kinds: list[str], rows_list: list[int],
+    bench: QuantizedBench, models: list[str], kinds: list[str], rows_list: list[int],
     tunings: list[StreamTuning],
 ) -> list[tuple[str, dict[str, int]]]:  # fmt: skip
-    """What must be compiled, of the kernels of these batches."""
+    """What must be compiled for these batches, but for the kernels before."""
     found = {}
     for kind in kinds:
-        for product in products:
+        for product in (p for model in models for p in products_of(model)):
             for rows in rows_list:
                 for tuning in tunings:
                     try:
@@ -216,7 +217,9 @@ def builds_of(
                         continue
                     macros = {"SCALAR": CODES[bench.dtype.name], **macros}
                     found[tuple(sorted(macros.items()))] = (FILE, macros)
-    return list(found.values())
+    card = bench.loader.num_multiprocessors, bench.loader.max_shared_bytes
+    small = [(file, {"SCALAR": CODES[bench.dtype.name]}) for file in ("norm.cu", "activation.cu")]
+    return [*found.values(), *skinny_builds(models, rows_list, {"": OURS}, card), *small]
 
 
 def tables(
