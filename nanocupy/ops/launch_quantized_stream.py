@@ -19,7 +19,8 @@ MAX_ROWS = TOKENS[-1]  # tokens of a launch
 OUT_TILES = (32, 48, 64, 96, 112, 128, 192, 224, 256)  # rows of weights of a block
 _TALLEST_OF_BYTES = 128  # rows: of 8-bit codes, more leave the ring too few stages
 _ALONE_WARPS = 5  # along the rows, from which on a chunk of the inputs is a step
-_ALONE_SUMS = 128  # tokens times strips of a warp, from which a block takes most registers
+# Registers of a multiprocessor, and some that may be spilled; of a thread beside sums and inputs.
+_MOST_REGISTERS, _OTHER_REGISTERS = 70_000, 40
 
 # Of an H100, roughly, as only their ratios matter. launch_skinny.py says what they are and what was
 # measured; of codes, nothing was.
@@ -98,9 +99,12 @@ def plan_stream(
     part = shape.best_part(clusters, max_shared_bytes, tuning)
     tile, splits = part.tile, part.splits
     num_tiles = -(-weight_rows // tile)
-    warps_n = tile // STRIP // _strips(tile, tuning)
+    strips = _strips(tile, tuning)
+    warps_n = tile // STRIP // strips
     block = 32 * warps_n * part.warps_k
-    alone = tokens * (tile // STRIP // warps_n) >= _ALONE_SUMS
+    # Of a lane: a group's sums and those so far, half a register a token each, and inputs.
+    registers = strips * tokens + min(tokens, 32) // 2 + _OTHER_REGISTERS
+    alone = 2 * block * registers > _MOST_REGISTERS
     most = max_shared_bytes if alone else min(max_shared_bytes, tuning.shared_kb << 10)
     most = max(most, part.bytes(2, tokens))
     wanted = max(2, min(tuning.stages, part.steps))
