@@ -4,16 +4,20 @@
     python -m benchmarks.bench_quantized --variants [--kind int4] [--rows 1] [--shape NAME]
 
 Every time is of a captured graph of many launches, whose matrices take turns over more memory than
-L2 holds; "overlap" is the same where each launch may start before the one in front has ended, as in
-a step. Bytes are the packed matrix's alone, scales included. Every build is checked against float64
-on sampled outputs before it is timed. Beside them stand a plain streaming read of as many bytes,
-and the product of the same matrix in 16 bits, overlapped too: the gemv kernels up to 8 tokens,
-cuBLAS above. The norm is folded in where the plan does so; else it is not part of the time.
+L2 holds. Every build is checked against float64 on sampled outputs before it is timed. Bytes are
+the packed matrix's alone, scales included.
+
+Up to 8 tokens: "overlap" is where each launch may start before the one in front has ended, as in a
+step. Beside them stand a plain streaming read of as many bytes, and the product of the same matrix
+in 16 bits, overlapped too. The norm is folded in where the plan does so; else it is not part of the
+time. From 9 tokens on, or from 1 with --batches: quantized_batches.py, ops with their norms, and
+whole layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -32,12 +36,15 @@ from benchmarks.gemv_device import (
     Product,
     products_of,
 )
+from benchmarks.quantized_batches import BUILDS, builds_of, tables
+from benchmarks.quantized_batches import VARIANTS as BATCH_VARIANTS
 from benchmarks.records import write_record
 from nanocupy.ops.launch_gemv import DEFAULT_TUNING as GEMV_TUNING
 from nanocupy.ops.launch_quantized import (
     DEFAULT_TUNING,
     FILE,
     KIND_CODES,
+    MAX_TOKENS,
     PACK_FILE,
     PackedFormat,
     QuantizedLaunch,
@@ -45,6 +52,7 @@ from nanocupy.ops.launch_quantized import (
     packed_format,
     plan_quantized,
 )
+from nanocupy.ops.launch_quantized_stream import MIN_ROWS, StreamLaunch, StreamTuning, plan_stream
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.ops.packed_matrix import random_scales, unit_of_largest
 
@@ -59,7 +67,7 @@ VARIANTS: dict[str, QuantizedTuning] = {
     "strips 1": replace(DEFAULT_TUNING, strips=1),
     "strips 2": replace(DEFAULT_TUNING, strips=2),
     "ring 40": replace(DEFAULT_TUNING, ring_kb=40),
-    "ring 54": replace(DEFAULT_TUNING, ring_kb=54),
+    "ring 86": replace(DEFAULT_TUNING, ring_kb=86, shared_kb=113),
     "alone": replace(DEFAULT_TUNING, ring_kb=136, shared_kb=227, resident_blocks=1),
     "blocks 1": replace(DEFAULT_TUNING, resident_blocks=1),
     "tile 1": replace(DEFAULT_TUNING, tile_segments=1, fold_norm=False),
@@ -84,13 +92,24 @@ class Matrices:
 class QuantizedBench(Bench):
     """The device, with packed matrices of random codes."""
 
-    def packed_matrices(self, product: Product, kind: str, group: int | None) -> Matrices:
-        form = packed_format(kind, product.inputs, group or product.inputs)
+    def format(self, product: Product, kind: str) -> PackedFormat:
+        form = packed_format(kind, product.inputs, GROUPS[kind] or product.inputs)
         if form is None:
-            raise SystemExit(f"{product.label}: groups of {group} do not fit")
+            raise SystemExit(f"{product.label}: groups of {GROUPS[kind]} do not fit")
+        return form
+
+    def packed_bytes(self, product: Product, kind: str) -> int:
+        form = self.format(product, kind)
+        return math.prod(form.packed_shape(product.weight_rows, product.inputs, product.pairs))
+
+    def packed_matrices(
+        self, product: Product, kind: str, num_bytes: int = ROTATED_BYTES
+    ) -> Matrices:
+        """As many as have num_bytes, or half as many as the pool."""
+        form = self.format(product, kind)
         shape = form.packed_shape(product.weight_rows, product.inputs, product.pairs)
         size = shape[0] * shape[1]
-        count = max(1, min(POOL_BYTES // size, -(-ROTATED_BYTES // size)))
+        count = max(1, min(POOL_BYTES // 2 // size, -(-num_bytes // size)))
         whole = self.cupy.empty((count, *shape), np.uint8)
         scale, offset = random_scales(kind, product.inputs**-0.5)
         unit = unit_of_largest(max(abs(scale), abs(offset))) if kind == "int4" else 1.0
@@ -103,6 +122,17 @@ class QuantizedBench(Bench):
         fill.launch((2048,), (256,), [whole, np.int64(whole.size // 16), word, np.uint64(1)])
         self.cupy.cuda.Device().synchronize()
         return Matrices(form, unit, list(whole))
+
+    def stream_plan(
+        self, product: Product, kind: str, rows: int, tuning: StreamTuning
+    ) -> StreamLaunch:
+        """Of a batch. Raises ValueError where there is no such build."""
+        return plan_stream(
+            self.format(product, kind), product.outputs, product.inputs, rows,
+            self.loader.num_multiprocessors, pairs=product.pairs,
+            clusters=self.loader.compute_capability >= (9, 0),
+            max_shared_bytes=self.loader.max_shared_bytes, tuning=tuning,
+        )  # fmt: skip
 
     def plan(self, product: Product, form: PackedFormat, rows: int, tuning: QuantizedTuning):
         return plan_quantized(
@@ -219,8 +249,7 @@ def prefetch(
     code, builds = CODES[bench.dtype.name], {}
     for kind in kinds:
         for product in products:
-            form = packed_format(kind, product.inputs, GROUPS[kind] or product.inputs)
-            assert form is not None
+            form = bench.format(product, kind)
             for rows in rows_list:
                 for tuning in tunings:
                     macros = {"SCALAR": code, **bench.plan(product, form, rows, tuning).macros}
@@ -243,7 +272,7 @@ def main_table(
         for product in products:
             floats = bench.floats_us(product, rows)
             for kind in kinds:
-                matrices = bench.packed_matrices(product, kind, GROUPS[kind])
+                matrices = bench.packed_matrices(product, kind)
                 times, overlapped = (
                     bench.quantized_us(product, matrices, rows, DEFAULT_TUNING, overlap=overlap)
                     for overlap in (False, True)
@@ -282,7 +311,7 @@ def variants_table(
             print(f"{kind}, m = {rows}, us")
             print(f"{'':26s}" + "".join(f"{name:>11s}" for name in VARIANTS))
             for product in products:
-                matrices = bench.packed_matrices(product, kind, GROUPS[kind])
+                matrices = bench.packed_matrices(product, kind)
                 times = [
                     statistics.median(
                         bench.quantized_us(product, matrices, rows, tuning, overlap=True)
@@ -301,25 +330,35 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append to benchmarks/records")
     parser.add_argument("--variants", action="store_true", help="times of other builds instead")
     parser.add_argument("--kind", action="append", choices=sorted(KIND_CODES))
-    parser.add_argument("--rows", default="", help="batch sizes, 1 to 32 (1,8,32)")
+    parser.add_argument("--rows", default="", help="batch sizes, 1 to 64 (1,8,32)")
     parser.add_argument("--shape", action="append", choices=sorted(MODELS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--batches", action="store_true", help="from 1 token on, what is from 9")
     parser.add_argument("--head", action="store_true", help="the LM head's matrix too")
     args = parser.parse_args()
     text = args.rows or ("1" if args.variants else "1,8,32")
     rows_list = [int(part) for part in text.split(",")]
     kinds = args.kind or ["int4", "int8", "fp8"]
+    models = args.shape or ["llama-3.1-8b", "qwen3-0.6b"]
     products: list[Product] = []
-    for model in args.shape or ["llama-3.1-8b", "qwen3-0.6b"]:
+    for model in models:
         products += [p for p in products_of(model) if p not in products]
     products = [p for p in products if args.head or p.op != "lm_head"]
     bench = QuantizedBench(args.dtype)
+    few = [rows for rows in rows_list if rows < MIN_ROWS and not args.batches]
+    many = [rows for rows in rows_list if rows not in few]
     tunings = list(VARIANTS.values()) if args.variants else [DEFAULT_TUNING]
-    prefetch(bench, products, kinds, rows_list, tunings)
-    if args.variants:
-        variants_table(bench, products, kinds, rows_list)
-    else:
-        main_table(bench, products, kinds, rows_list, args.record)
+    prefetch(bench, products, kinds, [min(rows, MAX_TOKENS) for rows in rows_list], tunings)
+    if few and args.variants:
+        variants_table(bench, products, kinds, few)
+    elif few:
+        main_table(bench, products, kinds, few, args.record)
+    if many:
+        builds = BATCH_VARIANTS if args.variants else BUILDS
+        bench.loader.prefetch(builds_of(bench, models, kinds, many, list(builds.values())))
+        tables(
+            bench, models, kinds, many, head=args.head, variants=args.variants, record=args.record
+        )
 
 
 if __name__ == "__main__":

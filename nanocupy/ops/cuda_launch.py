@@ -15,6 +15,8 @@ from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_gemv import GemvTuning, default_tuning
 from nanocupy.ops.launch_quantized import DEFAULT_TUNING as DEFAULT_QUANTIZED
 from nanocupy.ops.launch_quantized import QuantizedTuning
+from nanocupy.ops.launch_quantized_stream import DEFAULT_TUNING as DEFAULT_STREAM
+from nanocupy.ops.launch_quantized_stream import StreamTuning
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
 from nanocupy.ops.tensor_maps import TensorMaps
@@ -44,6 +46,7 @@ class CudaLauncher:
         gemv_tuning: GemvTuning | None = None,
         skinny_tuning: SkinnyTuning = DEFAULT_TUNING,
         quantized_tuning: QuantizedTuning = DEFAULT_QUANTIZED,
+        stream_tuning: StreamTuning = DEFAULT_STREAM,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -56,6 +59,7 @@ class CudaLauncher:
         )
         self._skinny_tuning = skinny_tuning
         self._quantized_tuning = quantized_tuning
+        self._stream_tuning = stream_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._starts_alone = False  # whether the next must not

@@ -1,7 +1,8 @@
 """Products with quantised weights on a GPU, and what brings such weights there.
 
-Codes are multiplied as they are while a batch is small; for others the matrix is unpacked to the
-storage type, in a workspace, once for each product.
+Codes are multiplied as they are while a batch is small, by one kernel up to 8 tokens and another
+up to 64; for others the matrix is unpacked to the storage type, in a workspace, once for each
+product.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from nanocupy.ops.launch_quantized import (
     plan_quantized,
     uses_codes,
 )
+from nanocupy.ops.launch_quantized_stream import FILE as STREAM_FILE
+from nanocupy.ops.launch_quantized_stream import MAX_ROWS as STREAM_ROWS
+from nanocupy.ops.launch_quantized_stream import StreamLaunch, plan_stream, uses_stream
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.packed_matrix import PackedMatrix
 
@@ -31,6 +35,13 @@ _i32, _i64, _f32 = np.int32, np.int64, np.float32
 _PACK_WARPS = 8
 # Planned once: a model has few shapes, and steps that are no graphs ask for the same again.
 _plan = functools.cache(plan_quantized)
+_stream_plan = functools.cache(plan_stream)
+_STREAM_ENTRIES = {
+    "quantized_linear": "quantized_stream_linear",
+    "quantized_linear_add": "quantized_stream_linear_add",
+    "quantized_swiglu": "quantized_stream_swiglu",
+    "quantized_logits": "quantized_stream_logits",
+}
 
 
 class QuantizedProducts(CudaLauncher):
@@ -94,18 +105,18 @@ class QuantizedProducts(CudaLauncher):
         normalised."""
         if not len(x):
             return
-        plan = self._quantized_plan(weight, len(x), out, norm is not None)
-        if norm is not None and not plan.folds_norm:
+        folds_norm = norm is not None and self._folds_norm(weight, len(x), out)
+        if norm is not None and not folds_norm:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, *norm, normed)
             x = normed
         x = self._ordered(x, weight)
         # The residual's type matters to one of them; the others share a module where they can.
-        wide = plan.folds_norm or entry == "quantized_linear_add"
+        wide = folds_norm or entry == "quantized_linear_add"
         for part in self._launch_parts(len(x)):
             self._quantized_part(
                 entry, weight, x[part], () if norm is None else (norm[0], _f32(norm[1])),
-                (bias,), out[part], norm=plan.folds_norm, wide=wide,
+                (bias,), out[part], norm=folds_norm, wide=wide,
             )  # fmt: skip
 
     def _quantized_logits(
@@ -115,9 +126,8 @@ class QuantizedProducts(CudaLauncher):
         num_rows = len(rows)
         if not num_rows:
             return
-        plan = self._quantized_plan(weight, num_rows, out, True)
         norm = norm_weight, _f32(eps)
-        if plan.folds_norm:
+        if self._folds_norm(weight, num_rows, out):
             self._quantized_part(
                 "quantized_logits", weight, x, (rows, *norm), (), out, norm=True, wide=True
             )
@@ -142,8 +152,16 @@ class QuantizedProducts(CudaLauncher):
             max_shared_bytes=self._traits.max_shared_bytes, tuning=self._quantized_tuning,
         )  # fmt: skip
 
+    def _folds_norm(self, weight: PackedMatrix, num_rows: int, out: Array) -> bool:
+        """Whether a product of rms_norm(x) computes that itself; up to 64 rows it is one launch."""
+        if uses_stream(min(num_rows, STREAM_ROWS), self._stream_tuning):
+            return False
+        return self._quantized_plan(weight, num_rows, out, True).folds_norm
+
     def _launch_parts(self, num_rows: int) -> list[slice]:
         most = launch_tokens(self._traits.max_shared_bytes)
+        if uses_stream(min(num_rows, STREAM_ROWS), self._stream_tuning):
+            most = STREAM_ROWS
         return [slice(first, min(first + most, num_rows)) for first in range(0, num_rows, most)]
 
     def _quantized_part(
@@ -153,12 +171,27 @@ class QuantizedProducts(CudaLauncher):
         """One launch. before, after: its arguments between x and the weight, and the weight and
         out; norm: it normalises x; wide: it reads or writes the residual stream."""
         num_rows, num_outputs = out.shape
+        types = self._row_types if wide else self._types
+        if uses_stream(num_rows, self._stream_tuning):
+            stream: StreamLaunch = _stream_plan(
+                weight.format, num_outputs, weight.shape[1], num_rows,
+                self._traits.num_multiprocessors, pairs=weight.pairs,
+                clusters=self._traits.compute_capability >= (9, 0),
+                max_shared_bytes=self._traits.max_shared_bytes, tuning=self._stream_tuning,
+            )  # fmt: skip
+            shape = LaunchShape(stream.grid, stream.block, stream.shared_bytes, stream.cluster)
+            self._launch(
+                STREAM_FILE, _STREAM_ENTRIES[entry], shape, x, weight.packed, _f32(weight.unit),
+                *after, out, _i32(num_rows), _i32(num_outputs), _i32(weight.shape[1]),
+                **types, **stream.macros,
+            )  # fmt: skip
+            return
         plan = self._quantized_plan(weight, num_rows, out, norm)
         self._launch(
             FILE, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),
             x, *before, weight.packed, _f32(weight.unit), *after, out, _i32(num_rows),
             _i32(num_outputs), _i32(weight.shape[1]), _i32(plan.tile_segments),
-            _i32(plan.round_strips), **(self._row_types if wide else self._types), **plan.macros,
+            _i32(plan.round_strips), **types, **plan.macros,
         )  # fmt: skip
 
     def _ordered(self, x: Array, weight: PackedMatrix) -> Array:

@@ -194,6 +194,33 @@ VARIANTS = (
             )
         ),
     ),
+    Variants(
+        "quantized_stream.cu",
+        (
+            "quantized_stream_linear",
+            "quantized_stream_linear_add",
+            "quantized_stream_swiglu",
+            "quantized_stream_logits",
+        ),
+        (
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32, "OUT_TILE": 256, "WARPS_N": 8},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32, "OUT_TILE": 224, "WARPS_N": 7},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 0, "TOKENS": 16, "OUT_TILE": 128, "WARPS_N": 8},
+            {
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 1,
+                "TOKENS": 64,
+                "OUT_TILE": 256,
+                "WARPS_N": 8,
+                "MIN_BLOCKS": 1,
+            },
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 0, "TOKENS": 32, "WARPS_K": 2, "GROUP": 16},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 1, "TOKENS": 16, "GROUP": 32, "RESIDUAL": FLOAT32},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 2, "TOKENS": 64, "STAGES": 2},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 2, "TOKENS": 16, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT32, "WEIGHT_KIND": 1, "TOKENS": 16},
+        ),
+    ),
     Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("rope.cu", ("rope_table", "rope_write_kv"), (*_heads(), *_caches())),
     Variants(

@@ -17,6 +17,7 @@ from nanocupy.ops.packed_matrix import PackedMatrix, packed_row_order, scale_uni
 from nanocupy.quantized import QuantizedMatrix
 from tests.kernels.backends import TOLERANCES, assert_close
 from tests.kernels.quantized_runs import ENTRIES, make_call
+from tests.kernels.quantized_stream_runs import ENTRIES as STREAM_ENTRIES
 from tests.ops.cases import DTYPES
 from tests.shim import build
 from tests.shim.device import MODERN, OLD, _ShimKernel, shim_ops
@@ -81,21 +82,20 @@ def test_few_rows_multiply_codes_with_the_norm_folded_in(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ENTRIES)
-def test_more_rows_take_a_norm_before_and_launches_of_32(op: str) -> None:
+def test_more_rows_take_a_norm_before_and_one_launch(op: str) -> None:
     norm = [] if op == "linear_add" else ["rms_norm_rows"]
-    assert launched(op, 17) == [*norm, ENTRIES[op]]
-    assert launched(op, 33, kind="int8") == [*norm, ENTRIES[op], ENTRIES[op]]
-    assert launched(op, 64) == [*norm, ENTRIES[op], ENTRIES[op]]
+    for rows, kind in ((9, "int4"), (17, "int8"), (64, "int4")):
+        assert launched(op, rows, kind=kind) == [*norm, STREAM_ENTRIES[op]]
 
 
 @pytest.mark.parametrize("op", ENTRIES)
 def test_many_rows_unpack_the_matrix_first(op: str) -> None:
     names = launched(op, 65)
     if op == "lm_head":  # whatever their number
-        assert names == ["rms_norm_rows", *[ENTRIES[op]] * 3]
+        assert names == ["rms_norm_rows", STREAM_ENTRIES[op], ENTRIES[op]]
     else:
         assert names[0] == "dequantize_rows"
-        assert ENTRIES[op] not in names
+        assert not {ENTRIES[op], STREAM_ENTRIES[op]} & set(names)
 
 
 @pytest.mark.parametrize("op", ENTRIES)
