@@ -35,7 +35,16 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 }
 
 // Start the copy of a box to shared memory, aligned to the swizzle's 1024 bytes; elements outside
-// the tensor arrive as zeros. Coordinates innermost first. The bytes count on `barrier`.
+// the tensor arrive as zeros. Coordinates innermost first. The bytes count on `barrier`: those of the
+// whole box, zeros too.
+__device__ __forceinline__ void copy_box(
+    uint32_t target, const TensorMap* map, uint64_t* barrier, int c0, int c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+        : "memory");
+}
 __device__ __forceinline__ void copy_box(
     uint32_t target, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
     asm volatile(
@@ -128,10 +137,14 @@ struct Wgmma;
 #define WGMMA_4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define WGMMA_16(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 1), WGMMA_4(d, i + 2), WGMMA_4(d, i + 3)
 #define WGMMA_32(d, i) WGMMA_16(d, i), WGMMA_16(d, i + 4)
+#define WGMMA_48(d, i) WGMMA_32(d, i), WGMMA_16(d, i + 8)
 #define WGMMA_64(d, i) WGMMA_32(d, i), WGMMA_32(d, i + 8)
 #define WGMMA_LIST_32                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "  \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_LIST_48                                                             \
+    WGMMA_LIST_32                                                                 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_LIST_64                                                             \
     WGMMA_LIST_32                                                                 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
@@ -165,8 +178,10 @@ struct Wgmma;
     };
 
 WGMMA_TYPE(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_TYPE(__nv_bfloat16, "bf16", 96, 48, 48, 49, 50, 51, 52, 53)
 WGMMA_TYPE(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
 WGMMA_TYPE(__half, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_TYPE(__half, "f16", 96, 48, 48, 49, 50, 51, 52, 53)
 WGMMA_TYPE(__half, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
 
 // Two floats rounded to T in one instruction, the first in the low half.
