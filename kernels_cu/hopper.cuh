@@ -1,6 +1,6 @@
 // What compute capability 9.0a has beyond device.cuh and bulk_copy.cuh, each instruction behind one
 // small function: the copy engine with tensor maps, products of a warpgroup, registers moved between
-// warpgroups. There is no twin for the host: kernels that use it run on a device alone.
+// warpgroups. The host has twins of what wide.cu uses; prefill attention runs on a device alone.
 //
 // HAS_WGMMA   1 where a build can use all of it; else nothing below exists but TensorMap.
 #pragma once
@@ -8,16 +8,18 @@
 #include "bulk_copy.cuh"
 #include "types.cuh"
 
+// A CUtensorMap, as a kernel takes it: by value, a `const __grid_constant__` parameter.
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
+#ifndef HOST_SHIM
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !FORCE_PLAIN
 #define HAS_WGMMA 1
 #else
 #define HAS_WGMMA 0
 #endif
-
-// A CUtensorMap, as a kernel takes it: by value, a `const __grid_constant__` parameter.
-struct alignas(64) TensorMap {
-    unsigned char bytes[128];
-};
 
 #if HAS_WGMMA
 
@@ -201,3 +203,4 @@ __device__ __forceinline__ uint32_t pack_two<__half>(float low, float high) {
 }
 
 #endif  // HAS_WGMMA
+#endif  // HOST_SHIM

@@ -183,6 +183,8 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     const WideMerge merge = {log2_ranks, rank, (matrix.num_rows + 7) / 8, &steps.bars->inbox};
 
     if (lane_id() == 0) {
+        if (warp == WARPGROUPS * 4) prefetch_tensor_map(matrix.weights);
+        if (warp == WARPGROUPS * 4 + 1) prefetch_tensor_map(matrix.inputs);
 #pragma unroll 1
         for (int i = warp; i < MOST_STAGES; i += BLOCK_THREADS / 32) {
             mbarrier_init(steps.bars->weights_full + i, 1);
@@ -208,6 +210,7 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
         if (ranks > 1) {  // whose barrier every thread comes to
             cluster_arrive();
             cluster_wait();
+            wait_for_inbox(merge.inbox);
         }
         return;
     }
@@ -230,6 +233,8 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     }
     merge.send(row_part * 64 + warp % 4 * 16, token_part * (PART_TOKENS / 8), sums);
     finish.run();
+    // Nobody leaves before all have stored into its block's memory what they will.
+    if (ranks > 1) wait_for_inbox(merge.inbox);
 }
 
 #endif  // WIDE_BUILD

@@ -126,7 +126,7 @@ struct WideFinish {
         }
     }
 
-    // By all threads that multiply. A block to which sums come has a thread that waits for them.
+    // By all threads that multiply.
     __device__ __forceinline__ void run() const {
         if (merge.log2_ranks == 0) barrier_sync(1, COMPUTE_THREADS);
         if (output >= num_outputs) return;
