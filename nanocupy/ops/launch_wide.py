@@ -23,9 +23,9 @@ _PAIR_PADDING = 4  # pairs of tokens lie this many rows further apart than a til
 _MOST_WARPGROUPS = 4
 _TWO_BLOCKS = 2  # warpgroups up to which registers hold two blocks on a multiprocessor
 
-# Of an H100, roughly, in bytes a cycle of a multiprocessor: from memory while all read, from L2 (weights
-# that came from memory pass through it too), between blocks of a cluster. Tensor cores multiply
-# 2048 pairs a cycle.
+# Of an H100, roughly, in bytes a cycle of a multiprocessor: from memory while all read, from L2
+# (weights that came from memory pass through it too), between blocks of a cluster. Tensor cores
+# multiply 2048 pairs a cycle.
 _MEMORY_RATE, _L2_RATE, _CLUSTER_RATE, _PRODUCTS = 13.0, 28.0, 14.5, 2048.0
 _BLOCK_CYCLES = 2500.0  # of a block beside its copies: its start, the first copy, the last store
 _MERGE_CYCLES = 500.0  # of a cluster's barrier and the last sums on their way

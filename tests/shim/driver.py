@@ -234,8 +234,9 @@ class HostKernel:
 
     @staticmethod
     def _place(
-        array: np.ndarray, regions: dict[tuple[int, int, str], _Region], written: set[Any], name: str
-    ) -> int:
+        array: np.ndarray, regions: dict[tuple[int, int, str], _Region], written: set[Any],
+        name: str,
+    ) -> int:  # fmt: skip
         """The address of the pages that hold the array."""
         key = _key(array)
         if key not in regions:
