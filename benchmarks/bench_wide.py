@@ -156,6 +156,8 @@ def main() -> None:
         print(f"{len(builds)} builds in {compiler.cache}")
         return
     bench = Bench(DTYPE)
+    if bench.loader.arch != "sm_90a":
+        parser.exit(2, f"these products need compute capability 9.0, not {bench.loader.arch}\n")
     card = bench.loader.num_multiprocessors, bench.loader.max_shared_bytes
     bench.loader.prefetch(builds_of(models, rows_list, variants, card))
     read = bench.pool.nbytes / bench.read_us(bench.pool.nbytes) / 1e3
