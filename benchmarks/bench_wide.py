@@ -40,6 +40,8 @@ VARIANTS = {
     "tile 256": replace(DEFAULT, out_tile=256),
     "inputs 2": replace(DEFAULT, input_stages=2),
     "inputs 4": replace(DEFAULT, input_stages=4),
+    "share 1": replace(DEFAULT, sharers=1),
+    "share 2": replace(DEFAULT, sharers=2),
     "sh 224": replace(DEFAULT, shared_kb=224),
 }
 
@@ -82,7 +84,7 @@ class Wide(Skinny):
         for name, tuning in variants.items():
             if tuning != DEFAULT and plan_of(product, self.rows, tuning, self.card) == default:
                 found[name] = "="
-            elif product.op == "lm_head" and not name.startswith(("default", "tile")):
+            elif product.op == "lm_head" and not name.startswith(("default", "tile", "share")):
                 found[name] = ""
             else:
                 found[name] = attempt(lambda t=tuning: self.op_us(product, t))

@@ -65,6 +65,26 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
+// The same to all blocks of the cluster that have a bit in `ranks`: to the place that each has where
+// this one has `target`, counted on the barrier that it has where this one has `barrier`.
+__device__ __forceinline__ void copy_box_to_ranks(
+    uint32_t target, const TensorMap* map, uint64_t* barrier, uint32_t ranks, int c0, int c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "h"(static_cast<uint16_t>(ranks))
+        : "memory");
+}
+
+// Arrive at the barrier that block `rank` of the cluster has where this one has `own`. The block must
+// have made it, and not have ended.
+__device__ __forceinline__ void mbarrier_arrive_at_rank(const uint64_t* own, int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
+                     address_at_rank(own, rank))
+                 : "memory");
+}
+
 // What this thread wrote to shared memory is seen by copies and products that come later.
 __device__ __forceinline__ void shared_to_async_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

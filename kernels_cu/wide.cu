@@ -1,19 +1,20 @@
 // Products of 33 to 256 tokens on warpgroups' tensor cores, for compute capability 9.0a, with what
 // follows folded in: bias, residual, SwiGLU, float32 logits; the norm before is a kernel of its own
-// (norm.cu). The macros, TOKENS and OUT_TILE, stand in wide.cuh; nanocupy/ops/launch_wide.py chooses
-// them.
+// (norm.cu). The macros, TOKENS, OUT_TILE and SHARERS, stand in wide.cuh;
+// nanocupy/ops/launch_wide.py chooses them.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights and biases only, and dependents may start at once.
 #include "wide.cuh"
 
 // wide_linear: out = x @ weight.T + bias, of num_rows tokens
-// grid tiles of OUT_TILE rows of weights * cluster; a cluster of 1, 2, 4 or 8 blocks along x, at most
-//   K / 64 up
+// grid tiles of OUT_TILE rows of weights, SHARERS up, * splits, which are 1, 2, 4 or 8, and at most
+//   K / 64 up; clusters of SHARERS * splits, up to 8, along x
 // block 128 * (OUT_TILE / 64) * (1 up to 128 TOKENS, else 2) + 64
 // shared 2048 + the larger of weight_stages * 128 * OUT_TILE + input_stages * 128 * TOKENS, and
 //   4 * TOKENS * (OUT_TILE + 4)
-// inputs   a map of x scalar_t [num_rows, K], 1 to TOKENS rows, with a box [TOKENS, 64]
+// inputs   a map of x scalar_t [num_rows, K], 1 to TOKENS rows, with a box [TOKENS / SHARERS,
+//   64]
 // weights  a map of weight scalar_t [R, K] with a box [OUT_TILE, 64]; both swizzled by 128 bytes
 // bias     scalar_t [R], or null
 // out      scalar_t [num_rows, R], no part of the inputs

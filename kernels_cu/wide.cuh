@@ -8,13 +8,16 @@
 // kernel: with launches that overlap its ring is full before the kernel in front has ended. Another
 // brings the inputs, through a ring of their own, as these come from near and must wait for that
 // kernel. Where there are fewer tiles than multiprocessors a cluster shares the inputs of a tile:
-// rank r takes a part of the steps.
+// each of its blocks takes a part of the steps. And with SHARERS, two blocks of a cluster have the same
+// steps of tiles side by side, each brings half of the tokens, and the copy engine gives it to both:
+// half as many reads of L2.
 //
-// A token's sums are added in an order that depends on K and on the cluster's size: not on the
-// batch, other tokens, the tile or TOKENS.
+// A token's sums are added in an order that depends on K and on the blocks that share its inputs: not
+// on the batch, other tokens, the tile, SHARERS or TOKENS.
 //
 // TOKENS     that a block has room for: 64, 128, 192 or 256, at least the batch
 // OUT_TILE   rows of weights of a block: 64 to 256, a multiple of 64; up to 128 above 128 tokens
+// SHARERS    blocks that get the same inputs by one copy: 1, or 2
 #pragma once
 
 #include "hopper.cuh"
@@ -28,6 +31,9 @@
 #ifndef OUT_TILE
 #define OUT_TILE 128
 #endif
+#ifndef SHARERS
+#define SHARERS 1
+#endif
 
 constexpr int TOKEN_PARTS = TOKENS > 128 ? 2 : 1;  // warpgroups that share rows of weights
 constexpr int PART_TOKENS = TOKENS / TOKEN_PARTS;
@@ -37,6 +43,7 @@ constexpr int BLOCK_THREADS = COMPUTE_THREADS + 64;        // and two warps that
 constexpr int RESIDENT_BLOCKS = WARPGROUPS <= 2 ? 2 : 1;   // whose registers a multiprocessor holds
 
 static_assert(TOKENS % 64 == 0 && TOKENS <= 256 && OUT_TILE % 64 == 0 && WARPGROUPS <= 4, "TOKENS");
+static_assert(SHARERS == 1 || SHARERS == 2, "SHARERS");
 
 #if WIDE_BUILD
 
@@ -56,7 +63,7 @@ struct WideBarriers {
 static_assert(sizeof(WideBarriers) <= HEAD_BYTES, "HEAD_BYTES");
 
 struct WideMatrix {
-    const TensorMap* inputs;   // x [num_rows, num_inputs], box [TOKENS, 64]
+    const TensorMap* inputs;   // x [num_rows, num_inputs], box [TOKENS / SHARERS, 64]
     const TensorMap* weights;  // box [OUT_TILE, 64], half as many rows with PAIRS
     int num_rows;
     int num_outputs;
@@ -86,6 +93,7 @@ struct WideSteps {
     unsigned char* weights;  // [weight_stages, WEIGHT_BYTES]
     unsigned char* inputs;   // [input_stages, INPUT_BYTES]
     int first_step, num_steps;
+    int split, share;        // of the blocks of its tile; of those that get the same inputs
 
     // By one thread. Rows of gate, then of up, with PAIRS.
     __device__ __forceinline__ void fetch_weights(int tile) const {
@@ -117,9 +125,15 @@ struct WideSteps {
             uint64_t* const full = bars->inputs_full + place.stage;
             mbarrier_wait(bars->inputs_free + place.stage, place.parity ^ 1);
             mbarrier_arrive_expecting(full, INPUT_BYTES);
-            copy_box(
-                shared_address(inputs) + place.stage * INPUT_BYTES, matrix.inputs, full,
-                (first_step + step) * K_STEP, 0);
+            const uint32_t to = shared_address(inputs) + place.stage * INPUT_BYTES;
+            const int k = (first_step + step) * K_STEP;
+            if constexpr (SHARERS == 1) {
+                copy_box(to, matrix.inputs, full, k, 0);
+            } else {  // the other part comes from the other block, before or after
+                copy_box_to_ranks(
+                    to + share * (INPUT_BYTES / SHARERS), matrix.inputs, full,
+                    ((1 << SHARERS) - 1) << (split * SHARERS), k, share * (TOKENS / SHARERS));
+            }
             place.next(matrix.input_stages);
         }
     }
@@ -150,7 +164,16 @@ struct WideSteps {
             hold_registers(sums);
             if (step > 0 && lane_id() == 0) {
                 mbarrier_arrive(bars->weights_free + weight_before);
-                mbarrier_arrive(bars->inputs_free + input_before);
+                if constexpr (SHARERS == 1) {
+                    mbarrier_arrive(bars->inputs_free + input_before);
+                } else if (step - 1 + matrix.input_stages < num_steps) {
+                    // Just where a copy will wait for it: no block may have ended when it comes.
+#pragma unroll
+                    for (int i = 0; i < SHARERS; ++i) {
+                        mbarrier_arrive_at_rank(
+                            bars->inputs_free + input_before, split * SHARERS + i);
+                    }
+                }
             }
             weight_before = weight.stage;
             input_before = input.stage;
@@ -165,9 +188,10 @@ struct WideSteps {
 // The whole kernel.
 template <bool PAIRS, typename Epilogue>
 __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogue& epilogue) {
-    const int ranks = cluster_size(), rank = cluster_rank();
-    const int log2_ranks = lowest_bit(ranks);  // a power of two
-    const int tile = blockIdx.x >> log2_ranks;
+    const int ranks = cluster_size(), split = cluster_rank() / SHARERS;
+    const int log2_splits = lowest_bit(ranks / SHARERS);  // powers of two
+    const int share = cluster_rank() % SHARERS;
+    const int tile = (blockIdx.x >> log2_splits) / SHARERS * SHARERS + share;
     const int all_steps = (matrix.num_inputs + K_STEP - 1) / K_STEP;
     const int warp = shuffle(warp_id(), 0);  // known to be the same in all lanes
     const uint32_t misplaced = shared_address(dynamic_shared()) % ATOM;
@@ -178,9 +202,12 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     steps.bars = reinterpret_cast<WideBarriers*>(head);
     steps.weights = head + HEAD_BYTES;
     steps.inputs = steps.weights + matrix.weight_stages * WEIGHT_BYTES;
-    steps.first_step = all_steps * rank >> log2_ranks;
-    steps.num_steps = (all_steps * (rank + 1) >> log2_ranks) - steps.first_step;
-    const WideMerge merge = {log2_ranks, rank, (matrix.num_rows + 7) / 8, &steps.bars->inbox};
+    steps.first_step = all_steps * split >> log2_splits;
+    steps.num_steps = (all_steps * (split + 1) >> log2_splits) - steps.first_step;
+    steps.split = split;
+    steps.share = share;
+    const WideMerge merge = {
+        log2_splits, split, share, (matrix.num_rows + 7) / 8, &steps.bars->inbox};
 
     if (lane_id() == 0) {
         if (warp == WARPGROUPS * 4) prefetch_tensor_map(matrix.weights);
@@ -190,28 +217,32 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
             mbarrier_init(steps.bars->weights_full + i, 1);
             mbarrier_init(steps.bars->weights_free + i, WARPGROUPS * 4);
             mbarrier_init(steps.bars->inputs_full + i, 1);
-            mbarrier_init(steps.bars->inputs_free + i, WARPGROUPS * 4);
+            mbarrier_init(steps.bars->inputs_free + i, WARPGROUPS * 4 * SHARERS);
         }
         mbarrier_init_fence();
-        if (warp == 0 && ranks > 1) make_inbox(merge.inbox, merge.expected_bytes());
+        if (warp == 0 && merge.splits() > 1) make_inbox(merge.inbox, merge.expected_bytes());
     }
     block_sync();
+    if (SHARERS > 1) cluster_arrive();  // to all its blocks' barriers being made
 
     if (warp >= WARPGROUPS * 4) {  // ------------------------------------------ warps that fetch
-        if (lane_id() == 0) {
-            if (warp == WARPGROUPS * 4) {
-                steps.fetch_weights(tile);
-            } else {
+        if (warp == WARPGROUPS * 4) {
+            if (lane_id() == 0) steps.fetch_weights(tile);
+            warp_sync();
+            if (SHARERS > 1) cluster_wait();
+        } else {
+            if (SHARERS > 1) cluster_wait();
+            if (lane_id() == 0) {
                 grid_dependency_wait();
                 steps.fetch_inputs();
             }
+            warp_sync();
         }
-        warp_sync();
         if (ranks > 1) {  // whose barrier every thread comes to
             cluster_arrive();
             cluster_wait();
-            wait_for_inbox(merge.inbox);
         }
+        if (merge.splits() > 1) wait_for_inbox(merge.inbox);
         return;
     }
 
@@ -220,6 +251,7 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     const int row_part = warp / 4 / TOKEN_PARTS, token_part = warp / 4 % TOKEN_PARTS;
     const WideFinish<PAIRS, Epilogue> finish(
         merge, epilogue, tile, matrix.num_rows, matrix.num_outputs);
+    if (SHARERS > 1) cluster_wait();
     grid_dependency_wait();
     steps.multiply(row_part, token_part, sums);
     // The rings become the place of sums when nobody reads them any more, in a cluster in any of its
@@ -234,7 +266,7 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     merge.send(row_part * 64 + warp % 4 * 16, token_part * (PART_TOKENS / 8), sums);
     finish.run();
     // Nobody leaves before all have stored into its block's memory what they will.
-    if (ranks > 1) wait_for_inbox(merge.inbox);
+    if (merge.splits() > 1) wait_for_inbox(merge.inbox);
 }
 
 #endif  // WIDE_BUILD

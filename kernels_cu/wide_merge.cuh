@@ -5,27 +5,28 @@
 
 #include "wide_epilogues.cuh"
 
-// The sums of all ranks on their way to who finishes them: group g of 8 tokens is finished by rank
-// g % ranks, as its group g / ranks. They lie as pairs of tokens, behind the barriers:
-// float2 [ranks, slots, 4, PAIR_STRIDE].
+// The sums of all splits of a tile on their way to who finishes them: group g of 8 tokens is finished by
+// split g % splits, as its group g / splits. They lie as pairs of tokens, behind the barriers:
+// float2 [splits, slots, 4, PAIR_STRIDE].
 struct WideMerge {
     // Pairs of one row of weights and the next pair of tokens lie in other banks.
     static constexpr int PAIR_STRIDE = OUT_TILE + 4;
 
-    int log2_ranks, rank;  // of the cluster
-    int num_groups;        // that have a token
+    int log2_splits, split;  // blocks of the tile, and which this is
+    int share;               // of the cluster's tiles
+    int num_groups;          // that have a token
     uint64_t* inbox;
 
-    __device__ __forceinline__ int ranks() const { return 1 << log2_ranks; }
-    // Groups that a rank has room for; there are as many as ranks, or a multiple.
-    __device__ __forceinline__ int slots() const { return TOKENS / 8 >> log2_ranks; }
+    __device__ __forceinline__ int splits() const { return 1 << log2_splits; }
+    // Groups that a split has room for; there are as many as splits, or a multiple.
+    __device__ __forceinline__ int slots() const { return TOKENS / 8 >> log2_splits; }
     __device__ __forceinline__ int own_groups() const {
-        return (num_groups - rank + ranks() - 1) >> log2_ranks;
+        return (num_groups - split + splits() - 1) >> log2_splits;
     }
     __device__ __forceinline__ uint32_t expected_bytes() const {
-        return (own_groups() << log2_ranks) * 4 * OUT_TILE * 8;
+        return (own_groups() << log2_splits) * 4 * OUT_TILE * 8;
     }
-    // Of pair `pair` of a rank's own groups, from rank `source`, at row `row`: bytes behind inbox.
+    // Of pair `pair` of a split's own groups, from split `source`, at row `row`: bytes behind inbox.
     __device__ __forceinline__ int place(int source, int pair, int row) const {
         return HEAD_BYTES + ((source * slots() * 4 + pair) * PAIR_STRIDE + row) * 8;
     }
@@ -34,7 +35,7 @@ struct WideMerge {
     __device__ __forceinline__ void send(
         int first_row, int first_group, const float (&sums)[PART_TOKENS / 8][4]) const {
         const int row = first_row + lane_id() / 4, pair = lane_id() % 4;
-        if (log2_ranks == 0) {  // a block alone: there is room for every group
+        if (log2_splits == 0) {  // a block alone: there is room for every group
             float* to = reinterpret_cast<float*>(
                 reinterpret_cast<char*>(inbox) + place(0, first_group * 4 + pair, row));
 #pragma unroll
@@ -45,13 +46,14 @@ struct WideMerge {
             }
             return;
         }
-        const int own = place(rank, pair, row);
+        const int own = place(split, pair, row);
 #pragma unroll
         for (int n = 0; n < PART_TOKENS / 8; ++n) {
             const int group = first_group + n;
             if (group < num_groups) {
-                const RemoteInbox to = inbox_of_rank(inbox, group & (ranks() - 1));
-                const int offset = own + (group >> log2_ranks) * (4 * PAIR_STRIDE * 8);
+                const int rank = (group & (splits() - 1)) * SHARERS + share;
+                const RemoteInbox to = inbox_of_rank(inbox, rank);
+                const int offset = own + (group >> log2_splits) * (4 * PAIR_STRIDE * 8);
                 send_pair(to, offset, sums[n][0], sums[n][1]);
                 send_pair(to, offset + 8 * 8, sums[n][2], sums[n][3]);
             }
@@ -91,7 +93,7 @@ struct WideFinish {
         for (int i = 0; i < 4; ++i) sums[i] += part[i];
     }
 
-    // Of pairs of tokens `tokens` apart, whose sums from rank 0 lie at `from`; results from place
+    // Of pairs of tokens `tokens` apart, whose sums from split 0 lie at `from`; results from place
     // `at` of the output on.
     __device__ __forceinline__ void finish(
         int token, int tokens, const char* from, int64_t at,
@@ -103,7 +105,7 @@ struct WideFinish {
             for (int j = 0; j < 4; ++j) sums[i][j] = seconds[i][j] = 0.0f;
         }
 #pragma unroll 1
-        for (int source = 0; source < merge.ranks(); ++source) {
+        for (int source = 0; source < merge.splits(); ++source) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
                 if (token + i * tokens >= num_rows) continue;
@@ -128,11 +130,11 @@ struct WideFinish {
 
     // By all threads that multiply.
     __device__ __forceinline__ void run() const {
-        if (merge.log2_ranks == 0) barrier_sync(1, COMPUTE_THREADS);
+        if (merge.log2_splits == 0) barrier_sync(1, COMPUTE_THREADS);
         if (output >= num_outputs) return;
-        const int pair = threadIdx.x / (OUTPUTS / 2), tokens = STEP * 2 << merge.log2_ranks;
+        const int pair = threadIdx.x / (OUTPUTS / 2), tokens = STEP * 2 << merge.log2_splits;
         const char* from = reinterpret_cast<const char*>(merge.inbox) + merge.place(0, pair, row);
-        int token = ((pair / 4 << merge.log2_ranks) + merge.rank) * 8 + pair % 4 * 2;
+        int token = ((pair / 4 << merge.log2_splits) + merge.split) * 8 + pair % 4 * 2;
 #pragma unroll 1
         for (; token < num_rows; token += AT_ONCE * tokens, from += AT_ONCE * STEP_BYTES) {
             const int64_t at = static_cast<int64_t>(token) * num_outputs + output;
@@ -148,7 +150,7 @@ struct WideFinish {
                     }
                 }
             }
-            if (merge.log2_ranks > 0) wait_for_inbox(merge.inbox);
+            if (merge.log2_splits > 0) wait_for_inbox(merge.inbox);
             finish(token, tokens, from, at, addends);
         }
     }

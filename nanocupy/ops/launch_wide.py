@@ -41,6 +41,7 @@ class WideTuning:
     rows of weights of a block, blocks that share its inputs. shared_kb: of a block of which two
     shall be on a multiprocessor, so that the next kernel's weights come while one runs; alone_kb:
     of one that has too many threads for that. input_stages: steps of inputs in their ring.
+    sharers: blocks, 1 or 2, that get the same inputs by one copy, where a cluster has room for them.
     """
 
     max_rows: int = MAX_ROWS
@@ -49,6 +50,7 @@ class WideTuning:
     shared_kb: int = 112
     alone_kb: int = 224
     input_stages: int | None = None
+    sharers: int | None = None
 
 
 DEFAULT_TUNING = WideTuning()
@@ -58,8 +60,9 @@ DEFAULT_TUNING = WideTuning()
 class WideLaunch:
     """Everything of a launch but its arrays. `macros` come on top of SCALAR and RESIDUAL.
 
-    input_box, weight_box: what one copy brings of x [T, K] and of the weights, rows and inputs.
-    weight_stages, input_stages: steps in the rings.
+    splits: blocks of a tile; a cluster has those of the tiles that share inputs. input_box,
+    weight_box: what one copy brings of x [T, K] and of the weights, rows and inputs. weight_stages,
+    input_stages: steps in the rings.
     """
 
     macros: dict[str, int]
@@ -67,6 +70,7 @@ class WideLaunch:
     block: int
     shared_bytes: int
     cluster: int
+    splits: int
     input_box: tuple[int, int]
     weight_box: tuple[int, int]
     weight_stages: int
@@ -120,6 +124,10 @@ def plan_wide(
     splits = tuning.splits or shape.best(_NOMINAL_TOKENS, tuning.out_tile, None)[1]
     splits = max(s for s in SPLITS if s <= min(splits, shape.num_steps))
     tile, _ = shape.best(tokens, tuning.out_tile, splits)
+    # Above 128 tokens a block reads twice as many bytes of inputs as of weights.
+    sharers = tuning.sharers or (2 if tokens > 128 else 1)
+    if sharers * splits > SPLITS[-1] or shape.num_tiles(tile) == 1:
+        sharers = 1
     warpgroups = _warpgroups(tile, tokens)
     weights, inputs = 2 * K_STEP * tile, 2 * K_STEP * tokens
     kb = tuning.shared_kb if warpgroups <= _TWO_BLOCKS else tuning.alone_kb
@@ -134,12 +142,13 @@ def plan_wide(
             f"of weights and {tokens} tokens"
         )
     return WideLaunch(
-        macros={"TOKENS": tokens, "OUT_TILE": tile},
-        grid=(shape.num_tiles(tile) * splits,),
+        macros={"TOKENS": tokens, "OUT_TILE": tile, "SHARERS": sharers},
+        grid=(-(-shape.num_tiles(tile) // sharers) * sharers * splits,),
         block=128 * warpgroups + 64,
         shared_bytes=used + HEAD_BYTES + _ALIGNMENT,
-        cluster=splits,
-        input_box=(tokens, K_STEP),
+        cluster=splits * sharers,
+        splits=splits,
+        input_box=(tokens // sharers, K_STEP),
         weight_box=(tile // 2 if pairs else tile, K_STEP),
         weight_stages=stages[0],
         input_stages=stages[1],

@@ -214,7 +214,7 @@ VARIANTS = (
         (
             {"SCALAR": BFLOAT16, "TOKENS": 128},
             {"SCALAR": FLOAT16, "TOKENS": 64, "OUT_TILE": 256},
-            {"SCALAR": BFLOAT16, "TOKENS": 192, "OUT_TILE": 64, "RESIDUAL": FLOAT32},
+            {"SCALAR": BFLOAT16, "TOKENS": 192, "OUT_TILE": 64, "RESIDUAL": FLOAT32, "SHARERS": 2},
             {"SCALAR": FLOAT16, "TOKENS": 256, "FORCE_PLAIN": 1},
             {"SCALAR": FLOAT32, "TOKENS": 128, "OUT_TILE": 192},
         ),

@@ -47,14 +47,16 @@ class Variant:
     tile: int
     splits: int = 1
     wide: bool = False
+    sharers: int = 1
 
     def __str__(self) -> str:
         wide = "-wide" if self.wide else ""
-        return f"{self.dtype}-m{self.rows}-tile{self.tile}-split{self.splits}{wide}"
+        shared = "-shared" if self.sharers > 1 else ""
+        return f"{self.dtype}-m{self.rows}-tile{self.tile}-split{self.splits}{shared}{wide}"
 
     @property
     def tuning(self) -> WideTuning:
-        return replace(SMALL, out_tile=self.tile, splits=self.splits)
+        return replace(SMALL, out_tile=self.tile, splits=self.splits, sharers=self.sharers)
 
 
 VARIANTS = [
@@ -71,6 +73,11 @@ VARIANTS = [
     Variant("bfloat16", 200, 128, 8),
     Variant("bfloat16", 256, 64, 4),
     Variant("float16", 255, 128),
+    Variant("bfloat16", 255, 64, 1, sharers=2),
+    Variant("bfloat16", 256, 128, 4, sharers=2),
+    Variant("bfloat16", 180, 64, 2, sharers=2),
+    Variant("bfloat16", 47, 64, 1, sharers=2),
+    Variant("bfloat16", 101, 64, 4, wide=True, sharers=2),
 ]
 # outputs, inputs, bias
 SIZES = [(2, 8, True), (38, 264, True), (130, 72, False), (200, 1032, True), (258, 640, False)]
@@ -110,6 +117,7 @@ def test_tiles_and_rings_do_not_change_a_bit(run, op: str) -> None:
         replace(SMALL, splits=2, out_tile=128, input_stages=3),
         replace(SMALL, splits=2, out_tile=256),
         replace(SMALL, splits=2, shared_kb=112),
+        replace(SMALL, splits=2, sharers=2),
     ):
         call = make_call(op, DTYPES["bfloat16"], 70, 150, 1288, bias=True)
         results.append(check_op(run, op, call, tuning=tuning))
@@ -163,12 +171,15 @@ def test_plans_of_real_shapes(outputs: int, inputs: int, pairs: bool) -> None:
     for rows in (MIN_ROWS, 64, 65, 128, 129, 192, 193, 256):
         launch = plan(outputs, inputs, rows, pairs=pairs)
         tile, tokens = launch.macros["OUT_TILE"], launch.macros["TOKENS"]
+        sharers = launch.macros["SHARERS"]
         assert tokens >= rows
-        assert launch.grid[0] == -(-outputs * (2 if pairs else 1) // tile) * launch.cluster
+        num_tiles = -(-outputs * (2 if pairs else 1) // tile)
+        assert launch.grid[0] == -(-num_tiles // sharers) * launch.cluster
         assert launch.grid[0] >= 96
-        assert launch.cluster == first.cluster, "sums would depend on the batch"
+        assert launch.splits == first.splits, "sums would depend on the batch"
+        assert launch.cluster == launch.splits * sharers <= 8
         steps = -(-inputs // 64)
-        assert launch.cluster <= steps
+        assert launch.splits <= steps
         threads = 128 * (tile // 64) * (2 if tokens > 128 else 1) + 64
         assert launch.block == threads <= 576
         used = 128 * (launch.weight_stages * tile + launch.input_stages * tokens)
@@ -176,10 +187,10 @@ def test_plans_of_real_shapes(outputs: int, inputs: int, pairs: bool) -> None:
         assert launch.shared_bytes == 2048 + used <= 227 << 10
         two = threads <= 2 * 128 + 64
         assert launch.shared_bytes <= (113 if two else 227) << 10
-        assert launch.input_box == (tokens, 64)
+        assert launch.input_box == (tokens // sharers, 64)
         assert launch.weight_box == (tile // 2 if pairs else tile, 64)
         for stages in (launch.weight_stages, launch.input_stages):
-            assert min(2, -(-steps // launch.cluster)) <= stages <= launch_wide.MOST_STAGES
+            assert min(2, -(-steps // launch.splits)) <= stages <= launch_wide.MOST_STAGES
 
 
 def test_every_plan_can_be_launched() -> None:
@@ -192,8 +203,8 @@ def test_every_plan_can_be_launched() -> None:
                     assert launch.block <= 576
                     assert launch.shared_bytes <= 227 << 10
                     steps = -(-inputs // 64)
-                    assert launch.cluster <= steps
-                    least = min(2, -(-steps // launch.cluster))
+                    assert launch.splits <= steps
+                    least = min(2, -(-steps // launch.splits))
                     assert launch.weight_stages >= least
                     assert launch.input_stages >= least
 
@@ -231,7 +242,7 @@ def test_the_plan_knows_the_kernels_constants() -> None:
         assert int(found[1]) == getattr(launch_wide, name)
     assert f"PAIR_STRIDE = OUT_TILE + {launch_wide._PAIR_PADDING};" in text
     assert "constexpr int ATOM = 1024;" in text
-    assert set(plan(64, 1024).macros) == {"TOKENS", "OUT_TILE"}
+    assert set(plan(64, 1024).macros) == {"TOKENS", "OUT_TILE", "SHARERS"}
 
 
 # ------------------------------------------------------------------------------ the compiler
@@ -249,7 +260,7 @@ def test_nothing_spills(tokens: int) -> None:
     except NanocupyError as exc:
         pytest.skip(f"no NVRTC: {exc}")
     tile = 256 if tokens <= 128 else 128
-    macros = {"SCALAR": 2, "TOKENS": tokens, "OUT_TILE": tile}
+    macros = {"SCALAR": 2, "TOKENS": tokens, "OUT_TILE": tile, "SHARERS": 1 + tokens // 192}
     log = compiler.compile("wide.cu", macros, arch="90a").log
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 4, log
     assert "C75" not in log, "the compiler serialised the products"

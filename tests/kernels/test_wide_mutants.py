@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 HEADERS = ("wide_epilogues.cuh", "wide_merge.cuh", "wide.cuh")
 SPLIT = replace(SMALL, splits=4)
+SHARED = replace(SMALL, sharers=2, splits=2)
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,14 @@ MUTANTS = [
     Mutant("the last products are not waited for", "wgmma_wait<0>();", ""),
     Mutant("sums of what was there", "step > 0 || k > 0);", "1);"),
     Mutant("the first step is lost", "step > 0 || k > 0);", "step > 1 || k > 0);"),
-    Mutant("inputs of the wrong step", "(first_step + step) * K_STEP, 0);", "step * K_STEP, 0);",
-           tuning=SPLIT),
-    Mutant("a rank has a step too few", "(rank + 1) >> log2_ranks) - steps.first_step;",
-           "(rank + 1) >> log2_ranks) - steps.first_step - (rank == 1);", tuning=SPLIT),
+    Mutant(
+        "inputs of the wrong step",
+        "const int k = (first_step + step) * K_STEP;\n            if constexpr (SHARERS == 1) {",
+        "const int k = step * K_STEP;\n            if constexpr (SHARERS == 1) {",
+        tuning=SPLIT,
+    ),
+    Mutant("a rank has a step too few", "(split + 1) >> log2_splits) - steps.first_step;",
+           "(split + 1) >> log2_splits) - steps.first_step - (split == 1);", tuning=SPLIT),
     Mutant(
         "rows of up are those of gate",
         "k, matrix.num_outputs + row);",
@@ -80,16 +85,16 @@ MUTANTS = [
         "barrier_sync(1, COMPUTE_THREADS);\n    }\n    merge.send",
         "}\n    merge.send",
         rows=256,
-        tuning=replace(SMALL, out_tile=128),
+        tuning=replace(SMALL, out_tile=128, sharers=1),
     ),
     Mutant(
         "sums are added up before they are there",
-        "if (merge.log2_ranks == 0) barrier_sync(1, COMPUTE_THREADS);",
+        "if (merge.log2_splits == 0) barrier_sync(1, COMPUTE_THREADS);",
         "",
     ),
     Mutant(
         "sums of others are not waited for",
-        "if (merge.log2_ranks > 0) wait_for_inbox(merge.inbox);",
+        "if (merge.log2_splits > 0) wait_for_inbox(merge.inbox);",
         "",
         tuning=SPLIT,
     ),
@@ -99,13 +104,30 @@ MUTANTS = [
         "        cluster_arrive();\n    } else {",
         tuning=SPLIT,
     ),
+    Mutant(
+        "copies to a block that has not started",
+        "            if (SHARERS > 1) cluster_wait();\n            if (lane_id() == 0) {",
+        "            if (lane_id() == 0) {",
+        tuning=SHARED,
+    ),
+    Mutant("a place is free when one of two blocks has read it", "WARPGROUPS * 4 * SHARERS);",
+           "WARPGROUPS * 4);", tuning=SHARED),
+    Mutant("half of the tokens twice", "k, share * (TOKENS / SHARERS));", "k, 0);", tuning=SHARED),
+    Mutant("halves in the same place", "to + share * (INPUT_BYTES / SHARERS)", "to", tuning=SHARED),
+    Mutant("inputs of another split", "<< (split * SHARERS), k,", ", k,", tuning=SHARED),
+    Mutant("only one is told that a place is free", "split * SHARERS + i);", "split * SHARERS);",
+           tuning=SHARED),
+    Mutant("both have the same tile", "/ SHARERS * SHARERS + share;", "/ SHARERS * SHARERS;",
+           tuning=SHARED),
+    Mutant("sums of another tile", "* SHARERS + share;\n                const",
+           "* SHARERS;\n                const", tuning=SHARED),
     Mutant("more is expected than comes", "* 4 * OUT_TILE * 8;", "* 4 * OUT_TILE * 8 + 8;",
            tuning=SPLIT),
     Mutant("less is expected than comes", "* 4 * OUT_TILE * 8;", "* 4 * OUT_TILE * 8 - 8;",
            tuning=SPLIT),
-    Mutant("groups of the wrong rank", "group & (ranks() - 1)", "(group + 1) & (ranks() - 1)",
+    Mutant("groups of the wrong rank", "group & (splits() - 1)", "(group + 1) & (splits() - 1)",
            rows=64, tuning=SPLIT),
-    Mutant("one rank is left out", "source < merge.ranks();", "source < merge.ranks() - 1;",
+    Mutant("one rank is left out", "source < merge.splits();", "source < merge.splits() - 1;",
            tuning=SPLIT),
     Mutant("tokens of the other pair", "pair % 4 * 2;", "(pair ^ 1) % 4 * 2;"),
     Mutant("a token too many", "if (token + further >= num_rows) continue;", "", rows=71),

@@ -31,6 +31,7 @@ struct BulkCopy {
     HostMap map;
     int column, row;
     uint32_t address;  // of `to`, by which its pieces are exchanged
+    bool from_other;   // block: it may be there before its bytes are announced
 };
 
 // Rows of 64 values, zeros outside the matrix, pieces of 16 bytes exchanged by the row's number.
@@ -86,7 +87,8 @@ inline void land_bulk_copies(BytesBarrier* barrier) {
         const BulkCopy copy = bulk_copies[i];
         // A phase counts the bytes of copies that come before their announcement too, but here the
         // announcement comes first: what lands without one is a mistake of the kernel.
-        if (copy.owner != block || copy.barrier != barrier) {
+        const bool early = copy.from_other && barrier->bytes < copy.num_bytes;
+        if (copy.owner != block || copy.barrier != barrier || early) {
             bulk_copies[kept++] = copy;
             continue;
         }

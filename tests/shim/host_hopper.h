@@ -84,6 +84,44 @@ inline void copy_box(
         line);
 }
 
+template <typename Map>
+inline void copy_box_to_ranks(
+    uint32_t target, const Map* map, uint64_t* barrier, uint32_t ranks, int c0, int c1, CALLER) {
+    if (ranks >> shim::cluster_blocks) shim::fail("line %d: no such ranks", line);
+    char* const own = shim::shared_pointer(target);
+    for (int rank = 0; rank < int(shim::cluster_blocks); ++rank) {
+        shim::Block* const to = shim::block_of_rank(rank);
+        if (!(ranks >> rank & 1)) continue;
+        if (to == shim::block) {
+            copy_box(target, map, barrier, c0, c1, line);
+            shim::bulk_copies[shim::num_bulk_copies - 1].from_other = true;
+            continue;
+        }
+        shim::bytes_barrier(barrier, line);
+        const auto* made = static_cast<shim::BytesBarrier*>(
+            shim::place_at_rank(barrier, 8, rank, line));
+        if (made->is_made != 0x5a) shim::fail("line %d: its barrier was not made", line);
+        shim::HostMap host;
+        memcpy(&host, map->bytes, sizeof host);
+        const int num_bytes = host.box_rows * 128;
+        for (int i = 0; i < num_bytes; i += 8) {
+            memset(shim::place_at_rank(own + i, 8, rank, line), 0xff, 8);
+        }
+        if (shim::num_bulk_copies == shim::MAX_BULK_COPIES) shim::fail("line %d: too many", line);
+        shim::bulk_copies[shim::num_bulk_copies++] = {
+            to, own, nullptr, num_bytes, reinterpret_cast<shim::BytesBarrier*>(barrier), host, c0, c1,
+            target, true};
+    }
+}
+
+inline void mbarrier_arrive_at_rank(uint64_t* own, int rank, CALLER) {
+    auto* barrier = static_cast<shim::BytesBarrier*>(shim::place_at_rank(own, 8, rank, line));
+    if (barrier->is_made != 0x5a) shim::fail("line %d: a barrier that was not made", line);
+    if (!barrier->pending) shim::fail("line %d: more arrivals than the barrier has", line);
+    --barrier->pending;
+    shim::end_phase_if_complete(barrier);
+}
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++shim::own_products().group; }
 template <int N>
