@@ -42,6 +42,7 @@ VARIANTS = {
     "inputs 4": replace(DEFAULT, input_stages=4),
     "share 1": replace(DEFAULT, sharers=1),
     "share 2": replace(DEFAULT, sharers=2),
+    "sh 112": replace(DEFAULT, shared_kb=112),
     "sh 224": replace(DEFAULT, shared_kb=224),
 }
 

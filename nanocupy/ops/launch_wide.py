@@ -22,6 +22,12 @@ _ALIGNMENT = 1024  # of the rings; what comes before may begin anywhere
 _PAIR_PADDING = 4  # pairs of tokens lie this many rows further apart than a tile has
 _MOST_WARPGROUPS = 4
 _TWO_BLOCKS = 2  # warpgroups up to which registers hold two blocks on a multiprocessor
+# Shared memory of a block of which two fit, so that the next kernel's weights come while one runs,
+# and of one alone.
+_TWO_KB, _ALONE_KB = 112, 224
+# Clusters of 4 and more are spread less evenly where two of their blocks fit on a multiprocessor,
+# as was seen in skinny.cu: those with much to read, in bytes of weights, get one each.
+_UNEVEN_READ, _UNEVEN_SPLITS = 200 << 10, 4
 
 # Of an H100, roughly, in bytes a cycle of a multiprocessor: from memory while all read, from L2
 # (weights that came from memory pass through it too), between blocks of a cluster. Tensor cores
@@ -38,17 +44,15 @@ class WideTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
     max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile, splits:
-    rows of weights of a block, blocks that share its inputs. shared_kb: of a block of which two
-    shall be on a multiprocessor, so that the next kernel's weights come while one runs; alone_kb:
-    of one that has too many threads for that. input_stages: steps of inputs in their ring.
-    sharers: blocks, 1 or 2, that get the same inputs by one copy, where a cluster has room for them.
+    rows of weights of a block, blocks that share its inputs. shared_kb: of a block, unless two steps
+    need more. input_stages: steps of inputs in their ring.
+    sharers: blocks, 1 or 2, that get the same inputs by one copy, where a cluster has room for it.
     """
 
     max_rows: int = MAX_ROWS
     out_tile: int | None = None
     splits: int | None = None
-    shared_kb: int = 112
-    alone_kb: int = 224
+    shared_kb: int | None = None
     input_stages: int | None = None
     sharers: int | None = None
 
@@ -130,9 +134,10 @@ def plan_wide(
         sharers = 1
     warpgroups = _warpgroups(tile, tokens)
     weights, inputs = 2 * K_STEP * tile, 2 * K_STEP * tokens
-    kb = tuning.shared_kb if warpgroups <= _TWO_BLOCKS else tuning.alone_kb
-    room = min(kb << 10, max_shared_bytes) - HEAD_BYTES - _ALIGNMENT
     steps = -(-shape.num_steps // splits)  # of a block with most
+    spread = splits >= _UNEVEN_SPLITS and steps * weights > _UNEVEN_READ
+    kb = tuning.shared_kb or (_ALONE_KB if warpgroups > _TWO_BLOCKS or spread else _TWO_KB)
+    room = min(kb << 10, max_shared_bytes) - HEAD_BYTES - _ALIGNMENT
     stages = _stages(room, weights, inputs, steps, tuning.input_stages)
     sums = 4 * tokens * (tile + _PAIR_PADDING)
     used = max(stages[0] * weights + stages[1] * inputs, sums)
@@ -202,9 +207,10 @@ class _Shape:
         memory = 2 * self.weight_rows * self.num_inputs / self.num_multiprocessors / _MEMORY_RATE
         merged = 4 * tile * tokens * (splits - 1) / splits
         merge = merged / _CLUSTER_RATE + _MERGE_CYCLES if splits > 1 else 0.0
-        # Two blocks on a multiprocessor: one copies while the other ends.
-        ends = turns if _warpgroups(tile, tokens) > _TWO_BLOCKS else -(-turns // 2)
-        return max(busy, memory) + turns * merge + ends * _BLOCK_CYCLES
+        # Two blocks on a multiprocessor: one copies while the other ends, but for the last.
+        ends = turns if _warpgroups(tile, tokens) > _TWO_BLOCKS else 1
+        # What comes from L2 costs a little where it is not what all wait for.
+        return max(busy, memory) + busy / 30 + turns * merge + ends * _BLOCK_CYCLES
 
     def best(self, tokens: int, out_tile: int | None, splits: int | None) -> tuple[int, int]:
         """(rows of weights of a tile, splits) of least cost."""
