@@ -78,13 +78,17 @@ def builds_of(
 
 
 class Skinny:
-    """The device, and the ops for the batches of one model."""
+    """The device, and the ops for the batches of one model. tuning_name: of what CudaOps is made
+    with; wgmma: the ops may take what only compute capability 9.0a has."""
 
-    def __init__(self, bench: Bench, model: str, rows: int) -> None:
+    def __init__(
+        self, bench: Bench, model: str, rows: int, tuning_name: str = "skinny_tuning",
+        wgmma: bool = False,
+    ) -> None:  # fmt: skip
         self.bench, self.model, self.rows = bench, model, rows
         loader, cupy = bench.loader, bench.cupy
         self.card = loader.num_multiprocessors, loader.max_shared_bytes
-        traits = DeviceTraits(loader.compute_capability, *self.card)
+        traits = DeviceTraits(loader.compute_capability, *self.card, wgmma=wgmma)
         hidden, queries, keys, ffn, vocab = MODELS[model]
         sizes = OpSizes(
             max_tokens=rows, max_num_seqs=rows, max_rows=rows, max_context=4096,
@@ -99,10 +103,10 @@ class Skinny:
         }
         matmul = bench.cublas.matmul
 
-        def ops(tuning: SkinnyTuning) -> CudaOps:
-            return CudaOps(loader, matmul, spaces, sizes, traits, skinny_tuning=tuning)
+        def ops(tuning: Any) -> CudaOps:
+            return CudaOps(loader, matmul, spaces, sizes, traits, **{tuning_name: tuning})
 
-        self.ops: Callable[[SkinnyTuning], CudaOps] = ops
+        self.ops: Callable[[Any], CudaOps] = ops
         self.chosen = cupy.arange(rows, dtype=np.int32)
         self.norm_host = bench.rng.uniform(0.5, 1.5, max(hidden, ffn)).astype(bench.dtype)
 
@@ -131,7 +135,7 @@ class Skinny:
             before = before.astype(self.bench.dtype)
         return x, self.norm_host[: product.inputs], before
 
-    def op_us(self, product: Product, tuning: SkinnyTuning) -> float:
+    def op_us(self, product: Product, tuning: Any) -> float:
         """Of the op, checked first."""
         bench, cupy = self.bench, self.bench.cupy
         host = self.buffers(product)
@@ -150,12 +154,16 @@ class Skinny:
 
     # --------------------------------------------------------------- layers
 
-    def layer_us(self, tuning: SkinnyTuning) -> float:
-        """Of the four products of a layer and their norms, in a graph of all layers."""
-        ops, layers = self.ops(tuning), Layers(self.bench, self.model, self.rows)
+    def layer_us(self, *tunings: Any, check: bool = True) -> float:
+        """Of the four products of a layer and their norms, in a graph of all layers. tunings: one
+        for all, or one for each product; check: overlapped launches against single ones."""
+        layers = Layers(self.bench, self.model, self.rows)
+        each = tunings * len(layers.products) if len(tunings) == 1 else tunings
         starts = [
-            self.start_op(ops, product, source, layers.norm, target)
-            for product, (source, target) in zip(layers.products, layers.buffers, strict=True)
+            self.start_op(self.ops(tuning), product, source, layers.norm, target)
+            for tuning, product, (source, target) in zip(
+                each, layers.products, layers.buffers, strict=True
+            )
         ]
 
         def run() -> None:
@@ -167,7 +175,7 @@ class Skinny:
         with self.bench.stream:
             run()  # loads what a capture must find
         graph = layers.capture(run)
-        if tuning is not NEVER:
+        if check:
             layers.check_overlap(run, graph)  # overlap is taken in captures alone
         return layers.graph_us(graph)
 
@@ -218,7 +226,7 @@ def layers_table(bench: Bench, skinny: Skinny, variants: dict[str, SkinnyTuning]
     print(f"{skinny.model}, {skinny.rows} tokens, a layer's products and norms")
     print(f"{'':10s} {'us/layer':>9s} {'GB/s':>6s} {'share':>6s}")
     for name, tuning in {"cublas": NEVER, **variants}.items():
-        us = attempt(lambda t=tuning: skinny.layer_us(t))
+        us = attempt(lambda t=tuning: skinny.layer_us(t, check=t is not NEVER))
         rate = num_bytes / us / 1e3 if isinstance(us, float) else 0.0
         print(f"{name:10s} {cell(us)} {rate:6.0f} {rate / read:6.1%}", flush=True)
     print(f"{'read alone':10s} {num_bytes / read / 1e3:9.2f}", flush=True)

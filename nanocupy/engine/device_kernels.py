@@ -27,6 +27,7 @@ from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
+from nanocupy.ops.launch_wide import TOKENS
 from nanocupy.ops.packed_matrix import PackedMatrix
 
 
@@ -85,7 +86,7 @@ def kernel_variants(
     for num in sorted({coarse_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
         forward(most, num, num, most)
     logits, row = Outline(1, config.vocab_size), Outline(1)
-    counts = {*range(1, min(65, most_seqs)), most_seqs}
+    counts = {*range(1, min(65, most_seqs)), *(n for n in TOKENS if n < most_seqs), most_seqs}
     for num in sorted({decode_bucket(n, most_seqs) for n in counts}):
         if ops.can_step(num):
             # One launch; the first ops of it have been seen above.

@@ -15,7 +15,6 @@ from nanocupy.ops import launch_shapes as shapes
 from nanocupy.ops.cuda_launch import CudaLauncher
 from nanocupy.ops.cuda_sizes import TYPE_CODES, decode_launch, fused_launch, query_buckets
 from nanocupy.ops.launch_shapes import LaunchShape
-from nanocupy.ops.tensor_maps import TensorMaps
 
 _i32, _f32, _f64 = np.int32, np.float32, np.float64
 
@@ -139,8 +138,6 @@ class AttentionOps(CudaLauncher):
             launch = prefill.launch_attention_prefill_wgmma(
                 *counts, tile=wgmma, num_multiprocessors=self._traits.num_multiprocessors
             )
-            if self._maps is None:
-                self._maps = TensorMaps(self._kernels.driver.tensor_map)
             arrays = (
                 self._maps.queries(q, wgmma, group), self._maps.cache(key_cache, wgmma),
                 self._maps.cache(value_cache, wgmma), query_starts, kv_lens, block_tables, out,

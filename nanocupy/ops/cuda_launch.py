@@ -19,11 +19,16 @@ from nanocupy.ops.launch_quantized_stream import DEFAULT_TUNING as DEFAULT_STREA
 from nanocupy.ops.launch_quantized_stream import StreamTuning
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
+from nanocupy.ops.launch_wide import DEFAULT_TUNING as DEFAULT_WIDE
+from nanocupy.ops.launch_wide import WideTuning
 from nanocupy.ops.tensor_maps import TensorMaps
 
 
 class Kernels(Protocol):
-    """Gives kernels by file, entry and macros, as `cuda.kernels.KernelLoader` does."""
+    """Gives kernels by file, entry and macros, as `cuda.kernels.KernelLoader` does; `driver` makes
+    tensor maps, where kernels are launched that take some."""
+
+    driver: Any
 
     def get(self, file: str, entry: str, **macros: int | str) -> Any: ...
 
@@ -47,6 +52,7 @@ class CudaLauncher:
         skinny_tuning: SkinnyTuning = DEFAULT_TUNING,
         quantized_tuning: QuantizedTuning = DEFAULT_QUANTIZED,
         stream_tuning: StreamTuning = DEFAULT_STREAM,
+        wide_tuning: WideTuning = DEFAULT_WIDE,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -60,10 +66,11 @@ class CudaLauncher:
         self._skinny_tuning = skinny_tuning
         self._quantized_tuning = quantized_tuning
         self._stream_tuning = stream_tuning
+        self._wide_tuning = wide_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._starts_alone = False  # whether the next must not
-        self._maps: TensorMaps | None = None  # made where a kernel takes any
+        self._made_maps: TensorMaps | None = None
         self._types = {
             "SCALAR": TYPE_CODES[sizes.dtype],
             **({"FORCE_PLAIN": 1} if plain else {}),
@@ -92,6 +99,13 @@ class CudaLauncher:
         stream."""
         residual = type_macro("RESIDUAL", self._sizes.residual_dtype, dtype) if wide else {}
         return self._types | {"SCALAR": TYPE_CODES[dtype]} | residual
+
+    @property
+    def _maps(self) -> TensorMaps:
+        """Made where a kernel takes any: that needs the driver."""
+        if self._made_maps is None:
+            self._made_maps = TensorMaps(self._kernels.driver.tensor_map)
+        return self._made_maps
 
     def _workspace(self, name: str, *shape: int) -> Array:
         """The start of a workspace in this shape."""

@@ -1,13 +1,14 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
 A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
-all but the norm; still more take cuBLAS between a norm before and what follows. The rounding points
-are the same. A quantised weight is multiplied as it is (`cuda_quantized`) or, for larger batches,
-unpacked to the storage type first.
+all but the norm, on 9.0a up to 256 rows; still more take cuBLAS between a norm before and what
+follows. The rounding points are the same. A quantised weight is multiplied as it is
+(`cuda_quantized`) or, for larger batches, unpacked to the storage type first.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,13 @@ from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import FILE as SKINNY
 from nanocupy.ops.launch_skinny import SkinnyLaunch, plan_skinny, uses_skinny
+from nanocupy.ops.launch_wide import FILE as WIDE
+from nanocupy.ops.launch_wide import plan_wide, uses_wide
 from nanocupy.ops.packed_matrix import PackedMatrix
 
 _i32, _f32 = np.int32, np.float32
+# Planned once: a model has few shapes, and steps that are no graphs ask for the same again.
+_plan_wide = functools.cache(plan_wide)
 
 
 class ProductOps(QuantizedProducts):
@@ -47,7 +52,10 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            self._product_with_bias(normed, weight, bias, out)
+            if self._is_wide(x, out):
+                self._wide("wide_linear", normed, weight, bias, out)
+            else:
+                self._product_with_bias(normed, weight, bias, out)
 
     def linear_add(self, x, weight, bias, residual) -> None:
         num_rows = len(x)
@@ -61,6 +69,8 @@ class ProductOps(QuantizedProducts):
             self._skinny("skinny_linear_add", plan, x, weight, bias, residual)
         elif 0 < num_rows <= MAX_ROWS:
             self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
+        elif self._is_wide(x, residual):
+            self._wide("wide_linear_add", x, weight, bias, residual)
         elif num_rows and bias is None:
             self._matmul(x, weight, residual, 1.0)
         elif num_rows:
@@ -90,6 +100,9 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
+            if self._is_wide(x, out):
+                self._wide("wide_swiglu", normed, weight, bias, out)
+                return
             gate_up = self._workspace("gate_up", num_rows, 2 * width)
             self._product_with_bias(normed, weight, bias, gate_up)
             self._launch(
@@ -116,6 +129,8 @@ class ProductOps(QuantizedProducts):
             if self._is_skinny(normed, dtype):
                 plan = self._skinny_plan(normed, out)
                 self._skinny("skinny_logits", plan, normed, weight, out, dtype=dtype)
+            elif dtype == self._sizes.dtype and self._is_wide(normed, out):
+                self._wide("wide_logits", normed, weight, out)
             else:
                 self._matmul(normed, weight, out, 0.0)
 
@@ -179,6 +194,29 @@ class ProductOps(QuantizedProducts):
         self._launch(
             SKINNY, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
             x, *args, _i32(num_rows), _i32(num_outputs), _i32(num_inputs), **types, **plan.macros,
+        )  # fmt: skip
+
+    def _is_wide(self, x: Array, out: Array) -> bool:
+        (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+        return uses_wide(
+            num_rows, num_outputs, num_inputs, ITEMSIZES[self._sizes.dtype],
+            wgmma=self._traits.wgmma and not self._traits.force_plain, tuning=self._wide_tuning,
+        )  # fmt: skip
+
+    def _wide(self, entry: str, x: Array, weight: Array, *args: Any) -> None:
+        """As `_skinny`, by warpgroups; x and the weights go as tensor maps."""
+        (num_rows, num_inputs), num_outputs = x.shape, args[-1].shape[1]
+        plan = _plan_wide(
+            num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
+            pairs=entry == "wide_swiglu", max_shared_bytes=self._traits.max_shared_bytes,
+            tuning=self._wide_tuning,
+        )  # fmt: skip
+        maps = self._maps.matrix(x, plan.input_box), self._maps.matrix(weight, plan.weight_box)
+        numbers = num_rows, num_outputs, num_inputs, plan.weight_stages, plan.input_stages
+        types = self._row_types if entry == "wide_linear_add" else self._types
+        self._launch(
+            WIDE, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
+            *maps, *args, *map(_i32, numbers), **types, **plan.macros,
         )  # fmt: skip
 
     def _product_with_bias(self, x: Array, weight: Array, bias: Array | None, out: Array) -> None:

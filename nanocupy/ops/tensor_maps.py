@@ -1,7 +1,7 @@
-"""Tensor maps of the arrays that prefill attention reads through the copy engine, made once each.
+"""Tensor maps of the arrays that kernels read through the copy engine, made once each.
 
-Owns how q and the caches are seen as tensors of rows of 128 bytes. It knows no kernel, and makes
-maps with what it is given.
+Owns how q, the caches and matrices are seen as tensors of rows of 128 bytes. It knows no kernel,
+and makes maps with what it is given.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_attention_prefill import WgmmaTile
 
-# Buffers lie where they are as long as an engine runs: two a layer, and a q for each token count.
-MOST_MAPS = 2048
+# Buffers lie where they are as long as an engine runs: two caches and four matrices a layer, these
+# for each height of tile, and inputs and a q for each token count.
+MOST_MAPS = 4096
 
 
 class TensorMaps:
@@ -32,6 +33,10 @@ class TensorMaps:
         box = tile.cache_box(cache.shape[3], cache.shape[2])
         return self._map(cache, cache_view, box, "the map of a KV cache")
 
+    def matrix(self, matrix: Array, box: tuple[int, int]) -> Any:
+        """Of a matrix [R, K], K a multiple of 8; the box has 64 columns."""
+        return self._map(matrix, _itself, box, "the map of a matrix")
+
     def _map(self, array: Array, view: Callable[[Array], Array], box: tuple, what: str) -> Any:
         key = (array.data.ptr, array.shape, array.dtype, box)
         found = self._maps.get(key)
@@ -40,6 +45,10 @@ class TensorMaps:
                 self._maps.clear()
             found = self._maps[key] = self._make(view(array), box, what=what)
         return found
+
+
+def _itself(array: Array) -> Array:
+    return array
 
 
 def query_view(q: Array) -> Array:

@@ -250,6 +250,17 @@ VARIANTS = (
         ),
     ),
     Variants("stamp.cu", ("stamp_step",), ({"SCALAR": BFLOAT16},)),
+    Variants(
+        "wide.cu",
+        ("wide_linear", "wide_linear_add", "wide_swiglu", "wide_logits"),
+        (
+            {"SCALAR": BFLOAT16, "TOKENS": 128},
+            {"SCALAR": FLOAT16, "TOKENS": 64, "OUT_TILE": 256},
+            {"SCALAR": BFLOAT16, "TOKENS": 192, "OUT_TILE": 64, "RESIDUAL": FLOAT32, "SHARERS": 2},
+            {"SCALAR": FLOAT16, "TOKENS": 256, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT32, "TOKENS": 128, "OUT_TILE": 192},
+        ),
+    ),
 )
 
 

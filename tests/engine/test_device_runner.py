@@ -19,6 +19,7 @@ from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.step_inputs import fill, step_shape
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.model.load import load_numpy_weights
+from nanocupy.ops.cuda_launch import CudaLauncher
 from nanocupy.profiling.profile import profile
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.engine.device_runs import (
@@ -30,7 +31,7 @@ from tests.engine.device_runs import (
     runners,
 )
 from tests.shim import build
-from tests.shim.device import MODERN, OLD, ShimDevice
+from tests.shim.device import MODERN, OLD, ShimDevice, ShimMaps
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -166,20 +167,28 @@ def test_a_decode_step_of_a_fixed_batch_sends_nothing():
     assert device.counts["replayed"] >= 13
 
 
-def test_logits_in_sixteen_bits():
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_logits_in_sixteen_bits(wgmma: bool, monkeypatch: pytest.MonkeyPatch):
+    """With wgmma by warpgroup products; not attention, which takes no blocks of 4."""
+    monkeypatch.setattr(CudaLauncher, "_maps", ShimMaps())
     checkpoint = TinyCheckpoint(CONFIGS["qwen2"], seed=3, dtype="bfloat16")
-    limits = RunnerLimits(40, 16, 96, 64, 40)
-    device_runner = DeviceRunner(checkpoint.config, ShimDevice(), limits)
+    limits = RunnerLimits(40, 4 if wgmma else 16, 96, 64, 40)
+    device = ShimDevice(replace(MODERN, wgmma=wgmma))
+    device_runner = DeviceRunner(checkpoint.config, device, limits)
     device_runner.upload_weights(checkpoint)
     exact = NumpyRunner(
         checkpoint.config, load_numpy_weights(checkpoint, np.float64), limits, np.float64
     )
     ids = np.random.default_rng(1).integers(0, 48, 37).tolist()
     request = Request("a", ids, GREEDY, 0, 60)
-    request.block_ids = [5, 2, 9]
-    batch = build_batch([ScheduledRequest(request, 37, True)], block_size=16, table_width=6)
+    request.block_ids = [5, 2, 9, 1, 3, 12, 11, 4, 8, 30][: -(-37 // limits.block_size)]
+    batch = build_batch(
+        [ScheduledRequest(request, 37, True)], block_size=limits.block_size,
+        table_width=96 // limits.block_size,
+    )  # fmt: skip
     batch = type(batch)(**vars(batch) | {"sample_rows": np.arange(37, dtype=np.int32)})
     wanted, got = exact.logits(batch), device_runner.logits(batch)
+    assert ("wide_logits" in device.kernels.launched) == wgmma
     rms = np.sqrt(np.mean(wanted**2, axis=-1, keepdims=True))
     assert np.abs(got - wanted).max() < 0.06 * rms.max()
     assert np.abs(got - wanted).mean() < 0.02 * rms.mean()

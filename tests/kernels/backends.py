@@ -7,6 +7,7 @@ on a GPU it is marked `gpu`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -29,6 +30,14 @@ def cache_macro(call: Any) -> dict[str, int]:
     return {} if a["key_scales"] is None else {"CACHE": CODES[a["key_cache"].dtype.name]}
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """An argument that a kernel takes as a tensor map of `array`, a matrix of 16-bit values."""
+
+    array: np.ndarray
+    box: tuple[int, int]
+
+
 class Shape(Protocol):
     """As `nanocupy.ops.launch_shapes.LaunchShape`; `cluster` may be missing."""
 
@@ -42,6 +51,7 @@ class ShimBackend:
     same start, and must give the same bits. `changed`: other texts for kernel files, by name."""
 
     name = "shim"
+    has_wgmma = True  # twins of what compute capability 9.0a alone has
 
     def __init__(
         self, orders: tuple[int, ...] = (0, 1), changed: Mapping[str, str] | None = None
@@ -64,14 +74,17 @@ class ShimBackend:
 
         open_rows: argument -> how many of its first rows may come out one way or another (threads
         that may write to one place); they are given back as zeros."""
-        from tests.shim.driver import host_kernel
+        from tests.shim.driver import HostTensorMap, host_kernel
 
         kernel = host_kernel(file, entry, source=self.changed.get(file), **macros)
         if 0 in shape.grid:
             return
         results = []
         for order in self.orders:
-            copies = list(args)
+            copies = [
+                HostTensorMap(arg.array, arg.box) if isinstance(arg, Mapped) else arg
+                for arg in args
+            ]
             for i in written:
                 copies[i] = None if args[i] is None else args[i].copy()
             kernel(
@@ -103,6 +116,10 @@ class GpuBackend:
         self._cupy = cupy
         self._loader = KernelLoader(0)
 
+    @property
+    def has_wgmma(self) -> bool:
+        return self._loader.arch == "sm_90a"
+
     def run(
         self,
         file: str,
@@ -118,6 +135,8 @@ class GpuBackend:
             return
         kernel = self._loader.get(file, entry, **macros)
         GpuBackend.last_entry = entry
+        boxes = {i: arg.box for i, arg in enumerate(args) if isinstance(arg, Mapped)}
+        args = [arg.array if isinstance(arg, Mapped) else arg for arg in args]
         results = []
         for _ in range(1 if entry == "stamp_step" else 2):  # a clock is never the same
             wholes = [
@@ -128,6 +147,8 @@ class GpuBackend:
                 arg if whole is None else inner(whole)
                 for arg, whole in zip(args, wholes, strict=True)
             ]
+            for i, box in boxes.items():
+                device_args[i] = self._loader.driver.tensor_map(device_args[i], box)
             kernel.launch(
                 shape.grid, (shape.block,), device_args, shape.shared_bytes,
                 cluster=getattr(shape, "cluster", 1),

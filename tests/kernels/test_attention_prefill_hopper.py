@@ -148,7 +148,7 @@ def test_which_kernel_the_op_takes(wgmma, head_size, block_size, dtype, entry) -
     launches = _Launches()
     traits = DeviceTraits((9, 0), 132, 227 << 10, wgmma=wgmma)
     ops = CudaOps(launches, None, {"counters": np.zeros(4, np.uint32)}, sizes, traits)  # type: ignore[arg-type]
-    ops._maps = launches  # type: ignore[assignment]
+    ops._made_maps = launches  # type: ignore[assignment]
     ops.attention(**a)
     assert launches.entries == [entry]
     numbers = [int(n) for n in launches.args[-5:]]

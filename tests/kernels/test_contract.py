@@ -25,7 +25,7 @@ ENTRIES = {
 # Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
 READ_BEFORE = (
     "gemv.cu", "norm.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
-    "decode_step.cu", "quantized.cu", "quantized_stream.cu",
+    "decode_step.cu", "quantized.cu", "quantized_stream.cu", "wide.cu",
 )  # fmt: skip
 # Where PTX and intrinsics stand.
 INTRINSICS = (

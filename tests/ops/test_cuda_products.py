@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,18 @@ import pytest
 
 from nanocupy.ops.cuda_sizes import OpSizes
 from nanocupy.ops.launch_skinny import SkinnyTuning
+from nanocupy.ops.launch_wide import WideTuning
 from nanocupy.ops.numpy_ops import NumpyOps
 from tests.kernels.backends import TOLERANCES, assert_close
 from tests.kernels.skinny_runs import ENTRIES, make_call
+from tests.kernels.wide_runs import ENTRIES as WIDE_ENTRIES
 from tests.ops.cases import DTYPES
 from tests.shim import build
 from tests.shim.device import MODERN, OLD, shim_ops
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
+HOPPER = replace(MODERN, wgmma=True)
 NEVER = {"skinny_tuning": SkinnyTuning(max_rows=0)}
 
 
@@ -28,15 +32,16 @@ def launched(
     traits: Any = MODERN,
     dtype: str = "bfloat16",
     residual: str = "",
+    outputs: int = 45,
     **tunings: Any,
 ) -> list[str]:
     """The kernels that the op launched, its result compared with the reference."""  # fmt: skip
     storage = DTYPES[dtype]
     wide = DTYPES[residual or dtype]
-    call = make_call(op, storage, rows, 45, inputs, bias=True, residual=wide)
+    call = make_call(op, storage, rows, outputs, inputs, bias=True, residual=wide)
     sizes = OpSizes(
         max_tokens=rows + 3, max_num_seqs=rows, max_rows=rows, max_context=64, hidden_size=inputs,
-        intermediate_size=45, vocab_size=45, num_heads=4, num_kv_heads=2, head_size=64,
+        intermediate_size=outputs, vocab_size=outputs, num_heads=4, num_kv_heads=2, head_size=64,
         dtype=dtype, residual_dtype=residual or dtype, cache_dtype=dtype,
     )  # fmt: skip
     (name,) = call.written
@@ -84,3 +89,38 @@ def test_a_wide_residual_stream(op: str) -> None:
 )
 def test_what_goes_to_cublas(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
     assert ENTRIES[op] not in launched(op, rows, inputs, **how)
+
+
+@pytest.mark.parametrize("op", WIDE_ENTRIES)
+@pytest.mark.parametrize("rows", [33, 64, 130])
+def test_still_more_rows_take_warpgroup_products(op: str, rows: int) -> None:
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    assert launched(op, rows, 264, HOPPER, outputs=150) == [*norm, WIDE_ENTRIES[op]]
+
+
+@pytest.mark.parametrize("op", WIDE_ENTRIES)
+def test_a_wide_residual_stream_of_many_rows(op: str) -> None:
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    wanted = [*norm, WIDE_ENTRIES[op]]
+    assert launched(op, 70, 264, HOPPER, residual="float32", outputs=150) == wanted
+
+
+@pytest.mark.parametrize("op", WIDE_ENTRIES)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "how"),
+    [
+        (32, 264, {}),
+        (257, 264, {}),
+        (40, 260, {}),
+        (40, 264, {"outputs": 45}),
+        (40, 264, {"traits": MODERN}),
+        (40, 264, {"traits": replace(HOPPER, force_plain=True)}),
+        (40, 264, {"dtype": "float32"}),
+        (40, 264, {"wide_tuning": WideTuning(max_rows=0)}),
+        (65, 264, {"wide_tuning": WideTuning(max_rows=64)}),
+    ],
+    ids=["few", "many", "inputs", "outputs", "card", "plain", "type", "off", "fewer"],
+)
+def test_what_goes_to_others(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
+    how = {"traits": HOPPER, "outputs": 46, **how}
+    assert WIDE_ENTRIES[op] not in launched(op, rows, inputs, **how)

@@ -17,7 +17,7 @@ from nanocupy.cuda.upload import convert
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, workspace_plan
 from tests.ops.cases import DTYPES
-from tests.shim.driver import HostKernel, host_kernel
+from tests.shim.driver import HostKernel, HostTensorMap, host_kernel
 
 # A small card of each kind: few multiprocessors, so that work is cut as it is on a large one.
 MODERN = DeviceTraits((9, 0), 6, 227 << 10)
@@ -50,7 +50,7 @@ class _ShimKernel:
         resident: bool = False,
     ) -> None:
         for arg in args:
-            if not (arg is None or isinstance(arg, np.ndarray | np.generic)):
+            if not (arg is None or isinstance(arg, np.ndarray | np.generic | HostTensorMap)):
                 raise TypeError(f"{self._entry}: {arg!r} is no array and no scalar of NumPy")
             if isinstance(arg, np.ndarray) and not arg.flags.c_contiguous:
                 raise TypeError(f"{self._entry}: an array has gaps, strides {arg.strides}")
@@ -58,6 +58,13 @@ class _ShimKernel:
         self._kernel(
             grid, block, *args, shared_bytes=shared_bytes, cluster=cluster, resident=resident
         )
+
+
+class ShimMaps:
+    """In place of `ops.tensor_maps.TensorMaps`."""
+
+    def matrix(self, matrix: np.ndarray, box: tuple[int, int]) -> HostTensorMap:
+        return HostTensorMap(matrix, box, what="the map of a matrix")
 
 
 def matmul(x: np.ndarray, w: np.ndarray, out: np.ndarray, beta: float = 0.0) -> None:
@@ -73,7 +80,9 @@ def shim_ops(sizes: OpSizes, traits: DeviceTraits, **tunings: Any) -> CudaOps:
         poison = np.full(int(np.prod(shape)) * 8, 0xFF, np.uint8)
         array = poison.view(DTYPES.get(dtype, np.dtype(dtype)))[: int(np.prod(shape))]
         workspaces[name] = np.zeros_like(array) if name == "counters" else array.copy()
-    return CudaOps(ShimKernels(), matmul, workspaces, sizes, traits, **tunings)
+    ops = CudaOps(ShimKernels(), matmul, workspaces, sizes, traits, **tunings)
+    ops._made_maps = ShimMaps()  # type: ignore[assignment]
+    return ops
 
 
 class ShimArena:

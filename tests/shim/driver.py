@@ -10,6 +10,7 @@ import ctypes
 import functools
 import mmap
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,29 @@ def _stacks(num_threads: int) -> int:
     for i in range(min(num_threads, 1024)):
         _LIBC.mprotect(base + i * _STACK_BYTES, _PAGE, _NO_ACCESS)
     return base
+
+
+class HostTensorMap:
+    """What a kernel on the shim takes for a tensor map of a matrix of 16-bit values: as
+    `cuda.driver.Driver.tensor_map` makes it, with the rules of HostMap in host_bulk_copy.h."""
+
+    _MAGIC = 0x2D70616D2D324478
+
+    def __init__(self, array: np.ndarray, box: Sequence[int], *, what: str = "") -> None:
+        rows, columns = array.shape
+        if array.itemsize != 2 or not array.flags.c_contiguous or columns % 8:
+            raise TypeError(f"{what}: {array.dtype}{list(array.shape)} has no map here")
+        if not (1 <= box[0] <= 256 and box[1] == 64):
+            raise TypeError(f"{what}: a box of {list(box)}")
+        self.array, self._numbers = array, (rows, columns, 2 * columns, box[0], box[1])
+
+    def at(self, address: int) -> Any:
+        """128 bytes, aligned to 64, of the array where it lies at `address`."""
+        memory = (ctypes.c_ubyte * 192)()
+        aligned = (ctypes.c_ubyte * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
+        packed = struct.pack("=QQqqqii", self._MAGIC, address, *self._numbers)
+        ctypes.memmove(aligned, packed, len(packed))
+        return aligned
 
 
 class _Region:
@@ -189,6 +213,11 @@ class HostKernel:
         values: list[Any] = []
         for i, (value, parameter) in enumerate(zip(args, self.parameters, strict=True)):
             name = f"{self.entry}, argument {i}"
+            if parameter.dtype == "tensor map":
+                if not isinstance(value, HostTensorMap):
+                    raise TypeError(f"{name}: a tensor map is wanted, not {type(value).__name__}")
+                values.append(value.at(self._place(value.array, regions, written, name)))
+                continue
             if not parameter.pointer:
                 values.append(_scalar(value, parameter.dtype, name))
             elif value is None:
@@ -200,11 +229,19 @@ class HostKernel:
                     raise TypeError(f"{name}: {value.dtype} was given for {parameter.dtype}")
                 if not value.flags.c_contiguous:
                     raise TypeError(f"{name}: the array is not contiguous")
-                key = _key(value)
-                if key not in regions:
-                    regions[key] = _Region(value, key in written, name)
-                values.append(ctypes.c_void_p(regions[key].address))
+                values.append(ctypes.c_void_p(self._place(value, regions, written, name)))
         return values
+
+    @staticmethod
+    def _place(
+        array: np.ndarray, regions: dict[tuple[int, int, str], _Region], written: set[Any],
+        name: str,
+    ) -> int:  # fmt: skip
+        """The address of the pages that hold the array."""
+        key = _key(array)
+        if key not in regions:
+            regions[key] = _Region(array, key in written, name)
+        return regions[key].address
 
 
 def host_kernel(

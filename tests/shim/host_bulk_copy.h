@@ -13,13 +13,47 @@ struct BytesBarrier {
     int32_t bytes;
 };
 
+// What Python puts into the bytes of a tensor map: a matrix of 16-bit values, and a box of it.
+struct HostMap {
+    static constexpr uint64_t MAGIC = 0x2d70616d2d324478;
+    uint64_t magic;
+    const char* start;
+    int64_t rows, columns, row_bytes;
+    int32_t box_rows, box_columns;
+};
+
 struct BulkCopy {
     Block* owner;
     char* to;
-    const char* from;
+    const char* from;  // null: a box
     int num_bytes;
     BytesBarrier* barrier;
+    HostMap map;
+    int column, row;
+    uint32_t address;  // of `to`, by which its pieces are exchanged
+    bool from_other;   // block: it may be there before its bytes are announced
 };
+
+// Rows of 64 values, zeros outside the matrix, pieces of 16 bytes exchanged by the row's number.
+inline void land_box(const BulkCopy& copy) {
+    const HostMap& map = copy.map;
+    for (int row = 0; row < map.box_rows; ++row) {
+        for (int piece = 0; piece < 8; ++piece) {
+            uint32_t offset = row * 128 + piece * 16;
+            offset = (copy.address + offset ^ (copy.address + offset >> 7 & 7) << 4) - copy.address;
+            const int64_t from_row = copy.row + row, column = copy.column + piece * 8;
+            for (int i = 0; i < 8; ++i) {
+                const bool inside = from_row < map.rows && column + i < map.columns;
+                const char* from = map.start + from_row * map.row_bytes + (column + i) * 2;
+                if (inside) {
+                    memcpy(copy.to + offset + i * 2, from, 2);
+                } else {
+                    memset(copy.to + offset + i * 2, 0, 2);
+                }
+            }
+        }
+    }
+}
 
 constexpr int MAX_BULK_COPIES = 1 << 14;
 static BulkCopy bulk_copies[MAX_BULK_COPIES];
@@ -53,16 +87,27 @@ inline void land_bulk_copies(BytesBarrier* barrier) {
         const BulkCopy copy = bulk_copies[i];
         // A phase counts the bytes of copies that come before their announcement too, but here the
         // announcement comes first: what lands without one is a mistake of the kernel.
-        if (copy.owner != block || copy.barrier != barrier) {
+        const bool early = copy.from_other && barrier->bytes < copy.num_bytes;
+        if (copy.owner != block || copy.barrier != barrier || early) {
             bulk_copies[kept++] = copy;
             continue;
         }
         if (barrier->bytes < copy.num_bytes) fail("more bytes land than were announced");
-        memcpy(copy.to, copy.from, copy.num_bytes);
+        if (copy.from) {
+            memcpy(copy.to, copy.from, copy.num_bytes);
+        } else {
+            land_box(copy);
+        }
         barrier->bytes -= copy.num_bytes;
         end_phase_if_complete(barrier);
     }
     num_bulk_copies = kept;
+}
+
+inline void start_copy(const BulkCopy& copy, int line) {
+    if (num_bulk_copies == MAX_BULK_COPIES) fail("line %d: too many copies", line);
+    memset(copy.to, 0xff, copy.num_bytes);
+    bulk_copies[num_bulk_copies++] = copy;
 }
 
 }  // namespace shim
@@ -97,8 +142,6 @@ inline void copy_bulk(void* to, const void* from, int num_bytes, uint64_t* p, CA
         shim::fail("line %d: a bulk copy not in units of 16", line);
     }
     if (!shim::in_shared(to, num_bytes)) shim::fail("line %d: not into shared memory", line);
-    if (shim::num_bulk_copies == shim::MAX_BULK_COPIES) shim::fail("line %d: too many", line);
-    memset(to, 0xff, num_bytes);
-    shim::bulk_copies[shim::num_bulk_copies++] = {
-        shim::block, static_cast<char*>(to), static_cast<const char*>(from), num_bytes, barrier};
+    shim::start_copy(
+        {shim::block, static_cast<char*>(to), static_cast<const char*>(from), num_bytes, barrier}, line);
 }

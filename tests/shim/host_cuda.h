@@ -145,6 +145,14 @@ inline uint32_t warp_ballot(bool predicate, uint32_t mask = FULL_WARP, CALLER) {
 
 // ------------------------------------------------------------------------------ memory
 
+// Addresses of dynamic shared memory as instructions take them, aligned to 128 bytes and no more.
+namespace shim {
+constexpr uint32_t FIRST_ADDRESS = 1024 + 384;
+inline char* shared_pointer(uint32_t address) { return dynamic_start + (address - FIRST_ADDRESS); }
+}  // namespace shim
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const char*>(p) - shim::dynamic_start) + shim::FIRST_ADDRESS;
+}
 inline unsigned char* dynamic_shared() {
     return reinterpret_cast<unsigned char*>(shim::dynamic_start);
 }
@@ -396,4 +404,5 @@ inline uint64_t globaltimer_ns() {
 }
 
 #include "host_bulk_copy.h"
+#include "host_hopper.h"
 #include "host_small_numbers.h"

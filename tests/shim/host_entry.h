@@ -26,6 +26,9 @@ constexpr const char* type_name() {
                : bytes == 4 ? (is_signed ? "int32" : "uint32")
                             : (is_signed ? "int64" : "uint64");
     }
+    if (std::is_class<T>::value && sizeof(std::conditional_t<std::is_void<T>::value, char, T>) == 128) {
+        return "tensor map";
+    }
     return "?";
 }
 
