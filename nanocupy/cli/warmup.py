@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,6 +85,7 @@ def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, confi
     model = checkpoint.config
     settings = device_settings(config, cards[0].compute_capability)
     settings, _ = with_weight_formats(settings, checkpoint, config, cards[0])
+    cards = [replace(card, whole_steps=config.whole_steps) for card in cards]
     limits = RunnerLimits(
         num_blocks=2,  # no kernel depends on it
         block_size=config.block_size,

@@ -195,7 +195,7 @@ def _cuda_runner(
     from nanocupy.engine.device_plan import plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
 
-    device = CudaDevice(use_graphs=config.use_graphs)
+    device = CudaDevice(use_graphs=config.use_graphs, whole_steps=config.whole_steps)
     settings = device_settings(config, device.traits.compute_capability)
     settings, notes = with_weight_formats(settings, checkpoint, config, device.traits)
     for note in notes:

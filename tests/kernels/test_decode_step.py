@@ -50,9 +50,7 @@ class Model:
         rng = np.random.default_rng(seed)
         self.shape, self.dtype, self.kv_lens = shape, dtype, np.array(kv_lens, np.int32)
         self.has_head = has_head and storage is None
-        # The same of every product: one scale a row, whatever its inputs, is a form too.
-        self.form = storage and packed_format(storage[0], shape.hidden_size, storage[1] or
-                                              shape.hidden_size)  # fmt: skip
+        self.form = None
         d, kv = shape.head_size, shape.num_kv_heads
         self.count = count = len(kv_lens)
 
@@ -66,6 +64,10 @@ class Model:
             values = weight(rows, columns)
             if storage is None:
                 return values
+            form = packed_format(storage[0], columns, storage[1] or columns)
+            assert form is not None
+            assert self.form in (None, form), "matrices of several forms"
+            self.form = form
             codes = quantize(values.astype(np.float32), *storage)
             if storage[0] != "int4":
                 return codes
