@@ -56,6 +56,7 @@ CASES = {
         shape=DecodeStepShape(64, 64, 64, 4, 2, 80), kv_lens=[50, 7], qk_norm=True
     ),
 }
+TILED = SimpleNamespace(shape=DecodeStepShape(64, 14432, 64, 4, 2, 16), kv_lens=[9, 3, 1, 30])
 # kind, inputs of a group (None: a row), type
 STORAGES = [
     ("int4", 32, "bfloat16"), ("int4", 16, "float16"), ("int4", None, "bfloat16"),
@@ -91,8 +92,7 @@ def tiled_room(model, ring_stages: int) -> int:
 @pytest.mark.parametrize("storage", [("int4", 32), ("int8", 32), None], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_inputs_in_tiles(step_backend, storage, count) -> None:
-    case = SimpleNamespace(shape=DecodeStepShape(64, 14432, 64, 4, 2, 16), kv_lens=[9, 3, 1, 30])
-    case.kv_lens = case.kv_lens[:count]
+    case = SimpleNamespace(shape=TILED.shape, kv_lens=TILED.kv_lens[:count])
     model, _ = make(case, "bfloat16", storage=storage)
     room = tiled_room(model, 6)
     assert model.plan(max_shared=room).tile_inputs < case.shape.ffn_size
