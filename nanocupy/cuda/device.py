@@ -123,7 +123,8 @@ class CudaDevice:
         separate_buffers: bool = False,
         force_plain: bool = False,
     ) -> None:
-        """whole_steps: a decode step of few sequences may be one launch; check_each_launch waits after every launch, so that a fault names its kernel;
+        """whole_steps: a decode step of few sequences may be one launch;
+        check_each_launch waits after every launch, so that a fault names its kernel;
         separate_buffers gives every buffer an allocation of its own, for memory checkers;
         force_plain runs the paths of older cards. Raises CudaError, DeviceError."""
         import cupy

@@ -77,9 +77,7 @@ def kernel_variants(
 
     def run_head(count: int) -> None:
         dims = fixed | step_dims(count, count, count, 1)
-        run_calls(
-            bind_calls(calls[-1:], ops, lambda name, shape: Outline(*shape), weights, dims)
-        )
+        run_calls(bind_calls(calls[-1:], ops, lambda name, shape: Outline(*shape), weights, dims))
 
     most, most_seqs = limits.max_step_tokens, min(limits.max_num_seqs, limits.max_step_tokens)
     counts = {1, min(64, most), most}

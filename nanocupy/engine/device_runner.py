@@ -113,7 +113,7 @@ class DeviceRunner(Runner):
         return host
 
     def _put_layers(self) -> list[np.ndarray]:
-        """Start to copy what one launch of a whole step must know of the layers, where there is one;
+        """Start to copy what a whole step's one launch must know of the layers, where there is one,
         from the arrays that are returned."""
         if "step_layers" not in self.plan.specs:
             return []

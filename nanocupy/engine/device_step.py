@@ -1,8 +1,8 @@
 """A decode step of few sequences as one launch: the forward's calls, recognised and put together.
 
 The launch does what the calls do one after the other, so it is only an optimisation; whoever wants
-to see the calls one by one still can. Which models and cards it is for, the ops say, and whether the
-head is a part of it.
+to see the calls one by one still can. Which models and cards it is for, the ops say, and whether
+the head is a part of it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def layer_table(
     form: PackedFormat | None,
 ) -> np.ndarray:
     """Addresses uint64 [L, 14], as LAYER_POINTERS of ops.launch_decode_step names them; 0 for what
-    a model does not have. Where the layers' matrices are packed codes, of the form `form`, two words
-    more: the units of qkv, o, gate_up, down in `weights`, float32, which are known once these are
-    loaded. address: of a WeightRef or Buffer, of None too."""
+    a model does not have. Where the layers' matrices are packed codes, of the form `form`, two
+    words more: the units of qkv, o, gate_up, down in `weights`, float32, which are known once these
+    are loaded. address: of a WeightRef or Buffer, of None too."""
     calls = [call.arguments for call in forward if call.layer is not None]
     rows = []
     for i in range(0, len(calls), len(_LAYER_OPS)):
@@ -83,8 +83,8 @@ def layer_table(
         ]  # fmt: skip
         words = [address(reference) for reference in row]
         if form is not None:
-            matrices = (weights[call["weight"].name] for call in (qkv, o, ffn, down))
-            words += np.array([matrix.unit for matrix in matrices], np.float32).view(np.uint64).tolist()
+            units = [weights[call["weight"].name].unit for call in (qkv, o, ffn, down)]
+            words += np.array(units, np.float32).view(np.uint64).tolist()
         assert len(words) == table_words(form)
         rows.append(words)
     return np.array(rows, np.uint64)

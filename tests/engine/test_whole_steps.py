@@ -76,7 +76,9 @@ def test_not_in_float32() -> None:
 # ------------------------------------------------------------------------------ quantised weights
 
 ONE_FORM = {
-    "int4": all_of("int4", 32), "int8": all_of("int8", 16), "fp8, a scale a row": all_of("fp8", None),
+    "int4": all_of("int4", 32),
+    "int8": all_of("int8", 16),
+    "fp8, a scale a row": all_of("fp8", None),
     "int4 and a head of int8": all_of("int4", 16) | {"lm_head": ("int8", 32)},
     "16 bits and a head of int8": {"lm_head": ("int8", 32)},
 }  # fmt: skip

@@ -115,8 +115,8 @@ class Model:
         ).astype(np.int32)  # fmt: skip
 
     def reference(self):
-        """(logits, caches) of the step, by the ops in float64 with the interface's roundings; without
-        a head the residual stream takes the logits' place."""
+        """(logits, caches) of the step, by the ops in float64 with the interface's roundings;
+        without a head the residual stream takes the logits' place."""
         ops, s, n = NumpyOps(np.float64), self.shape, self.count
         x = self.x.copy()
         d, dtype = s.head_size, self.dtype

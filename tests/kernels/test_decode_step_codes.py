@@ -1,7 +1,7 @@
 """A whole decode step in one launch with weights that are codes, against the ops of the reference.
 
-Sizes leave a rest everywhere: inputs in a chunk, chunks in a stage, stages in a unit and a tile, rows
-in a block. A step of codes ends with the residual stream, whose head is a launch of its own.
+Sizes leave a rest everywhere: inputs in a chunk, chunks in a stage, stages in a unit and a tile,
+rows in a block. A step of codes ends with the residual stream; the head is a launch of its own.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def test_the_residual_stream_of_infinite_inputs_is_infinite_in_its_token_alone()
 
 # ------------------------------------------------------------------------------ the plan
 
-FORMS = [PackedFormat(kind, group) for kind in ("int4", "int8", "fp8") for group in (16, 32, 64, 128)]
+FORMS = [
+    PackedFormat(kind, group) for kind in ("int4", "int8", "fp8") for group in (16, 32, 64, 128)
+]
 
 
 def shape_of(name: str) -> DecodeStepShape:
@@ -195,7 +197,7 @@ def test_a_stage_has_some_16_kb_and_a_row_of_the_table_its_units() -> None:
 
 
 def test_strips_of_more_rows_than_a_block_can_finish() -> None:
-    """A block keeps its values of the residual stream: 128 rows of one or two tokens, whole strips."""
+    """A block keeps its values of the residual stream: 128 rows of one or two tokens, in strips."""
     form = packed_format("int4", 4096, 128)
     for rows, fits in ((128, True), (160, False)):
         shape = DecodeStepShape(rows * 4, 64, 64, 2, 2, 16)

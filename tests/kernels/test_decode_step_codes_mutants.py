@@ -18,8 +18,8 @@ INT4, INT8, HALVES, LARGE = ("int4", 32), ("int8", 32), ("int4", 16), ("int4", 1
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name in
-    test_decode_step_codes, or "tiles", with weights of this storage."""
+    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name
+    in test_decode_step_codes, or "tiles", with weights of this storage."""
 
     name: str
     old: str

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name in
-    test_decode_step."""
+    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name
+    in test_decode_step."""
 
     name: str
     old: str
