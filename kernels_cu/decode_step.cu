@@ -1,4 +1,5 @@
-// A whole decode step of few sequences in one launch: all layers and, of weights of 16 bits, the logits.
+// A whole decode step of few sequences in one launch: all layers and, where all weights are of 16 bits,
+// the logits.
 //
 // The blocks, one on every multiprocessor, go through the layers together; five times a layer each
 // needs what others have made, and waits for just that (decode_step_words.cuh). The time of a step is
@@ -102,7 +103,8 @@ __device__ __forceinline__ StepWords words_from(
 //   a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
 //   numpy_ops.linear_add for every layer, then numpy_ops.lm_head
-// COST: bytes of all weights, or their codes and scales, and of the contexts' keys and values; 2 flops a weight and token
+// COST: bytes of all weights, or of their codes and scales, and of the contexts' keys and values;
+//   2 flops a weight and token
 extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const uint64_t* layers, const scalar_t* final_norm, const scalar_t* head, const float* rope,
     const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, scalar_t* x,
@@ -120,11 +122,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
 #if HAS_WGMMA
         give_registers<40>();
 #endif
-        // Which wait for nobody.
 #if HAS_CODES
-        if (threadIdx.x == USERS) bring_codes(sizes, table);
+        if (threadIdx.x == USERS) bring_codes(sizes, table);  // which wait for nobody
 #else
-        if (warp_id() == USER_WARPS) bring_weights(sizes, table, head);
+        if (warp_id() == USER_WARPS) bring_weights(sizes, table, head);  // which wait for nobody
 #endif
         grid_dependency_wait();
         return;
@@ -198,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
         }
     }
 #if !HAS_HEAD
-    // Whoever has summed the last product had all activations, which followed from all embeddings: nobody
-    // reads these any more.
+    // Whoever has summed the last product had all activations, which came after all that read the
+    // embeddings: nobody needs these any more.
     if (scalar_t* own = own_value(x, sizes)) *own = from_float<scalar_t>(own_stream);
 #endif
     // Whoever is the last to leave says from which moment on the next launch may count.
