@@ -1,4 +1,5 @@
-// A whole decode step of few sequences in one launch: all layers and the logits.
+// A whole decode step of few sequences in one launch: all layers and, where all weights are of 16 bits,
+// the logits.
 //
 // The blocks, one on every multiprocessor, go through the layers together; five times a layer each
 // needs what others have made, and waits for just that (decode_step_words.cuh). The time of a step is
@@ -9,9 +10,20 @@
 // SEQUENCES    sequences, 1 to 4, one token each
 // RING_STAGES  stages of weights; STAGES: steps of 16 positions that a warp has under way
 // SCALAR       1, 2: the types of weights, residual stream and cache are the same, of 16 bits
+// WEIGHT_KIND, GROUP   where the matrices of the layers are codes: decode_step_pipeline.cuh
+// HAS_HEAD     1: the logits, too, of a head of 16 bits. 0: the step ends with the residual stream, and
+//              the head is a launch of its own, whatever its form; so it is with codes
 // HEAD_SIZE    d, a multiple of 16. nanocupy/ops/launch_decode_step.py chooses the launch.
 #include "bulk_copy.cuh"
 #include "types.cuh"
+
+#ifndef HAS_HEAD
+#ifdef WEIGHT_KIND
+#define HAS_HEAD 0
+#else
+#define HAS_HEAD 1
+#endif
+#endif
 
 #if HAS_BULK_COPY && SCALAR != 0 && CACHE == SCALAR && RESIDUAL == SCALAR && HEAD_SIZE % 16 == 0
 #define HAS_DECODE_STEP 1
@@ -45,6 +57,16 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
     }
 }
 
+// Where in x [SEQUENCES, D] the value of the residual stream is that this thread has from one product to
+// the next; null where it has none.
+__device__ __forceinline__ scalar_t* own_value(scalar_t* x, const StepSizes& sizes) {
+    const StepProduct product = sizes.product(OUTPUT);
+    const StepShare share(product);
+    const Finisher own(product);
+    if (!own.finishes(product, share.first_unit, share.end_unit - share.first_unit)) return nullptr;
+    return x + own.token * sizes.hidden_size + own.output_of(share.first_unit);
+}
+
 // The words of all buffers, one behind the other.
 __device__ __forceinline__ StepWords words_from(
     uint64_t* words, const StepSizes& sizes, int num_heads, int max_parts) {
@@ -60,16 +82,18 @@ __device__ __forceinline__ StepWords words_from(
 }
 #endif
 
-// decode_step: logits of SEQUENCES tokens, the next of SEQUENCES sequences, from their embeddings
+// decode_step: from embeddings to logits, of SEQUENCES tokens, the next of SEQUENCES sequences
 // grid (blocks), all resident at once: at most one for each multiprocessor; block 384; from 9.0;
 //   shared: StepMemory of decode_step_memory.cuh and, behind it, SEQUENCES * 2 * (min(tile_inputs,
 //   the most inputs of a product, up to 64s) + 32)
-// layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes
-// final_norm    scalar_t [D]; head scalar_t [V, D]
+// layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes; with codes [L, 16],
+//               of which the last two words are four floats
+// final_norm    scalar_t [D]; head scalar_t [V, D]; without HAS_HEAD null, as are logits
 // rope          float [SEQUENCES, 2, d / 2]; slots int32 [SEQUENCES]; kv_lens int32 [SEQUENCES], with
 //               the new token; 0 marks a place without a sequence; one at least is not 0
 // block_tables  int32 [SEQUENCES, M]
-// x             scalar_t [SEQUENCES, D], the embeddings
+// x             scalar_t [SEQUENCES, D], the embeddings; without HAS_HEAD the residual stream behind the
+//               last layer takes their place
 // logits        float [SEQUENCES, V]
 // words         uint64, aligned to 16 bytes: SEQUENCES * ((D + (H + 2 * G) * d + H * d + F) / 2 +
 //               H * max_parts * (d + 2)); 0 before the first launch, then left to the next ones,
@@ -79,10 +103,11 @@ __device__ __forceinline__ StepWords words_from(
 //   a block has GROUP_UNITS units of D outputs at most
 // REF: numpy_ops.norm_linear, numpy_ops.attend, numpy_ops.linear_add, numpy_ops.norm_swiglu and again
 //   numpy_ops.linear_add for every layer, then numpy_ops.lm_head
-// COST: bytes of all weights, and of the contexts' keys and values; 2 flops a weight and token
+// COST: bytes of all weights, or of their codes and scales, and of the contexts' keys and values;
+//   2 flops a weight and token
 extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const uint64_t* layers, const scalar_t* final_norm, const scalar_t* head, const float* rope,
-    const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, const scalar_t* x,
+    const int32_t* slots, const int32_t* kv_lens, const int32_t* block_tables, scalar_t* x,
     float* logits, uint64_t* words, uint32_t* moments, float eps, float scale, int num_layers,
     int hidden_size, int ffn_size, int vocab_size, int num_kv_heads, int heads_per_group,
     int block_size, int table_width, int tile_inputs, int max_parts, int part_tokens) {
@@ -97,7 +122,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
 #if HAS_WGMMA
         give_registers<40>();
 #endif
+#if HAS_CODES
+        if (threadIdx.x == USERS) bring_codes(sizes, table);  // which wait for nobody
+#else
         if (warp_id() == USER_WARPS) bring_weights(sizes, table, head);  // which wait for nobody
+#endif
         grid_dependency_wait();
         return;
     }
@@ -123,21 +152,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     const StepWords& buffers = step_memory().words;
     RingPlace place;
     float own_stream = 0.0f;
-    {
-        const StepProduct product = sizes.product(OUTPUT);
-        const StepShare share(product);
-        const Finisher own(product);
-        if (own.finishes(product, share.first_unit, share.end_unit - share.first_unit)) {
-            own_stream = to_float(x[own.token * hidden_size + own.output_of(share.first_unit)]);
-        }
-    }
+    if (scalar_t* own = own_value(x, sizes)) own_stream = to_float(*own);
 #pragma unroll 1
-    for (int i = 0; i <= 4 * num_layers; ++i) {
+    for (int i = 0; i < 4 * num_layers + HAS_HEAD; ++i) {
         const int kind = i < 4 * num_layers ? i % 4 : HEAD, number = i / 4;
         const bool is_last = number + 1 >= num_layers;
         const Moment moment = start + 2 * i;
         StepProduct product = sizes.product(kind);
+#if HAS_HEAD
         product.weight = head;
+#endif
         if (kind != HEAD) set_pointers(product, step_memory().layers[number % 2]);
         if (i == 0) {
             request_attention(step_memory().layers[0], row);
@@ -167,11 +191,18 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
             cp_async_commit();
             attend_items(step_memory().layers[number % 2], moment, moment + 1);
         } else if (kind == GATE_UP) {
-            request_norm(is_last ? final_norm : next.attention_norm, hidden_size);
+            if (HAS_HEAD || !is_last) {
+                request_norm(is_last ? final_norm : next.attention_norm, hidden_size);
+            }
             if (!is_last) request_attention(next, row);
             cp_async_commit();
         }
     }
+#if !HAS_HEAD
+    // Whoever has summed the last product had all activations, which came after all that read the
+    // embeddings: nobody needs these any more.
+    if (scalar_t* own = own_value(x, sizes)) *own = from_float<scalar_t>(own_stream);
+#endif
     // Whoever is the last to leave says from which moment on the next launch may count.
     users_sync();
     if (threadIdx.x == 0 && atomic_count_to(moments + 1, gridDim.x - 1) == gridDim.x - 1) {

@@ -14,19 +14,22 @@
 // Pointers of a layer, a row of the table that the launch is given.
 struct StepLayer {
     const scalar_t* attention_norm;  // [D]
-    const scalar_t* qkv;             // [(H + 2 * G) * d, D]
+    const weight_t* qkv;             // [(H + 2 * G) * d, D]
     const scalar_t* qkv_bias;        // [(H + 2 * G) * d], or null; the other biases likewise
     const scalar_t* q_norm;          // [d], or null
     const scalar_t* k_norm;          // [d], or null
     cache_t* key_cache;              // [N, G, P, d]
     cache_t* value_cache;            // [N, G, P, d]
-    const scalar_t* o;               // [D, H * d]
+    const weight_t* o;               // [D, H * d]
     const scalar_t* o_bias;          // [D]
     const scalar_t* ffn_norm;        // [D]
-    const scalar_t* gate_up;         // [2 * F, D]: rows of gate, then of up
+    const weight_t* gate_up;         // [2 * F, D]: rows of gate, then of up
     const scalar_t* gate_up_bias;    // [2 * F]
-    const scalar_t* down;            // [D, F]
+    const weight_t* down;            // [D, F]
     const scalar_t* down_bias;       // [D]
+#if HAS_CODES
+    float units[4];                  // of the scales and offsets of qkv, o, gate_up and down
+#endif
 };
 
 // What the step's attention is told, the same for all layers.
@@ -72,7 +75,8 @@ struct StepSizes {
                               : kind == HEAD    ? vocab_size
                                                 : hidden_size;
         product.num_inputs = kind == OUTPUT ? q_size : kind == DOWN ? ffn_size : hidden_size;
-        product.weight = product.bias = nullptr;
+        product.weight = nullptr;
+        product.bias = nullptr;
         return product;
     }
 };
@@ -88,10 +92,13 @@ __device__ __forceinline__ void set_pointers(StepProduct& product, const StepLay
                    : kind == OUTPUT  ? layer.o_bias
                    : kind == GATE_UP ? layer.gate_up_bias
                                      : layer.down_bias;
+#if HAS_CODES
+    product.unit = layer.units[kind];
+#endif
 }
 
 // Units of a product whose sums are merged at one barrier.
-constexpr int GROUP_UNITS = SEQUENCES <= 2 ? 16 : 8;
+constexpr int GROUP_UNITS = (SEQUENCES <= 2 ? 128 : 64) / UNIT_ROWS;
 constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;
 static_assert(GROUP_UNITS * UNIT_ROWS * SEQUENCES <= USERS, "a thread for each sum");
 

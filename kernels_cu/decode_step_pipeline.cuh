@@ -2,6 +2,8 @@
 //
 // SEQUENCES     tokens of the step, 1 to 4
 // RING_STAGES   stages of the ring
+// WEIGHT_KIND, GROUP   of quantized_format.cuh: the matrices of all layers are codes, packed as it says;
+//               without these macros they are of 16 bits
 //
 // A stage holds the same 1024 inputs, or fewer, of 8 rows of weights. Every matrix is cut into units
 // of 8 rows; a block has some of them in a row, so that what it reads lies in one piece, and takes
@@ -10,10 +12,21 @@
 // in the ring: while these wait for other blocks, it fills the ring for what comes next.
 //
 // Where gate and up are one matrix, the rows of a unit alternate between its halves.
+//
+// Of codes a unit is a strip, and a stage some of its chunks in a row: one run of memory, as packed.
 #pragma once
 
 #include "bulk_copy.cuh"
 #include "types.cuh"
+
+#ifdef WEIGHT_KIND
+#define HAS_CODES 1
+#include "quantized_format.cuh"
+typedef unsigned char weight_t;
+#else
+#define HAS_CODES 0
+typedef scalar_t weight_t;
+#endif
 
 #ifndef SEQUENCES
 #error "define SEQUENCES: tokens of the step, 1 to 4"
@@ -26,17 +39,26 @@ constexpr int USER_WARPS = 8;
 constexpr int USERS = USER_WARPS * 32;       // threads that compute
 // And a warpgroup of which one warp brings weights: registers move between whole warpgroups.
 constexpr int STEP_THREADS = USERS + 128;
+#if HAS_CODES
+constexpr int UNIT_ROWS = STRIP;
+constexpr int STAGE_CHUNKS = WEIGHT_KIND == 1 ? 16 : 8;  // some 16 KB
+constexpr int STAGE_INPUTS = STAGE_CHUNKS * CHUNK;
+constexpr int STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
+#else
 constexpr int UNIT_ROWS = 8;
 constexpr int STAGE_INPUTS = 1024;
 // Rows lie 64 bytes off a multiple of 128, so that eight lanes that read 16 bytes each, of two rows,
 // meet no bank twice.
 constexpr int STAGE_ROW_BYTES = STAGE_INPUTS * static_cast<int>(sizeof(scalar_t)) + 64;
 constexpr int STAGE_BYTES = UNIT_ROWS * STAGE_ROW_BYTES;
+#endif
+// Two groups of four warps take the stages in turn, so that one multiplies while the other waits.
+constexpr int GROUP_WARPS = USER_WARPS / 2;
 
 static_assert(SEQUENCES >= 1 && SEQUENCES <= 4, "SEQUENCES is 1 to 4");
 static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
-// Two groups of warps take the stages in turn. With an even ring a place in it is always the same
-// group's, which so knows that the time before has ended when it waits for the next.
+// With an even ring a place in it is always the same group's, which so knows that the time before has
+// ended when it waits for the next.
 static_assert(RING_STAGES % 2 == 0, "an even ring");
 
 // All threads that compute meet; those that bring weights do not come.
@@ -53,8 +75,11 @@ struct StepProduct {
     int kind;
     int num_outputs;
     int num_inputs;
-    const scalar_t* weight;
+    const weight_t* weight;
     const scalar_t* bias;  // or null
+#if HAS_CODES
+    float unit;  // of scales and offsets
+#endif
 
     __device__ __forceinline__ bool has_pairs() const { return kind == GATE_UP; }
     __device__ __forceinline__ bool adds_to_stream() const {

@@ -1,9 +1,9 @@
 // The warp of a persistent decode step that brings weights, and nothing else.
 //
-// PACE   cycles from a stage to the next, at least: more than the memory needs for a block's share, so
-//        that copies are never the slower for it. Without a pace all blocks would ask for many stages
-//        at once whenever they have used some, and what they then write, read and wait for would have
-//        to queue behind these.
+// PACE   cycles from a stage to the next, at least, of 16 KB: more than the memory needs for a block's
+//        share, so that copies are never the slower for it. Stages of codes have theirs by their size.
+//        Without a pace all blocks would ask for many stages at once whenever they have used some, and
+//        what they then write, read and wait for would have to queue behind these.
 #pragma once
 
 #include "decode_step_memory.cuh"
@@ -24,6 +24,47 @@ __device__ __forceinline__ void make_ring() {
     block_sync();
 }
 
+#if HAS_CODES
+
+// All codes of a step, in the order of their use. One thread comes.
+__device__ __forceinline__ void bring_codes(const StepSizes& sizes, const StepLayer* layers) {
+    StepMemory& memory = step_memory();
+    RingPlace place;
+    uint32_t last = clock_cycles() - PACE, pace = PACE;
+#pragma unroll 1
+    for (int i = 0; i < 4 * sizes.num_layers; ++i) {
+        StepProduct product = sizes.product(i % 4);
+        set_pointers(product, layers[i / 4]);
+        const StepShare share(product);
+        const int num_inputs = product.num_inputs, num_chunks = (num_inputs + CHUNK - 1) / CHUNK;
+#pragma unroll 1
+        for (int first = 0; first < num_inputs; first += sizes.tile_inputs) {
+            const int end = min(num_inputs, first + sizes.tile_inputs);
+#pragma unroll 1
+            for (int unit = share.first_unit; unit < share.end_unit; ++unit) {
+                const weight_t* strip =
+                    product.weight + static_cast<int64_t>(unit) * num_chunks * CHUNK_BYTES;
+#pragma unroll 1
+                for (int k = first; k < end; k += STAGE_INPUTS) {
+                    const int chunks = (min(STAGE_INPUTS, end - k) + CHUNK - 1) / CHUNK;
+                    const int bytes = chunks * CHUNK_BYTES;
+                    uint64_t* full = &memory.is_full[place.stage];
+                    mbarrier_wait(&memory.is_free[place.stage], place.phase ^ 1);
+                    while (clock_cycles() - last < pace) {}
+                    last = clock_cycles();
+                    pace = bytes * PACE >> 14;
+                    mbarrier_arrive_expecting(full, bytes);
+                    copy_bulk(memory.stages[place.stage], strip + k / CHUNK * CHUNK_BYTES, bytes,
+                              full);
+                    place.next();
+                }
+            }
+        }
+    }
+}
+
+#else
+
 // All weights of a step, in the order of their use. A whole warp comes.
 __device__ __forceinline__ void bring_weights(
     const StepSizes& sizes, const StepLayer* layers, const scalar_t* head) {
@@ -32,7 +73,7 @@ __device__ __forceinline__ void bring_weights(
     RingPlace place;
     uint32_t last = clock_cycles() - PACE;
 #pragma unroll 1
-    for (int i = 0; i <= 4 * sizes.num_layers; ++i) {
+    for (int i = 0; i < 4 * sizes.num_layers + HAS_HEAD; ++i) {
         StepProduct product = sizes.product(i < 4 * sizes.num_layers ? i % 4 : HEAD);
         product.weight = head;
         if (product.kind != HEAD) set_pointers(product, layers[i / 4]);
@@ -69,3 +110,5 @@ __device__ __forceinline__ void bring_weights(
         }
     }
 }
+
+#endif

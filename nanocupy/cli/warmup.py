@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,6 +84,7 @@ def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, confi
     start_s = time.monotonic()
     checkpoint, settings, _ = device_model(checkpoint, config, cards[0])
     model = checkpoint.config
+    cards = [replace(card, whole_steps=config.whole_steps) for card in cards]
     limits = RunnerLimits(
         num_blocks=2,  # no kernel depends on it
         block_size=config.block_size,

@@ -118,11 +118,13 @@ class CudaDevice:
         index: int = 0,
         *,
         use_graphs: bool = True,
+        whole_steps: bool = True,
         check_each_launch: bool = False,
         separate_buffers: bool = False,
         force_plain: bool = False,
     ) -> None:
-        """check_each_launch waits after every launch, so that a fault names its kernel;
+        """whole_steps: a decode step of few sequences may be one launch;
+        check_each_launch waits after every launch, so that a fault names its kernel;
         separate_buffers gives every buffer an allocation of its own, for memory checkers;
         force_plain runs the paths of older cards. Raises CudaError, DeviceError."""
         import cupy
@@ -145,6 +147,7 @@ class CudaDevice:
             self.kernels.max_shared_bytes,
             force_plain,
             wgmma=self.kernels.arch == "sm_90a" and not force_plain,
+            whole_steps=whole_steps,
         )
         self.stream = new_stream()
         self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)

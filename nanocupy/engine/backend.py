@@ -220,7 +220,7 @@ def _cuda_runner(
     from nanocupy.engine.device_plan import plan_limits
     from nanocupy.engine.device_runner import DeviceRunner
 
-    device = CudaDevice(use_graphs=config.use_graphs)
+    device = CudaDevice(use_graphs=config.use_graphs, whole_steps=config.whole_steps)
     checkpoint, settings, notes = device_model(checkpoint, config, device.traits)
     for note in notes:
         say(note, progress)

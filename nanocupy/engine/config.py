@@ -194,6 +194,8 @@ class EngineConfig:
         bool, True, "keep blocks of past prompts and reuse them where a prompt begins alike")
     use_graphs: bool = _setting(
         bool, True, "GPU: replay steps as captured CUDA graphs")
+    whole_steps: bool = _setting(
+        bool, True, "GPU: decode steps of few sequences as one launch, where there is one")
     two_streams: bool = _setting(
         bool, False, "GPU: compute prompts beside decodes, on a stream of their own")
     run_ahead: bool = _setting(

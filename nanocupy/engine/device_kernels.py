@@ -76,6 +76,10 @@ def kernel_variants(
         dims = fixed | step_dims(*counts)
         run_calls(bind_calls(calls, ops, lambda name, shape: Outline(*shape), weights, dims))
 
+    def run_head(count: int) -> None:
+        dims = fixed | step_dims(count, count, count, 1)
+        run_calls(bind_calls(calls[-1:], ops, lambda name, shape: Outline(*shape), weights, dims))
+
     most, most_seqs = limits.max_step_tokens, min(limits.max_num_seqs, limits.max_step_tokens)
     counts = {1, min(64, most), most}
     if every_size:
@@ -94,6 +98,8 @@ def kernel_variants(
             batch = {"angles": rows, "slots": vector, "kv_lens": vector, "block_tables": rows}
             buffers = {"x": rows, "logits": rows, "key_cache": Outline(1, 1, 1)}
             ops.decode_step(Outline(1, 14), row, row, batch, buffers, 0.0, 0.0)
+            if not ops.step_has_head:
+                run_head(num)
             continue
         for bound in (*fused_bounds(sizes, traits, num), limits.max_context + 1):
             forward(num, num, num, 1, bound)

@@ -21,10 +21,11 @@ from nanocupy.engine.weight_formats import StoredWeight, is_pairs
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.kv_types import SCALE_DTYPE, is_quantized
 from nanocupy.model.forward import Buffer, OpCall, decoder_forward
+from nanocupy.model.quantize import is_layer_matrix
 from nanocupy.model.rope import rope_parameters
 from nanocupy.model.weights import HEAD_NORM, Weight, weight_layout
 from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, step_launch, workspace_plan
-from nanocupy.ops.launch_decode_step import LAYER_POINTERS
+from nanocupy.ops.launch_decode_step import table_words
 from nanocupy.progress import human_bytes
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -161,7 +162,7 @@ def buffer_specs(
         BufferSpec("penalty_counts", (num_slots, counts_width), "uint16", "penalties"),
     ]
     if step_launch(sizes, device.traits, 1) is not None:
-        shape = (config.num_layers, len(LAYER_POINTERS))
+        shape = (config.num_layers, table_words(sizes.layer_format))
         table.append(BufferSpec("step_layers", shape, "uint64", "batch"))
     if settings.two_streams:
         own = lane_buffers(config, sizes, device.traits)
@@ -211,6 +212,11 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
     shapes = {w.name: w.shape for w in weight_layout(config) if w.name in settings.quantized}
     unpacked = [math.prod(shapes[n]) for n, s in settings.quantized.items() if s.is_unpacked]
     ordered = [shapes[n][1] for n, s in settings.quantized.items() if s.has_order]
+    layers = [w for w in weight_layout(config) if is_layer_matrix(w.name)]
+    stored = [settings.quantized.get(w.name) for w in layers]
+    forms = {
+        None if s is None else s.packed(w.shape[1]) for w, s in zip(layers, stored, strict=True)
+    }
     return OpSizes(
         max_tokens=limits.max_step_tokens,
         max_num_seqs=limits.max_num_seqs,
@@ -230,6 +236,9 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         ordered_width=max(ordered, default=0),
         embed_dtype=settings.weight_dtype(EMBEDDING),
         lm_head_dtype=head_dtype,
+        layers_alike=len(forms) == 1 and not any(s is not None and s.has_order for s in stored),
+        layer_format=next(iter(forms)) if len(forms) == 1 else None,
+        coded_head=LM_HEAD in settings.quantized,
     )
 
 

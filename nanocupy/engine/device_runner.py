@@ -95,9 +95,8 @@ class DeviceRunner(Runner):
             "inv_freq": rope.inv_freq,
             "place_numbers": np.arange(limits.max_num_seqs + 1, dtype=np.int32),
         }
-        if "step_layers" in self.plan.specs:
-            constants["step_layers"] = layer_table(self.forward, addresses_on(self._main))
         sent = [self._put(name, values) for name, values in constants.items()]
+        sent += self._put_layers()
         buffers = (b for call in self.forward for b in call.arguments.values())
         caches = [view(b.name) for b in buffers if isinstance(b, Buffer) and b.is_cache]
         # A cache that was never written must not hold NaN where padding reads it.
@@ -113,6 +112,16 @@ class DeviceRunner(Runner):
         host[...] = values
         self._device.to_device(self._main.view(name), host)
         return host
+
+    def _put_layers(self) -> list[np.ndarray]:
+        """Start to copy what a whole step's one launch must know of the layers, where there is one,
+        from the arrays that are returned."""
+        if "step_layers" not in self.plan.specs:
+            return []
+        table = layer_table(
+            self.forward, addresses_on(self._main), self.weights, self._sizes.layer_format
+        )
+        return [self._put("step_layers", table)]
 
     @property
     def observer(self) -> StepObserver | None:
@@ -140,6 +149,9 @@ class DeviceRunner(Runner):
                 self.config, checkpoint, self.weights, self._device, self.ops, progress,
                 stored=self.settings.quantized, staging=self._staging,
             )  # fmt: skip
+            sent = self._put_layers()  # again: the units of packed codes are known now
+            self._device.synchronize("describing the layers")
+            del sent  # it had to stay until now
 
     def kernel_variants(self) -> list[Variant]:
         """The kernel modules that steps need: to compile them all at once, beforehand."""

@@ -10,6 +10,7 @@ from nanocupy.ops import launch_attention_decode as decode
 from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_decode_step as whole
 from nanocupy.ops import launch_shapes as shapes
+from nanocupy.ops.launch_quantized import PackedFormat
 
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, FP8: 4}
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,6 +51,11 @@ class OpSizes:
     ordered_width: int = 0  # inputs of the widest one with an order of its own; 0 = none has
     embed_dtype: str | None = None  # of the embedding's table
     lm_head_dtype: str | None = None  # of the LM head's matrix and of the norm before it
+    # What a whole step must know: whether all matrices of all layers are stored alike, their inputs
+    # in the natural order; as which codes, if any; and whether the LM head is codes.
+    layers_alike: bool = True
+    layer_format: PackedFormat | None = None
+    coded_head: bool = False
 
 
 def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -113,12 +119,18 @@ def step_launch(
         return None
     if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2 or num_seqs > whole.BEST_SEQUENCES:
         return None
-    if sizes.dequantized_size:
+    if not sizes.layers_alike:
         return None
     return whole.decode_step_launch(
         step_shape(sizes), num_seqs, num_multiprocessors=traits.num_multiprocessors,
-        max_shared_bytes=traits.max_shared_bytes,
+        max_shared_bytes=traits.max_shared_bytes, weights=sizes.layer_format,
+        has_head=step_has_head(sizes),
     )  # fmt: skip
+
+
+def step_has_head(sizes: OpSizes) -> bool:
+    """Whether a whole step's launch goes on to the logits: all weights are of 16 bits."""
+    return sizes.layer_format is None and not sizes.coded_head
 
 
 def query_buckets(max_queries: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""A decode step as one launch, on a GPU that can do it: all layers and the logits."""
+"""A decode step as one launch, on a GPU that can do it: all layers and, with weights of 16 bits,
+the logits."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from nanocupy.ops.cuda_launch import CudaLauncher
-from nanocupy.ops.cuda_sizes import step_launch, step_shape
+from nanocupy.ops.cuda_sizes import step_has_head, step_launch, step_shape
 from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_decode_step import ENTRY, FILE, num_words
 from nanocupy.ops.launch_shapes import LaunchShape
@@ -22,16 +23,24 @@ class StepOps(CudaLauncher):
         """Whether `decode_step` does this model on this card, for so many sequences."""
         return step_launch(self._sizes, self._traits, num_seqs) is not None
 
-    def decode_step(
-        self, layers: Array, head_norm: Array, head: Array, batch: Mapping[str, Array],
-        buffers: Mapping[str, Array], eps: float, scale: float,
-    ) -> None:  # fmt: skip
-        """From embeddings to logits, for a token of each of a few sequences.
+    @property
+    def step_has_head(self) -> bool:
+        """Whether `decode_step` goes on to the logits; else `lm_head` must follow."""
+        return step_has_head(self._sizes)
 
-        layers   uint64 [L, 14], addresses as LAYER_POINTERS names them
-        batch    angles, slots, kv_lens, block_tables, as `attend` takes them
-        buffers  x (embeddings) and logits, as the forward names them; and key_cache, of any layer,
-                 for its shape
+    def decode_step(
+        self, layers: Array, head_norm: Array | None, head: Array | None,
+        batch: Mapping[str, Array], buffers: Mapping[str, Array], eps: float, scale: float,
+    ) -> None:  # fmt: skip
+        """From embeddings to logits, for a token of each of a few sequences; without step_has_head
+        to the residual stream.
+
+        layers     uint64 [L, table_words], addresses as LAYER_POINTERS names them, and where these
+                   matrices are codes their four units, float32
+        head_norm, head   None without step_has_head
+        batch      angles, slots, kv_lens, block_tables, as `attend` takes them
+        buffers    x (embeddings; without step_has_head the residual stream takes their place) and
+                   logits, as the forward names them; and key_cache, of any layer, for its shape
         """
         launch = step_launch(self._sizes, self._traits, len(batch["kv_lens"]))
         assert launch is not None
@@ -41,7 +50,8 @@ class StepOps(CudaLauncher):
             FILE, ENTRY,
             LaunchShape(launch.grid, launch.block, launch.shared_bytes, resident=True),
             layers, head_norm, head, batch["angles"], batch["slots"], batch["kv_lens"],
-            batch["block_tables"], buffers["x"], buffers["logits"],
+            batch["block_tables"], buffers["x"],
+            buffers["logits"] if self.step_has_head else None,
             self._workspace("step_words", words), self._workspace("step_moments", 2),
             _f32(eps), _f32(scale),
             *(_i32(n) for n in (

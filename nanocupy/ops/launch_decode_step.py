@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanocupy.ops.launch_quantized import CHUNK, STRIP, PackedFormat
+
 FILE = "decode_step.cu"
 ENTRY = "decode_step"
 LAYER_POINTERS = (
@@ -22,9 +24,8 @@ BEST_SEQUENCES = 2
 MAX_PARTS = 16  # of a context
 BLOCK_THREADS = 384
 STAGE_INPUTS = 1024
-_UNIT_ROWS = 8
+_UNIT_ROWS = 8  # of 16 bits; of codes a unit is a strip
 _USER_WARPS = 8
-_STAGE_BYTES = _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
 _MAX_STAGES = 10
 _GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks wait
 _MAX_HEADS_PER_GROUP = 8
@@ -35,7 +36,7 @@ _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driv
 class DecodeStepTuning:
     """What a bench may vary; None leaves the choice to the rules below.
 
-    ring_stages   stages of 16 KB of weights on their way
+    ring_stages   stages of some 16 KB of weights on their way
     attend_stages steps of 16 positions that a warp has under way
     part_tokens   positions that a part of a context has at least
     max_parts     most parts of a context
@@ -82,10 +83,14 @@ def decode_step_launch(
     *,
     num_multiprocessors: int,
     max_shared_bytes: int,
+    weights: PackedFormat | None = None,
+    has_head: bool = True,
     tuning: DecodeStepTuning | None = None,
 ) -> DecodeStepLaunch | None:
     """The launch for `num_sequences` sequences of one token each, None where the kernel cannot do
-    the model. max_shared_bytes: what a block can have.
+    the model. max_shared_bytes: what a block can have; weights: the form of every layer's
+    matrices, None where they are of 16 bits; has_head: the launch goes on to the logits, as only
+    one of 16 bits can, with a head of 16 bits.
 
     Types and compute capability are the caller's to look at: 16 bits all of them, and 9.0.
     """
@@ -99,16 +104,17 @@ def decode_step_launch(
     if heads_per_group > _MAX_HEADS_PER_GROUP:
         return None
     # A block keeps the sums, and the residual stream, of all its outputs of that width.
-    units = -(-shape.hidden_size // _UNIT_ROWS)
-    if -(-units // num_multiprocessors) > group_units(num_sequences):
+    unit_rows = STRIP if weights else _UNIT_ROWS
+    units = -(-shape.hidden_size // unit_rows)
+    if -(-units // num_multiprocessors) * unit_rows > group_rows(num_sequences):
         return None
     # All inputs in one tile where the ring has room for enough stages beside it, else in several.
-    fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages)
+    fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages, weights)
     best: tuple[int, int] | None = None
     for tile in range(_whole(max(widths)), _whole(shape.hidden_size) - 1, -STAGE_INPUTS):
         inputs = input_bytes(num_sequences, min(tile, max(widths)))
         room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
-        stages = min(room // (_STAGE_BYTES + 16), tuning.ring_stages or _MAX_STAGES)
+        stages = min(room // (stage_bytes(weights) + 16), tuning.ring_stages or _MAX_STAGES)
         stages -= stages % 2  # a place in the ring is always the same group's of warps
         if best is None or stages > best[1]:
             best = tile, stages
@@ -125,10 +131,11 @@ def decode_step_launch(
             "RING_STAGES": stages,
             "STAGES": tuning.attend_stages,
             "MAX_NORM_INPUTS": shape.hidden_size,
+            **(weights.macros if weights else {} if has_head else {"HAS_HEAD": 0}),
         },
         grid=(num_multiprocessors,),
         block=BLOCK_THREADS,
-        shared_bytes=memory_bytes(shape, num_sequences, stages, tuning.attend_stages)
+        shared_bytes=memory_bytes(shape, num_sequences, stages, tuning.attend_stages, weights)
         + input_bytes(num_sequences, min(tile_inputs, max(widths))),
         tile_inputs=tile_inputs,
         max_parts=max_parts,
@@ -136,23 +143,40 @@ def decode_step_launch(
     )
 
 
-def group_units(num_sequences: int) -> int:
-    """GROUP_UNITS of decode_step_memory.cuh."""
-    return 16 if num_sequences <= 2 else 8
+def group_rows(num_sequences: int) -> int:
+    """GROUP_ROWS of decode_step_memory.cuh."""
+    return 128 if num_sequences <= 2 else 64
+
+
+def stage_bytes(weights: PackedFormat | None) -> int:
+    """STAGE_BYTES of decode_step_pipeline.cuh."""
+    if weights is None:
+        return _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
+    inputs = STAGE_INPUTS * (2 if weights.kind == "int4" else 1)
+    return inputs // CHUNK * weights.chunk_bytes
+
+
+def table_words(weights: PackedFormat | None) -> int:
+    """uint64 words of a row of the table of layers: StepLayer of decode_step_memory.cuh."""
+    return len(LAYER_POINTERS) + (2 if weights else 0)
 
 
 def memory_bytes(
-    shape: DecodeStepShape, num_sequences: int, ring_stages: int, attend_stages: int
+    shape: DecodeStepShape,
+    num_sequences: int,
+    ring_stages: int,
+    attend_stages: int,
+    weights: PackedFormat | None = None,
 ) -> int:
     """StepMemory of decode_step_memory.cuh."""
     chunks = shape.head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number
     row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
-    size = ring_stages * (_STAGE_BYTES + 16)
-    size += 2 * 4 * group_units(num_sequences) * _USER_WARPS * num_sequences * _UNIT_ROWS
+    size = ring_stages * (stage_bytes(weights) + 16)
+    size += 2 * 4 * group_rows(num_sequences) * _USER_WARPS * num_sequences
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * len(LAYER_POINTERS) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 16
+    size += 2 * 8 * table_words(weights) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 16
     return -(-size // 128) * 128
 
 

@@ -108,9 +108,21 @@ VARIANTS = (
     Variants(
         "decode_step.cu",
         ("decode_step",),
-        tuple(
-            {**macros, "SEQUENCES": sequences}
-            for macros, sequences in zip(_heads(), (1, 4, 2, 3, 1), strict=True)
+        (
+            *(
+                {**macros, "SEQUENCES": sequences}
+                for macros, sequences in zip(_heads(), (1, 4, 2, 3, 1), strict=True)
+            ),
+            *(
+                {"SCALAR": scalar, "HEAD_SIZE": 128, "SEQUENCES": sequences, **macros}
+                for scalar, sequences, macros in (
+                    (BFLOAT16, 1, {"WEIGHT_KIND": 1}),
+                    (FLOAT16, 2, {"WEIGHT_KIND": 0, "GROUP": 32}),
+                    (BFLOAT16, 3, {"WEIGHT_KIND": 2}),
+                    (FLOAT16, 4, {"WEIGHT_KIND": 1, "GROUP": 16}),
+                    (BFLOAT16, 1, {"HAS_HEAD": 0}),
+                )
+            ),
         ),
     ),
     Variants(

@@ -58,7 +58,7 @@ class PreparedDevice(ShimDevice):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> PreparedDevice:
     device = PreparedDevice({})
-    monkeypatch.setattr(cuda_device, "CudaDevice", lambda use_graphs: device)
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda use_graphs, whole_steps: device)
     status = SimpleNamespace(usable=True, require=lambda: None)
     monkeypatch.setattr(probe, "find_cuda", lambda: status)
     return device

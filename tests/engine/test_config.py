@@ -72,6 +72,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "host_cache_gb": ([0, 4, 4096], [-0.5, 4097, None]),
     "prefix_cache": ([True, False], [0, 1, "true", None]),
     "use_graphs": ([True, False], [1, "yes"]),
+    "whole_steps": ([True, False], [1, "one"]),
     "two_streams": ([True, False], [0, "no"]),
     "run_ahead": ([True, False], [0.0, "on"]),
 }

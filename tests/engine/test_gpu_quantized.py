@@ -14,10 +14,11 @@ from nanocupy.bench.shapes import SHAPES
 from nanocupy.checkpoint.base import Checkpoint, TensorInfo
 from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.engine.device_plan import DeviceSettings
+from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.weight_formats import plan_weight_formats
 from nanocupy.model.quantize import group_size_for, is_layer_matrix
 from nanocupy.quantized import QuantizedMatrix, quantize
-from tests.engine.test_gpu_engine import FLOAT32, all_logits, device_runner, run
+from tests.engine.test_gpu_engine import FLOAT32, GREEDY, all_logits, device_runner, run
 from tests.kernels.backends import TOLERANCES
 
 pytestmark = pytest.mark.gpu
@@ -151,3 +152,71 @@ def test_random_weights_need_no_host(make_device) -> None:
         ids = np.arange(24)  # logits of each, and the runner is made for those of 32
         assert np.isfinite(all_logits(runner, ids)).all()
         assert isinstance(checkpoint.tensors["layers.0.o.weight"], TensorInfo)
+
+
+def decode_logits(runner, prompts) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Tokens of every prompt, and the logits [sequences, V] that each step left."""
+    import cupy
+
+    engine = LLMEngine(runner.config, runner, run_ahead=False)
+    for number, ids in enumerate(prompts):
+        engine.add_request(str(number), ids, GREEDY.with_(max_tokens=24))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits = []
+    while engine.has_unfinished:
+        outputs = engine.step()
+        for output in outputs:
+            tokens[int(output.request_id)].append(output.token_id)
+        if len(outputs) == len(prompts):
+            runner.clock.synchronize("reading the logits")
+            logits.append(cupy.asnumpy(runner._main.logits(len(prompts))))
+    return tokens, logits
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8", "float"])
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "llama-3.1-8b"])
+def test_a_step_in_one_launch_gives_the_logits_of_its_ops(
+    make_device, record_error, shape, kind, count
+) -> None:
+    """Of the same packed codes: what differs is the order of sums."""
+    config = SHAPES[shape].with_(num_layers=3, vocab_size=2000)
+    checkpoint = RandomCheckpoint(config, "bfloat16", seed=5)
+    formats, _ = plan_weight_formats(checkpoint, kind)
+    settings = DeviceSettings(quantized=formats)
+    prompts = [[(31 * i + 7 * n) % 2000 for i in range(150 + 90 * n)] for n in range(count)]
+    found = []
+    for whole in (False, True):
+        device = make_device(whole_steps=whole)
+        runner = device_runner(device, checkpoint, settings, num_seqs=2, in_cache=2)
+        assert runner.ops.can_step(count) == whole
+        before = device.graphs.counters.replayed
+        found.append(decode_logits(runner, prompts))
+        assert device.graphs.counters.replayed > before + 10
+    (tokens, wanted), (got_tokens, got) = found
+    # Up to the first token that differs, as two were as likely.
+    same = [
+        next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), len(a))
+        for a, b in zip(tokens, got_tokens, strict=True)
+    ]
+    worst_error = 0.0
+    for step in range(min(same)):
+        a, b = got[step].astype(np.float64), wanted[step].astype(np.float64)
+        worst_error = max(worst_error, np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+    record_error(f"logits of a step in one launch, {kind} weights", "bfloat16", worst_error)
+    assert min(same) >= 4
+    assert worst_error < TOLERANCES["bfloat16"]
+
+
+def test_a_step_in_one_launch_is_the_same_every_time(make_device) -> None:
+    config = SHAPES["llama-3.1-8b"].with_(num_layers=4, vocab_size=2000)
+    checkpoint = RandomCheckpoint(config, "bfloat16", seed=6)
+    for kind in ("int4", "int8"):
+        formats, _ = plan_weight_formats(checkpoint, kind)
+        settings = DeviceSettings(quantized=formats)
+        runner = device_runner(make_device(), checkpoint, settings, num_seqs=2, in_cache=2)
+        results = [decode_logits(runner, [list(range(3, 90))]) for _ in range(5)]
+        for tokens, logits in results[1:]:
+            assert tokens == results[0][0]
+            for one, first in zip(logits, results[0][1], strict=True):
+                assert one.tobytes() == first.tobytes()

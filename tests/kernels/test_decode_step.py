@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,12 @@ from nanocupy.ops.launch_decode_step import (
     decode_step_launch,
     num_words,
 )
+from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, assert_close
+from nanocupy.quantized import quantize
+from tests.kernels.backends import CODES, GpuBackend, ShimBackend, assert_close
+from tests.kernels.gemv_runs import Run
+from tests.kernels.quantized_runs import as_stored, pack
 from tests.ops.cases import DTYPES
 from tests.shim import build
 
@@ -28,14 +33,24 @@ EPS = 1e-5
 BLOCK_SIZE = 16
 NUM_MULTIPROCESSORS = 5
 MAX_SHARED = 227 << 10
+MATRICES = ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
 
 
 class Model:
-    """Weights, caches and a batch of sequences, as one step finds them."""
+    """Weights, caches and a batch of sequences, as one step finds them.
 
-    def __init__(self, shape, dtype, kv_lens, *, layers=2, bias=False, qk_norm=False, seed=0):
+    storage: (kind, group size) of the layers' matrices, None for 16 bits; has_head: a step goes on
+    to the logits, else it ends with the residual stream.
+    """
+
+    def __init__(
+        self, shape, dtype, kv_lens, *, layers=2, bias=False, qk_norm=False, seed=0, storage=None,
+        has_head=True,
+    ):  # fmt: skip
         rng = np.random.default_rng(seed)
         self.shape, self.dtype, self.kv_lens = shape, dtype, np.array(kv_lens, np.int32)
+        self.has_head = has_head and storage is None
+        self.form = None
         d, kv = shape.head_size, shape.num_kv_heads
         self.count = count = len(kv_lens)
 
@@ -44,6 +59,20 @@ class Model:
 
         def weight(rows, columns):
             return normal(rows, columns, std=columns**-0.5)
+
+        def matrix(rows, columns):
+            values = weight(rows, columns)
+            if storage is None:
+                return values
+            form = packed_format(storage[0], columns, storage[1] or columns)
+            assert form is not None
+            assert self.form in (None, form), "matrices of several forms"
+            self.form = form
+            codes = quantize(values.astype(np.float32), *storage)
+            if storage[0] != "int4":
+                return codes
+            shift = rng.uniform(-1, 1, codes.scales.shape).astype(np.float32) * codes.scales
+            return as_stored(replace(codes, offsets=codes.offsets + shift))
 
         width = -(-max(*kv_lens, 1) // BLOCK_SIZE) + 1
         blocks = 1 + rng.permutation(count * width).astype(np.int32).reshape(count, width)
@@ -54,18 +83,18 @@ class Model:
             qkv = shape.q_size + 2 * kv * d
             one = {
                 "attn_norm.weight": rng.uniform(0.5, 1.5, shape.hidden_size).astype(dtype),
-                "qkv.weight": weight(qkv, shape.hidden_size),
+                "qkv.weight": matrix(qkv, shape.hidden_size),
                 "qkv.bias": normal(qkv) if bias else None,
                 "q_norm.weight": rng.uniform(0.5, 1.5, d).astype(dtype) if qk_norm else None,
                 "k_norm.weight": rng.uniform(0.5, 1.5, d).astype(dtype) if qk_norm else None,
                 "key_cache": np.full(cache, np.nan, dtype),
                 "value_cache": np.full(cache, np.nan, dtype),
-                "o.weight": weight(shape.hidden_size, shape.q_size),
+                "o.weight": matrix(shape.hidden_size, shape.q_size),
                 "o.bias": normal(shape.hidden_size) if bias else None,
                 "ffn_norm.weight": rng.uniform(0.5, 1.5, shape.hidden_size).astype(dtype),
-                "gate_up.weight": weight(2 * shape.ffn_size, shape.hidden_size),
+                "gate_up.weight": matrix(2 * shape.ffn_size, shape.hidden_size),
                 "gate_up.bias": normal(2 * shape.ffn_size) if bias else None,
-                "down.weight": weight(shape.hidden_size, shape.ffn_size),
+                "down.weight": matrix(shape.hidden_size, shape.ffn_size),
                 "down.bias": normal(shape.hidden_size) if bias else None,
             }
             for b, length in enumerate(kv_lens):  # what was before; the rest is poison
@@ -86,7 +115,8 @@ class Model:
         ).astype(np.int32)  # fmt: skip
 
     def reference(self):
-        """(logits, caches) of the step, by the ops in float64 with the interface's roundings."""
+        """(logits, caches) of the step, by the ops in float64 with the interface's roundings;
+        without a head the residual stream takes the logits' place."""
         ops, s, n = NumpyOps(np.float64), self.shape, self.count
         x = self.x.copy()
         d, dtype = s.head_size, self.dtype
@@ -108,19 +138,42 @@ class Model:
                 x, w["ffn_norm.weight"], EPS, w["gate_up.weight"], w["gate_up.bias"], activated
             )
             ops.linear_add(activated, w["down.weight"], w["down.bias"], x)
+        if not self.has_head:
+            return x, caches
         logits = np.empty((n, s.vocab_size))
         ops.lm_head(x, np.arange(n, dtype=np.int32), self.final_norm, EPS, self.head, logits)
         return logits, caches
 
-    def launch(self, backend, tuning=None, words=None, num_multiprocessors=NUM_MULTIPROCESSORS):
-        """(logits, caches) of one launch. The caches are copies. words: (words, moments) that
-        launches before have left, and this one changes."""
-        s, n, d = self.shape, self.count, self.shape.head_size
+    def on_device(self, run: Run) -> list[dict[str, Any]]:
+        """The layers, their matrices packed where they are codes, and then `units`; caches are
+        copies. run: launches the kernel that packs."""
+        layers = [dict(one) for one in self.layers]
+        for one in layers:
+            for name in ("key_cache", "value_cache"):
+                one[name] = one[name].copy()
+            if self.form is not None:
+                packed = [
+                    pack(run, one[name], name == "gate_up.weight", self.dtype.name)
+                    for name in MATRICES
+                ]
+                one |= {name: codes for name, (codes, _) in zip(MATRICES, packed, strict=True)}
+                one["units"] = np.array([unit for _, unit in packed], np.float32)
+        return layers
+
+    def plan(self, tuning=None, num_multiprocessors=NUM_MULTIPROCESSORS, max_shared=MAX_SHARED):
         launch = decode_step_launch(
-            s, n, num_multiprocessors=num_multiprocessors, max_shared_bytes=MAX_SHARED,
-            tuning=tuning,
+            self.shape, self.count, num_multiprocessors=num_multiprocessors,
+            max_shared_bytes=max_shared, weights=self.form, has_head=self.has_head, tuning=tuning,
         )  # fmt: skip
         assert launch is not None
+        return launch
+
+    def launch(self, backend, tuning=None, words=None, **card):
+        """(logits, caches) of one launch; without a head (residual stream, caches). The caches are
+        copies. words: (words, moments) that launches before have left, and this one changes; card:
+        as `plan` takes it."""
+        s, n, d = self.shape, self.count, self.shape.head_size
+        launch = self.plan(tuning, **card)
         if words is None:
             words = np.zeros(num_words(s, launch, n), np.uint64), np.zeros(2, np.uint32)
         poison = {
@@ -148,23 +201,22 @@ class ShimStep:
     def run_step(self, model, launch, poison, numbers, macros):
         from tests.shim.driver import host_kernel
 
-        layers = [dict(one) for one in model.layers]
-        for one in layers:
-            for name in ("key_cache", "value_cache"):
-                one[name] = one[name].copy()
-        table = np.array(
-            [[0 if one[n] is None else one[n].ctypes.data for n in LAYER_POINTERS]
-             for one in layers], np.uint64,
-        )  # fmt: skip
+        layers = model.on_device(ShimBackend(orders=(0,)).run)
+        table = layer_table(layers, lambda array: array.ctypes.data)
         x = model.x.copy()
+        head = (model.final_norm, model.head) if model.has_head else (None, None)
+        logits = poison["logits"] if model.has_head else None
         kernel = host_kernel(FILE, ENTRY, source=self.source, **macros)
         kernel(
-            launch.grid, launch.block, table, model.final_norm, model.head, model.rope,
-            model.slots, model.kv_lens, model.block_tables, x, *poison.values(), *numbers,
+            launch.grid, launch.block, table, *head, model.rope,
+            model.slots, model.kv_lens, model.block_tables, x, logits, poison["words"],
+            poison["moments"], *numbers,
             shared_bytes=launch.shared_bytes, order=self.order, resident=True,
         )  # fmt: skip
         caches = [(one["key_cache"], one["value_cache"]) for one in layers]
-        return poison["logits"], caches
+        if model.has_head:
+            assert x.tobytes() == model.x.tobytes(), "the embeddings were changed"
+        return logits if model.has_head else x, caches
 
 
 class GpuStep:
@@ -178,19 +230,19 @@ class GpuStep:
     def run_step(self, model, launch, poison, numbers, macros):
         cupy = self.cupy
         keep = [
-            {name: None if a is None else cupy.asarray(a) for name, a in one.items()}
-            for one in model.layers
-        ]
-        table = cupy.asarray(np.array(
-            [[0 if one[n] is None else one[n].data.ptr for n in LAYER_POINTERS] for one in keep],
-            np.uint64,
-        ))  # fmt: skip
+            {name: a if a is None or name == "units" else cupy.asarray(a)
+             for name, a in one.items()}
+            for one in model.on_device(GpuBackend().run)
+        ]  # fmt: skip
+        table = cupy.asarray(layer_table(keep, lambda array: array.data.ptr))
         inputs = [
             cupy.asarray(a)
             for a in (model.final_norm, model.head, model.rope, model.slots, model.kv_lens,
                       model.block_tables, model.x, *poison.values())
         ]  # fmt: skip
         kernel = self.loader.get(FILE, ENTRY, **macros)
+        if not model.has_head:
+            inputs[0] = inputs[1] = None
         kernel.launch(launch.grid, (launch.block,), (table, *inputs, *numbers), launch.shared_bytes)
         cupy.cuda.runtime.deviceSynchronize()
         caches = [tuple(cupy.asnumpy(one[n]) for n in ("key_cache", "value_cache")) for one in keep]
@@ -198,7 +250,16 @@ class GpuStep:
         back = dict(zip(names, inputs, strict=True))
         for name in ("words", "moments"):
             poison[name][...] = cupy.asnumpy(back[name])
-        return cupy.asnumpy(back["logits"]), caches
+        return cupy.asnumpy(back["logits" if model.has_head else "x"]), caches
+
+
+def layer_table(layers: list[dict[str, Any]], address) -> np.ndarray:
+    """The table of layers that a launch is given, uint64 [L, 14] or, with units, [L, 16]."""
+    rows = []
+    for one in layers:
+        row = [0 if one[n] is None else address(one[n]) for n in LAYER_POINTERS]
+        rows.append([*row, *one["units"].view(np.uint64)] if "units" in one else row)
+    return np.array(rows, np.uint64)
 
 
 @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -255,8 +316,8 @@ CASES = {
 }
 
 
-def make(case, dtype):
-    options = {n: getattr(case, n) for n in ("bias", "qk_norm") if hasattr(case, n)}
+def make(case, dtype, **how):
+    options = {n: getattr(case, n) for n in ("bias", "qk_norm") if hasattr(case, n)} | how
     tuning = DecodeStepTuning(max_parts=case.parts) if hasattr(case, "parts") else None
     return Model(case.shape, DTYPES[dtype], case.kv_lens, **options), tuning
 
@@ -265,6 +326,13 @@ def make(case, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_its_ops(step_backend, name, dtype) -> None:
     model, tuning = make(CASES[name], dtype)
+    check(model, model.launch(step_backend, tuning))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", ["one", "a free place", "biases, an odd vocabulary"])
+def test_a_step_without_a_head_ends_with_the_residual_stream(step_backend, name, layers) -> None:
+    model, tuning = make(CASES[name], "bfloat16", has_head=False, layers=layers)
     check(model, model.launch(step_backend, tuning))
 
 

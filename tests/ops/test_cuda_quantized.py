@@ -11,7 +11,7 @@ import pytest
 from nanocupy.ops import cuda_quantized
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import OpSizes, step_launch, workspace_plan
-from nanocupy.ops.launch_quantized import packed_format
+from nanocupy.ops.launch_quantized import PackedFormat, packed_format
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.ops.packed_matrix import PackedMatrix, packed_row_order, scale_unit
 from nanocupy.quantized import QuantizedMatrix
@@ -148,14 +148,26 @@ def test_a_wider_residual_stream(op: str) -> None:
         launched(op, rows, residual="float32")
 
 
-def test_no_whole_step_with_quantised_weights() -> None:
+def test_whole_steps_with_quantised_weights() -> None:
     sizes = OpSizes(
         max_tokens=4, max_num_seqs=4, max_rows=4, max_context=64, hidden_size=1024,
         intermediate_size=3072, vocab_size=4096, num_heads=16, num_kv_heads=8, head_size=128,
         dtype="bfloat16", residual_dtype="bfloat16", cache_dtype="bfloat16",
     )  # fmt: skip
     traits = replace(MODERN, num_multiprocessors=132)
-    assert step_launch(sizes, traits, 1) is not None
-    quantised = replace(sizes, dequantized_size=100)
-    assert step_launch(quantised, traits, 1) is None
+    floats = step_launch(sizes, traits, 1)
+    assert floats is not None
+    assert not floats.macros.keys() & {"WEIGHT_KIND", "HAS_HEAD"}
+    coded_head = step_launch(replace(sizes, coded_head=True), traits, 1)
+    assert coded_head is not None
+    assert coded_head.macros == {**floats.macros, "HAS_HEAD": 0}
+    form = PackedFormat("int4", 64)
+    quantised = replace(sizes, dequantized_size=100, layer_format=form)
+    codes = step_launch(quantised, traits, 1)
+    assert codes is not None
+    assert codes.macros.items() >= form.macros.items()
+    assert step_launch(replace(quantised, coded_head=True), traits, 1) == codes
+    mixed = replace(quantised, layers_alike=False, layer_format=None)
+    assert step_launch(mixed, traits, 1) is None
+    assert "step_words" not in workspace_plan(mixed, traits)
     assert workspace_plan(quantised, traits)["dequantized"] == ((100,), "bfloat16")

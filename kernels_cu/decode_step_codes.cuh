@@ -1,0 +1,205 @@
+// Sums of a persistent decode step whose weights are codes: int8, int4 or fp8, as packed.
+//
+// Codes become 16-bit numbers in registers, exactly. The products of a group are summed in float32 by
+// themselves; then they meet the scales of its rows, and with int4 the sum of its inputs, which is one
+// more product, meets their offsets. The order of all sums is fixed.
+#pragma once
+
+#include "decode_step_memory.cuh"
+
+// Chunk c of a stage is that of warp c % GROUP_WARPS of a group of warps. A warp takes some of its
+// chunks at once, so that their sums wait for each other less.
+constexpr int WARP_CHUNKS = STAGE_CHUNKS / GROUP_WARPS;
+constexpr int CHUNKS_AT_ONCE = GROUP >= 64 ? 2 : 1;  // registers are short
+constexpr int CHUNK_DISTANCE = GROUP_WARPS * CHUNK;  // inputs from a warp's chunk to its next
+constexpr int CHUNK_DISTANCE_BYTES = GROUP_WARPS * CHUNK_BYTES;
+constexpr int QUARTERS = CHUNK / QUARTER;
+
+static_assert(STAGE_CHUNKS % GROUP_WARPS == 0, "as many chunks for every warp");
+static_assert(WARP_CHUNKS % CHUNKS_AT_ONCE == 0, "all chunks in whole turns");
+
+// Groups of 16 are the halves of a quarter, of lanes by t / 2: the other half's inputs are taken as 0.
+constexpr int QUARTER_GROUPS = GROUP >= QUARTER ? 1 : QUARTER / GROUP;
+
+__device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) {
+    if (QUARTER_GROUPS == 1) return inputs;
+    const uint32_t mask = (lane_id() & 2) / 2 == half ? 0xffffffffu : 0u;
+    return make_uint4(inputs.x & mask, inputs.y & mask, inputs.z & mask, inputs.w & mask);
+}
+
+// What lane 4 g + t has of some chunks: its vectors of codes, the scales, with int4 scales and offsets,
+// of rows g and g + 8 for every group, and of every quarter the inputs 8 t … 8 t + 7 of the token that
+// is column g of products.
+struct ChunkTurn {
+    uint4 codes[CHUNKS_AT_ONCE][CODE_VECTORS];
+    uint2 scales[CHUNKS_AT_ONCE][GROUPS];
+    uint4 inputs[CHUNKS_AT_ONCE][QUARTERS];
+
+    // from: the first chunk in shared memory; first: of this lane's token, input 8 t of it, from whose
+    // chunk on `left` inputs of the tile exist, a multiple of 32. What does not exist counts for
+    // nothing, and memory that was never written is not read.
+    __device__ __forceinline__ void load(const unsigned char* from, const scalar_t* first, int left) {
+        if (left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {  // nearly always: no branches
+#pragma unroll
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+                load_codes(c, from);
+#pragma unroll
+                for (int q = 0; q < QUARTERS; ++q) {
+                    inputs[c][q] = ld_shared_16(first + c * CHUNK_DISTANCE + q * QUARTER);
+                }
+            }
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+#pragma unroll
+            for (int v = 0; v < CODE_VECTORS; ++v) codes[c][v] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < GROUPS; ++i) scales[c][i] = make_uint2(0, 0);
+            if (c * CHUNK_DISTANCE < left) load_codes(c, from);
+#pragma unroll
+            for (int q = 0; q < QUARTERS; ++q) {
+                const int k = c * CHUNK_DISTANCE + q * QUARTER;
+                inputs[c][q] = make_uint4(0, 0, 0, 0);
+                if (k < left) inputs[c][q] = ld_shared_16(first + k);
+            }
+        }
+    }
+    __device__ __forceinline__ void load_codes(int c, const unsigned char* from) {
+        const unsigned char* chunk = from + c * CHUNK_DISTANCE_BYTES;
+#pragma unroll
+        for (int v = 0; v < CODE_VECTORS; ++v) {
+            codes[c][v] = ld_shared_16(chunk + v * 512 + lane_id() * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+            scales[c][i] =
+                ld_shared_8(chunk + CODE_BYTES + i * (STRIP * 4) + lane_id() / 4 * 8);
+        }
+    }
+
+    // Added to sums 0 and 1 of row g, of tokens 2 t and 2 t + 1, and to 2 and 3 of row g + 8.
+    __device__ __forceinline__ void multiply(float (&sums)[4]) const {
+        const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
+        const uint32_t ones[4] = {one, one, one, one};
+        // Products of a group, and the sums of its inputs, which all rows of a product of ones are.
+        float group[CHUNKS_AT_ONCE][4], added[CHUNKS_AT_ONCE][4];
+        clear(group);
+        clear(added);
+#pragma unroll
+        for (int q = 0; q < QUARTERS; ++q) {
+            uint32_t a[CHUNKS_AT_ONCE][2][4];
+#pragma unroll
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+                code_operands(codes[c][code_vector(q)], q, a[c]);
+            }
+#pragma unroll
+            for (int half = 0; half < QUARTER_GROUPS; ++half) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+                        const uint4 b = inputs_of_group(inputs[c][q], half);
+                        const uint32_t low = n == 0 ? b.x : b.z, high = n == 0 ? b.y : b.w;
+                        mma_m16n8k16<scalar_t>(group[c], a[c][n], low, high);
+                        if (WEIGHT_KIND == 1) mma_m16n8k16<scalar_t>(added[c], ones, low, high);
+                    }
+                }
+                if ((q + 1) * QUARTER % GROUP != 0) continue;
+#pragma unroll
+                for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+                    add_group(sums, group[c], added[c], scales[c][q * QUARTER / GROUP + half]);
+                }
+                clear(group);
+                clear(added);
+            }
+        }
+    }
+    static __device__ __forceinline__ void clear(float (&sums)[CHUNKS_AT_ONCE][4]) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[c][i] = 0.0f;
+        }
+    }
+    static __device__ __forceinline__ void add_group(
+        float (&sums)[4], const float (&group)[4], const float (&added)[4], const uint2& words) {
+        union {
+            uint2 words;
+            Vec<half_t, 4> halves;
+            Vec<float, 2> floats;
+        } read;
+        read.words = words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i % 2 >= SEQUENCES) continue;
+            if constexpr (WEIGHT_KIND == 1) {
+                const float scale = to_float(read.halves.data[i / 2 * 2]);
+                const float offset =
+                    fmaf(-CODE_BIAS, scale, to_float(read.halves.data[i / 2 * 2 + 1]));
+                sums[i] = fmaf(scale, group[i], sums[i]);
+                sums[i] = fmaf(offset, added[i], sums[i]);
+            } else {
+                sums[i] = fmaf(read.floats.data[i / 2], group[i], sums[i]);
+            }
+        }
+    }
+};
+
+// Add this warp's sums of a strip to `to` [SEQUENCES, STRIP], or store them there.
+__device__ __forceinline__ void put_strip_sums(float* to, const float (&sums)[4], bool adds) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int token = lane_id() % 4 * 2 + i % 2;
+        if (i % 2 >= SEQUENCES || token >= SEQUENCES) continue;
+        float* own = to + token * STRIP + lane_id() / 4 + i / 2 * 8;
+        *own = adds ? *own + sums[i] : sums[i];
+    }
+}
+
+// The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
+// SEQUENCES, UNIT_ROWS], or added to what is there. inputs: of this lane's token, from input 8 t of the
+// tile on. Where a unit has one stage, only the warps of its group have sums of it: the first ones' of
+// the first unit, the others' of the second, and so on.
+__device__ __forceinline__ void sum_units(
+    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, float* partials,
+    bool adds) {
+    StepMemory& memory = step_memory();
+    const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
+    const int group = warp_id() / GROUP_WARPS, warp = warp_id() % GROUP_WARPS;
+    RingPlace own = place;
+    int unit = 0, stage = 0;
+    if (group > 0) {
+        own.next();
+        unit = 1 / stages;
+        stage = 1 % stages;
+    }
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int i = group; i < total; i += 2) {
+        const int start = stage * STAGE_INPUTS;
+        const int end = min(start + STAGE_INPUTS, num_inputs);
+        const unsigned char* from = memory.stages[own.stage] + warp * CHUNK_BYTES;
+        mbarrier_wait(&memory.is_full[own.stage], own.phase);
+#pragma unroll 1
+        for (int k = start + warp * CHUNK; k < end; k += CHUNKS_AT_ONCE * CHUNK_DISTANCE) {
+            ChunkTurn turn;
+            turn.load(from, inputs + k, end - k);
+            turn.multiply(sums);
+            from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;
+        }
+        warp_sync();  // all lanes have read the stage
+        if (lane_id() == 0) mbarrier_arrive(&memory.is_free[own.stage]);
+        own.next();
+        own.next();
+        int next_unit = unit;
+        for (stage += 2; stage >= stages; stage -= stages) ++next_unit;
+        if (next_unit == unit) continue;
+        put_strip_sums(partials + (unit * USER_WARPS + warp_id()) * (SEQUENCES * STRIP), sums, adds);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sums[n] = 0.0f;
+        unit = next_unit;
+    }
+    place.advance(total);
+}
+

@@ -1,0 +1,191 @@
+"""Bugs planted in the decode step of one launch where its weights are codes: each must be found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from tests.kernels.test_decode_step import ShimStep, check, make
+from tests.kernels.test_decode_step_codes import CASES, TILED, tiled_room
+from tests.kernels.test_decode_step_mutants import sources
+from tests.shim import build
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+INT4, INT8, HALVES, LARGE = ("int4", 32), ("int8", 32), ("int4", 16), ("int4", 128)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name
+    in test_decode_step_codes, or "tiles", with weights of this storage."""
+
+    name: str
+    old: str
+    new: str
+    case: str = "two, norms of q and k"
+    storage: tuple[str, int] = INT4
+    times: int = 1
+
+
+MUTANTS = [
+    Mutant(
+        "no wait for room in the ring",
+        "mbarrier_wait(&memory.is_free[place.stage], place.phase ^ 1);",
+        "",
+        "inputs beyond a stage",
+        times=2,
+    ),
+    Mutant(
+        "no wait for a stage of codes",
+        "mbarrier_wait(&memory.is_full[own.stage], own.phase);",
+        "",
+        times=2,
+    ),
+    Mutant(
+        "a chunk is not announced",
+        "mbarrier_arrive_expecting(full, bytes);",
+        "mbarrier_arrive_expecting(full, bytes - CHUNK_BYTES);",
+    ),
+    Mutant(
+        "the last chunk is not brought",
+        "strip + k / CHUNK * CHUNK_BYTES, bytes,",
+        "strip + k / CHUNK * CHUNK_BYTES, bytes - CHUNK_BYTES,",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "every stage brings the first chunks",
+        "strip + k / CHUNK * CHUNK_BYTES, bytes,",
+        "strip, bytes,",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "chunks are counted from the tile",
+        "strip + k / CHUNK * CHUNK_BYTES, bytes,",
+        "strip + (k - first) / CHUNK * CHUNK_BYTES, bytes,",
+        "tiles",
+    ),
+    Mutant(
+        "strips without the chunk that is not whole",
+        "num_chunks = (num_inputs + CHUNK - 1) / CHUNK;",
+        "num_chunks = max(1, num_inputs / CHUNK);",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "inputs that do not exist are read",
+        "if (k < left) inputs[c][q] = ld_shared_16(first + k);",
+        "inputs[c][q] = ld_shared_16(first + k);",
+    ),
+    Mutant(
+        "chunks that do not exist are read",
+        "if (c * CHUNK_DISTANCE < left) load_codes(c, from);",
+        "load_codes(c, from);",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "a warp's second chunk is its neighbour's",
+        "from + c * CHUNK_DISTANCE_BYTES;",
+        "from + c * CHUNK_BYTES;",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "a warp's next chunks are those it had",
+        "from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;",
+        "",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "the scales of row g for both rows",
+        "to_float(read.halves.data[i / 2 * 2]);",
+        "to_float(read.halves.data[0]);",
+    ),
+    Mutant(
+        "the scales of the strip's first rows for all",
+        "lane_id() / 4 * 8);",
+        "0);",
+        storage=INT8,
+    ),
+    Mutant(
+        "the scales of the first group for all",
+        "scales[c][q * QUARTER / GROUP + half]",
+        "scales[c][0]",
+    ),
+    Mutant(
+        "the halves of a quarter change places",
+        "(lane_id() & 2) / 2 == half",
+        "(lane_id() & 2) / 2 != half",
+        storage=HALVES,
+    ),
+    Mutant(
+        "offsets meet the inputs of the groups before, too",
+        "                clear(added);",
+        "",
+    ),
+    Mutant(
+        "sums of a strip stay for the next",
+        "for (int n = 0; n < 4; ++n) sums[n] = 0.0f;",
+        "for (int n = 4; n < 4; ++n) sums[n] = 0.0f;",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "sums of the tiles before are lost",
+        "*own = adds ? *own + sums[i] : sums[i];",
+        "*own = sums[i];",
+        "tiles",
+    ),
+    Mutant(
+        "up is the row behind gate",
+        "other = HAS_CODES ? UNIT_ROWS / 2 : 1;",
+        "other = 1;",
+    ),
+    Mutant(
+        "sums of the other group",
+        "0 : unit % 2 * GROUP_WARPS",
+        "0 : 0",
+        "two, norms of q and k",
+    ),
+    Mutant(
+        "the unit of another matrix",
+        "product.unit = layer.units[kind];",
+        "product.unit = layer.units[0];",
+    ),
+    Mutant(
+        "no unit for up",
+        "second *= product.unit;",
+        "",
+    ),
+    Mutant(
+        "no barrier before sums are added up",
+        "        users_sync();\n        float sum = 0.0f, second",
+        "        float sum = 0.0f, second",
+    ),
+    Mutant(
+        "the residual stream ends in the first token's place",
+        "return x + own.token * sizes.hidden_size + own",
+        "return x + own",
+    ),
+]
+
+
+def launched(mutant: Mutant, source: str, order: int) -> None:
+    """Raises where the step is not that of the ops."""
+    model, tuning = make(CASES.get(mutant.case, TILED), "bfloat16", storage=mutant.storage)
+    card = {"max_shared": tiled_room(model, 6)} if mutant.case == "tiles" else {}
+    check(model, model.launch(ShimStep(order, source), tuning, **card))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_planted_bugs_are_found(mutant: Mutant) -> None:
+    from tests.shim.driver import KernelFault
+
+    found = []
+    for order in (0, 1):
+        launched(mutant, sources(), order)
+        try:
+            launched(mutant, sources(mutant.old, mutant.new, mutant.times), order)
+        except (KernelFault, AssertionError) as exc:
+            found.append(str(exc).splitlines()[0])
+    assert found, "no step noticed it"
