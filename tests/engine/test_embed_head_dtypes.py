@@ -128,7 +128,7 @@ def test_a_float32_head_is_nearer_to_float32() -> None:
     for head in ("bfloat16", "float32"):
         config = EngineConfig(dtype="bfloat16", residual_dtype="float32", lm_head_dtype=head)
         errors[head] = np.sqrt(np.mean((logits(on_the_shim(checkpoint, config), 70) - wanted) ** 2))
-    assert errors["float32"] < 0.9 * errors["bfloat16"]
+    assert errors["float32"] < 0.97 * errors["bfloat16"]
 
 
 def test_the_plan_has_two_copies_of_a_tied_matrix() -> None:
