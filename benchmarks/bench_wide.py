@@ -85,7 +85,9 @@ class Wide(Skinny):
         for name, tuning in variants.items():
             if tuning != DEFAULT and plan_of(product, self.rows, tuning, self.card) == default:
                 found[name] = "="
-            elif product.op == "lm_head" and not name.startswith(("default", "tile", "share")):
+            elif product.op == "lm_head" and not name.startswith(
+                ("default", "tile 128", "tile 256", "share")
+            ):
                 found[name] = ""
             else:
                 found[name] = attempt(lambda t=tuning: self.op_us(product, t))

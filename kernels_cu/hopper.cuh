@@ -1,6 +1,6 @@
 // What compute capability 9.0a has beyond device.cuh and bulk_copy.cuh, each instruction behind one
 // small function: the copy engine with tensor maps, products of a warpgroup, registers moved between
-// warpgroups. The host has twins of what wide.cu uses; prefill attention runs on a device alone.
+// warpgroups. There is no twin for the host: kernels that use it run on a device alone.
 //
 // HAS_WGMMA   1 where a build can use all of it; else nothing below exists but TensorMap.
 #pragma once
@@ -8,18 +8,16 @@
 #include "bulk_copy.cuh"
 #include "types.cuh"
 
-// A CUtensorMap, as a kernel takes it: by value, a `const __grid_constant__` parameter.
-struct alignas(64) TensorMap {
-    unsigned char bytes[128];
-};
-
-#ifndef HOST_SHIM
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !FORCE_PLAIN
 #define HAS_WGMMA 1
 #else
 #define HAS_WGMMA 0
 #endif
+
+// A CUtensorMap, as a kernel takes it: by value, a `const __grid_constant__` parameter.
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
 
 #if HAS_WGMMA
 
@@ -37,16 +35,7 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 }
 
 // Start the copy of a box to shared memory, aligned to the swizzle's 1024 bytes; elements outside
-// the tensor arrive as zeros. Coordinates innermost first. The bytes count on `barrier`: those of the
-// whole box, zeros too.
-__device__ __forceinline__ void copy_box(
-    uint32_t target, const TensorMap* map, uint64_t* barrier, int c0, int c1) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
-        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
-        : "memory");
-}
+// the tensor arrive as zeros. Coordinates innermost first. The bytes count on `barrier`.
 __device__ __forceinline__ void copy_box(
     uint32_t target, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
     asm volatile(
@@ -63,26 +52,6 @@ __device__ __forceinline__ void copy_box(
         "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target),
         "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
-}
-
-// The same to all blocks of the cluster that have a bit in `ranks`: to the place that each has where
-// this one has `target`, counted on the barrier that it has where this one has `barrier`.
-__device__ __forceinline__ void copy_box_to_ranks(
-    uint32_t target, const TensorMap* map, uint64_t* barrier, uint32_t ranks, int c0, int c1) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "h"(static_cast<uint16_t>(ranks))
-        : "memory");
-}
-
-// Arrive at the barrier that block `rank` of the cluster has where this one has `own`. The block must
-// have made it, and not have ended.
-__device__ __forceinline__ void mbarrier_arrive_at_rank(const uint64_t* own, int rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                     address_at_rank(own, rank))
-                 : "memory");
 }
 
 // What this thread wrote to shared memory is seen by copies and products that come later.
@@ -159,14 +128,10 @@ struct Wgmma;
 #define WGMMA_4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define WGMMA_16(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 1), WGMMA_4(d, i + 2), WGMMA_4(d, i + 3)
 #define WGMMA_32(d, i) WGMMA_16(d, i), WGMMA_16(d, i + 4)
-#define WGMMA_48(d, i) WGMMA_32(d, i), WGMMA_16(d, i + 8)
 #define WGMMA_64(d, i) WGMMA_32(d, i), WGMMA_32(d, i + 8)
 #define WGMMA_LIST_32                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "  \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_LIST_48                                                             \
-    WGMMA_LIST_32                                                                 \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_LIST_64                                                             \
     WGMMA_LIST_32                                                                 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
@@ -200,10 +165,8 @@ struct Wgmma;
     };
 
 WGMMA_TYPE(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA_TYPE(__nv_bfloat16, "bf16", 96, 48, 48, 49, 50, 51, 52, 53)
 WGMMA_TYPE(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
 WGMMA_TYPE(__half, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA_TYPE(__half, "f16", 96, 48, 48, 49, 50, 51, 52, 53)
 WGMMA_TYPE(__half, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
 
 // Two floats rounded to T in one instruction, the first in the low half.
@@ -223,4 +186,3 @@ __device__ __forceinline__ uint32_t pack_two<__half>(float low, float high) {
 }
 
 #endif  // HAS_WGMMA
-#endif  // HOST_SHIM

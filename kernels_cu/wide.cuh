@@ -20,10 +20,10 @@
 // SHARERS    blocks that get the same inputs by one copy: 1, or 2
 #pragma once
 
-#include "hopper.cuh"
+#include "tile_products.cuh"
 
 // Whether this build has the products; else their entries are empty and must not be launched.
-#define WIDE_BUILD (HAS_WGMMA && SCALAR != 0)
+#define WIDE_BUILD (HAS_TILE_PRODUCTS && SCALAR != 0)
 
 #ifndef TOKENS
 #error "define TOKENS: 64, 128, 192 or 256, at least the tokens of the batch"

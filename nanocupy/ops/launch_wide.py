@@ -44,8 +44,8 @@ class WideTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
     max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile, splits:
-    rows of weights of a block, blocks that share its inputs. shared_kb: of a block, unless two steps
-    need more. input_stages: steps of inputs in their ring.
+    rows of weights of a block, blocks that share its inputs. shared_kb: of a block, unless two
+    steps need more. input_stages: steps of inputs in their ring.
     sharers: blocks, 1 or 2, that get the same inputs by one copy, where a cluster has room for it.
     """
 

@@ -1,10 +1,10 @@
-// What stands for kernels_cu/hopper.cuh on the host: boxes of two dimensions, and products of a
-// warpgroup whose operands lie in shared memory. As late as the device may be: a box poisons its target
+// What stands for kernels_cu/tile_products.cuh on the host, and for what its users take of hopper.cuh:
+// boxes of matrices, and products of a warpgroup whose operands lie in shared memory. As late as the device may be: a box poisons its target
 // when it starts and lands when somebody waits for its barrier, a product reads its operands when its
 // own thread waits for it.
 #pragma once
 
-#define HAS_WGMMA (!FORCE_PLAIN)
+#define HAS_TILE_PRODUCTS (!FORCE_PLAIN)
 #define __grid_constant__
 
 namespace shim {
