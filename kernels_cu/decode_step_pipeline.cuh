@@ -41,7 +41,7 @@ constexpr int USERS = USER_WARPS * 32;       // threads that compute
 constexpr int STEP_THREADS = USERS + 128;
 #if HAS_CODES
 constexpr int UNIT_ROWS = STRIP;
-constexpr int STAGE_CHUNKS = WEIGHT_KIND == 1 ? 16 : 8;  // some 16 KB
+constexpr int STAGE_CHUNKS = 8;
 constexpr int STAGE_INPUTS = STAGE_CHUNKS * CHUNK;
 constexpr int STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
 #else

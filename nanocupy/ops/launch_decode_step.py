@@ -26,6 +26,7 @@ BLOCK_THREADS = 384
 STAGE_INPUTS = 1024
 _UNIT_ROWS = 8  # of 16 bits; of codes a unit is a strip
 _USER_WARPS = 8
+# Of 16 KB, about: of half the size there are twice as many.
 _MAX_STAGES = 10
 _GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks wait
 _MAX_HEADS_PER_GROUP = 8
@@ -36,7 +37,7 @@ _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driv
 class DecodeStepTuning:
     """What a bench may vary; None leaves the choice to the rules below.
 
-    ring_stages   stages of some 16 KB of weights on their way
+    ring_stages   stages of weights on their way: 16 KB, of int4 8 KB, and their scales
     attend_stages steps of 16 positions that a warp has under way
     part_tokens   positions that a part of a context has at least
     max_parts     most parts of a context
@@ -110,17 +111,18 @@ def decode_step_launch(
         return None
     # All inputs in one tile where the ring has room for enough stages beside it, else in several.
     fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages, weights)
+    scale = max(1, round((16 << 10) / stage_bytes(weights)))
     best: tuple[int, int] | None = None
     for tile in range(_whole(max(widths)), _whole(shape.hidden_size) - 1, -STAGE_INPUTS):
         inputs = input_bytes(num_sequences, min(tile, max(widths)))
         room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
-        stages = min(room // (stage_bytes(weights) + 16), tuning.ring_stages or _MAX_STAGES)
+        stages = min(room // (stage_bytes(weights) + 16), tuning.ring_stages or scale * _MAX_STAGES)
         stages -= stages % 2  # a place in the ring is always the same group's of warps
         if best is None or stages > best[1]:
             best = tile, stages
-        if stages >= _GOOD_STAGES:
+        if stages >= scale * _GOOD_STAGES:
             break
-    if best is None or best[1] < _MIN_STAGES:
+    if best is None or best[1] < (tuning.ring_stages or scale * _MIN_STAGES):
         return None
     tile_inputs, stages = best
     items = num_sequences * shape.num_kv_heads
@@ -152,8 +154,7 @@ def stage_bytes(weights: PackedFormat | None) -> int:
     """STAGE_BYTES of decode_step_pipeline.cuh."""
     if weights is None:
         return _UNIT_ROWS * (2 * STAGE_INPUTS + 64)
-    inputs = STAGE_INPUTS * (2 if weights.kind == "int4" else 1)
-    return inputs // CHUNK * weights.chunk_bytes
+    return STAGE_INPUTS // CHUNK * weights.chunk_bytes
 
 
 def table_words(weights: PackedFormat | None) -> int:

@@ -173,7 +173,7 @@ MUTANTS = [
 def launched(mutant: Mutant, source: str, order: int) -> None:
     """Raises where the step is not that of the ops."""
     model, tuning = make(CASES.get(mutant.case, TILED), "bfloat16", storage=mutant.storage)
-    card = {"max_shared": tiled_room(model, 6)} if mutant.case == "tiles" else {}
+    card = {"max_shared": tiled_room(model)} if mutant.case == "tiles" else {}
     check(model, model.launch(ShimStep(order, source), tuning, **card))
 
 
