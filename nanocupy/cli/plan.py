@@ -59,8 +59,8 @@ def plan(
     card = _card(arch, memory_gb)
     from nanocupy.progress import say
 
-    report, notes = describe_plan(_checkpoint(model, shape), config, card)
-    for note in notes:
+    report = describe_plan(_checkpoint(model, shape), config, card)
+    for note in report["notes"]:
         say(note, not as_json)
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -80,11 +80,9 @@ class Card:
         return self.num_free_bytes
 
 
-def describe_plan(
-    checkpoint: Checkpoint, config: EngineConfig, card: Card
-) -> tuple[dict[str, Any], list[str]]:
-    """(the plan, JSON-able; notes for the user). Raises CapacityError where the model does not fit,
-    ConfigError for what the card does not take."""
+def describe_plan(checkpoint: Checkpoint, config: EngineConfig, card: Card) -> dict[str, Any]:
+    """The plan, JSON-able, with notes for the user. Raises CapacityError where the model does not
+    fit, ConfigError for what the card does not take."""
     from nanocupy.cuda.arena import ArenaPlan
     from nanocupy.engine.backend import device_model, model_context
     from nanocupy.engine.device_plan import buffer_specs, plan_limits
@@ -97,7 +95,7 @@ def describe_plan(
     )  # fmt: skip
     arena = ArenaPlan(buffer_specs(checkpoint.config, card, settings, limits))
     names = ("embed.weight", "lm_head.weight")
-    report = {
+    return {
         "card": card.name,
         "free_bytes": card.num_free_bytes,
         "dtype": settings.dtype,
@@ -111,8 +109,8 @@ def describe_plan(
         "cache_tokens": (limits.num_blocks - 1) * limits.block_size,
         "max_context": context,
         "max_num_seqs": config.max_num_seqs,
+        "notes": notes,
     }
-    return report, notes
 
 
 def _card(arch: str | None, memory_gb: float | None) -> Card:
