@@ -331,14 +331,14 @@ __device__ __noinline__ void run_unaligned(
 template <bool PAIRS, typename Input, typename Epilogue>
 __device__ __forceinline__ void run_gemv(
     const GemvMatrix& matrix, const Input& input, const Epilogue& epilogue) {
-    constexpr int UNIT = PAIRS && ROWS_PER_WARP == 1 ? 2 : ROWS_PER_WARP;
-    constexpr int BATCH = UNROLL / UNIT > 0 ? UNROLL / UNIT : 1;
     // The next kernel may come at once: it waits by itself for this one's results.
     grid_dependency_launch();
     if (rows_are_wide(matrix.weight, matrix.num_inputs)) {
 #if TENSOR && HAS_MMA && SCALAR != 0
         run_product<PAIRS, TensorProduct<Input, UNROLL>>(matrix, input, epilogue);
 #else
+        constexpr int UNIT = PAIRS && ROWS_PER_WARP == 1 ? 2 : ROWS_PER_WARP;
+        constexpr int BATCH = UNROLL / UNIT > 0 ? UNROLL / UNIT : 1;
         run_product<PAIRS, LaneProduct<Input, UNIT, BATCH, true>>(matrix, input, epilogue);
 #endif
     } else {
