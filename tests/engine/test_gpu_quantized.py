@@ -180,7 +180,7 @@ def test_a_step_in_one_launch_gives_the_logits_of_its_ops(
     make_device, record_error, shape, kind, count
 ) -> None:
     """Of the same packed codes: what differs is the order of sums."""
-    config = SHAPES[shape].with_(num_layers=3, vocab_size=2000)
+    config = SHAPES[shape].with_(num_layers=3, vocab_size=2000, bos_id=None, eos_ids=())
     checkpoint = RandomCheckpoint(config, "bfloat16", seed=5)
     formats, _ = plan_weight_formats(checkpoint, kind)
     settings = DeviceSettings(quantized=formats)
@@ -209,7 +209,7 @@ def test_a_step_in_one_launch_gives_the_logits_of_its_ops(
 
 
 def test_a_step_in_one_launch_is_the_same_every_time(make_device) -> None:
-    config = SHAPES["llama-3.1-8b"].with_(num_layers=4, vocab_size=2000)
+    config = SHAPES["llama-3.1-8b"].with_(num_layers=4, vocab_size=2000, bos_id=None, eos_ids=())
     checkpoint = RandomCheckpoint(config, "bfloat16", seed=6)
     for kind in ("int4", "int8"):
         formats, _ = plan_weight_formats(checkpoint, kind)
