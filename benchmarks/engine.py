@@ -8,7 +8,7 @@
 What `nanocupy bench` measures, by the same functions, with random weights of a public shape. Each
 result is appended to benchmarks/records/<what>.jsonl, with the floor as its ceiling: its bytes over
 the rate of plain reads, or its operations over that of a large cuBLAS product, whichever is
-more; a start has none.
+more; a start has none, nor has anything on a CPU.
 Decode steps are also watched: the share of time in which the GPU is idle, and the host's time by
 part. `--set NAME=VALUE` changes a setting of the engine; those changed stand in the record.
 """
@@ -158,7 +158,7 @@ def run_startup(args: argparse.Namespace) -> None:
         print(record(args.what, result, None, device, args.dtype), flush=True)
 
 
-def run(args: argparse.Namespace, ceilings: Ceilings) -> None:
+def run(args: argparse.Namespace, ceilings: Ceilings | None) -> None:
     """Measure and record everything, a line each on stdout."""
     for shape in args.shape:
         engine = engine_for(args, shape)
@@ -203,11 +203,13 @@ def main() -> None:
     if args.what == "startup":
         run_startup(args)
         return
-    ceilings = measure_ceilings(args.dtype)
-    say(
-        f"reads {ceilings.bytes_per_s / 1e9:,.0f} GB/s, products "
-        f"{ceilings.flops_per_s / 1e12:,.0f} TFLOP/s"
-    )
+    ceilings = None
+    if args.device == "cuda":
+        ceilings = measure_ceilings(args.dtype)
+        say(
+            f"reads {ceilings.bytes_per_s / 1e9:,.0f} GB/s, products "
+            f"{ceilings.flops_per_s / 1e12:,.0f} TFLOP/s"
+        )
     run(args, ceilings)
 
 
