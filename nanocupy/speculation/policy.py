@@ -1,0 +1,181 @@
+"""How many drafts each request gets in the next step: as many as pay, none where none do.
+
+A step of B sequences with R drafts takes T(B, R) seconds and gives B tokens and those drafts that
+are right. T is measured; how often a request's drafts are right is tracked for each request. Drafts
+are taken in the number that gives the most tokens a second, if that is more than without. A request
+whose drafts do not pay pauses, each time for longer, and is then tried again; a batch too large for
+any drafts is left alone for a while. Pure Python: no clock, no arrays.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanocupy.engine.request import Request
+from nanocupy.speculation.costs import StepCosts, bucket
+
+
+class DraftPolicy(ABC):
+    """Says how many drafts are wanted, and is told what came of them."""
+
+    @abstractmethod
+    def may_try(self, request: Request) -> bool:
+        """Whether the request may have drafts now; asked of all that decode, in every step."""
+
+    @abstractmethod
+    def is_open(self, num_running: int) -> bool:
+        """Whether drafts may pay in a step of so many sequences; asked first, once a step."""
+
+    @abstractmethod
+    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
+        """How many drafts each of these requests shall have, those without left out."""
+
+    def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
+        """A step of decodes alone took so long, finding its drafts included."""
+
+    def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
+        """So many of a request's drafts were right; num_drafts = 0: none was found."""
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+
+
+class FixedDrafts(DraftPolicy):
+    """The same number for everyone, always."""
+
+    def __init__(self, num_drafts: int) -> None:
+        self._num_drafts = num_drafts
+
+    def may_try(self, request: Request) -> bool:
+        return True
+
+    def is_open(self, num_running: int) -> bool:
+        return True
+
+    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
+        return dict.fromkeys(requests, self._num_drafts)
+
+
+@dataclass
+class _Record:
+    """What is known of a request's drafts: how many were looked at and right, older ones counting
+    less; and its pause, in tokens."""
+
+    num_tried: float = 0.0
+    num_right: float = 0.0
+    resume_at: int = 0
+    next_pause: int = 16
+
+
+class AdaptiveDrafts(DraftPolicy):
+    """See the module. max_drafts: of a request in a step."""
+
+    MARGIN = 1.02  # drafts must be better by this
+    FIRST_GUESS = 1.25  # what a step with drafts takes beside one without, before it is measured
+    HOPE = 0.5  # of drafts to be right, where nothing speaks against it
+    BEST = 0.9  # share of right drafts that no batch is expected to exceed
+    DECAY = 0.85  # what earlier drafts count when newer ones are told
+    LEAST_SHARE = 0.1  # a draft that is right less often is not asked for
+    LONGEST_PAUSE = 512  # tokens
+    CLOSED_STEPS = 256  # for which a batch is left alone
+    # So seldom steps without drafts are made, so that their time stays known, and so many.
+    REFRESH_STEPS, REFRESH_LENGTH = 512, 5
+
+    def __init__(self, max_drafts: int) -> None:
+        self.costs = StepCosts()
+        self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
+        self._records: dict[Request, _Record] = {}
+        self._num_asked = 0  # steps in which drafts were thought of
+        self._closed_until: dict[int, int] = {}  # by bucket of sequences
+        self._num_drafted = 0  # steps with drafts since the last refresh
+
+    def is_open(self, num_running: int) -> bool:
+        self._num_asked += 1
+        if self._num_drafted >= self.REFRESH_STEPS:
+            self._num_drafted += 1
+            if self._num_drafted <= self.REFRESH_STEPS + self.REFRESH_LENGTH:
+                return False
+            self._num_drafted = 0
+        return self._num_asked >= self._closed_until.get(bucket(num_running), 0)
+
+    def may_try(self, request: Request) -> bool:
+        record = self._records.get(request)
+        return record is None or request.num_tokens >= record.resume_at
+
+    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
+        plain = self.costs.seconds(num_running, 0)
+        if plain is None or not requests:
+            return {}  # steps without drafts are measured first
+        shares = [self._share(self._record(request)) for request in requests]
+        wanted = self._best(shares, num_running, plain)
+        if wanted is not None:
+            chosen = zip(requests, wanted, strict=True)
+            return {request: count for request, count in chosen if count}
+        if self._best([self.BEST] * len(requests), num_running, plain) is None:
+            self._closed_until[bucket(num_running)] = self._num_asked + self.CLOSED_STEPS
+        else:
+            for request, share in zip(requests, shares, strict=True):
+                if share < self.HOPE:
+                    self._pause(request)
+        return {}
+
+    def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
+        self.costs.add(num_seqs, num_drafts, seconds)
+
+    def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
+        record = self._record(request)
+        record.num_tried = record.num_tried * self.DECAY + max(min(num_right + 1, num_drafts), 0.5)
+        record.num_right = record.num_right * self.DECAY + num_right
+        if num_drafts:
+            self._num_drafted += 1
+        if self._share(record) > self.HOPE:
+            record.next_pause = _Record.next_pause
+
+    def forget(self, request: Request) -> None:
+        self._records.pop(request, None)
+
+    def _record(self, request: Request) -> _Record:
+        record = self._records.get(request)
+        if record is None:
+            record = self._records[request] = _Record()
+        return record
+
+    def _share(self, record: _Record) -> float:
+        """How likely a draft is right where those before it are."""
+        return (record.num_right + self.HOPE) / (record.num_tried + 1)
+
+    def _best(
+        self, shares: Sequence[float], num_running: int, plain_s: float
+    ) -> list[int] | None:
+        """The numbers of drafts that give the most tokens a second; None where none are better than
+        without."""
+        best, best_rate = None, self.MARGIN * num_running / plain_s
+        for size in self._sizes:
+            counts = [self._count(share, size) for share in shares]
+            gain = sum(
+                share * (1 - share**count) / (1 - share)
+                for share, count in zip(shares, counts, strict=True)
+            )
+            seconds = self.costs.estimate(num_running, sum(counts), self.FIRST_GUESS)
+            assert seconds is not None
+            rate = (num_running + gain) / seconds
+            if sum(counts) and rate > best_rate:
+                best, best_rate = counts, rate
+        return best
+
+    def _count(self, share: float, most: int) -> int:
+        """Drafts of a request, the last of which is still right often enough."""
+        count, chance = 0, share
+        while count < most and chance >= self.LEAST_SHARE:
+            count += 1
+            chance *= share
+        return count
+
+    def _pause(self, request: Request) -> None:
+        """Leave the request alone for a while; then it is tried with new hope."""
+        record = self._record(request)
+        record.resume_at = request.num_tokens + record.next_pause
+        record.next_pause = min(2 * record.next_pause, self.LONGEST_PAUSE)
+        record.num_tried = record.num_right = 0.0
