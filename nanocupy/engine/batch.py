@@ -126,9 +126,7 @@ def build_sampler_batch(
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         seeds=np.array([r.seed for r in requests], np.uint64),
-        counters=np.array(
-            [positions, [r.sample_index for r in requests]], np.uint32
-        ).T.copy(),
+        counters=np.array([positions, [r.sample_index for r in requests]], np.uint32).T.copy(),
     )
 
 

@@ -213,10 +213,16 @@ class DeviceRunner(Runner):
 
     def _launch_other(self, schedule: Schedule) -> Callable[[], list[int]]:
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
-        of the requests that sample."""
-        sampling = schedule.sampling
-        self._penalties.assign(sampling)
-        penalties = build_penalty_batch(sampling, self.config.eos_ids, self._penalties.take)
+        of the schedule's rows."""
+        sampling = schedule.row_requests
+        drafting = {item.request for item in schedule if item.drafts}
+        self._penalties.give_up(drafting)
+        self._penalties.assign([r for r in sampling if r not in drafting])
+        penalties = build_penalty_batch(
+            sampling, self.config.eos_ids,
+            lambda request: request not in drafting and self._penalties.take(request),
+            schedule.row_drafts if drafting else (),
+        )  # fmt: skip
         is_plain = penalties is None and not schedule.wants_logprobs
         decodes = [s.request for s in schedule if s.samples and s.num_tokens == 1]
         if is_plain and len(decodes) == len(schedule.requests):
@@ -226,10 +232,11 @@ class DeviceRunner(Runner):
             self._batch = schedule.requests
             return self._decoding.collector()
         self._batch = None
-        if is_plain and decodes and self._side is not None and self.observer is None:
+        beside = self._side is not None and self.observer is None and not drafting
+        if is_plain and decodes and beside:
             return self._side_by_side(schedule, decodes)
         self._mixed.prepare(self._main, schedule, penalties, self._row_of)()
-        self._rows = sampling
+        self._rows = () if drafting else sampling  # nothing of a step with drafts stays unread
         staging = self._main.inputs.staging
         return lambda: staging.sampled[: len(sampling)].tolist()
 

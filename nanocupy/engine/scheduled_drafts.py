@@ -1,6 +1,6 @@
 """Drafts in a step: which get a place in it, and what is counted of them when they are read.
 
-Drafts take what a step has left, and nobody waits or leaves for one. Pure Python, for the scheduler.
+Drafts take what a step has left, and nobody waits or leaves for one. Pure Python.
 """
 
 from __future__ import annotations

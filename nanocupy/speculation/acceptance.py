@@ -28,4 +28,3 @@ def count_right(drafts: Sequence[int], chosen: Sequence[int]) -> int:
         if draft != token_id:
             return number
     return len(drafts)
-

@@ -9,7 +9,6 @@ any drafts is left alone for a while. Pure Python: no clock, no arrays.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,20 +16,24 @@ from nanocupy.engine.request import Request
 from nanocupy.speculation.costs import StepCosts, bucket
 
 
-class DraftPolicy(ABC):
-    """Says how many drafts are wanted, and is told what came of them."""
+class DraftPolicy:
+    """Says how many drafts are wanted, and is told what came of them. This one always wants the
+    same number for everyone."""
 
-    @abstractmethod
-    def may_try(self, request: Request) -> bool:
-        """Whether the request may have drafts now; asked of all that decode, in every step."""
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
 
-    @abstractmethod
     def is_open(self, num_running: int) -> bool:
         """Whether drafts may pay in a step of so many sequences; asked first, once a step."""
+        return True
 
-    @abstractmethod
+    def may_try(self, request: Request) -> bool:
+        """Whether the request may have drafts now; asked of all that decode, in every step."""
+        return True
+
     def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
         """How many drafts each of these requests shall have, those without left out."""
+        return dict.fromkeys(requests, self.max_drafts)
 
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """A step of decodes alone took so long, finding its drafts included."""
@@ -40,22 +43,6 @@ class DraftPolicy(ABC):
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
-
-
-class FixedDrafts(DraftPolicy):
-    """The same number for everyone, always."""
-
-    def __init__(self, num_drafts: int) -> None:
-        self._num_drafts = num_drafts
-
-    def may_try(self, request: Request) -> bool:
-        return True
-
-    def is_open(self, num_running: int) -> bool:
-        return True
-
-    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
-        return dict.fromkeys(requests, self._num_drafts)
 
 
 @dataclass
@@ -73,22 +60,26 @@ class AdaptiveDrafts(DraftPolicy):
     """See the module. max_drafts: of a request in a step."""
 
     MARGIN = 1.02  # drafts must be better by this
-    FIRST_GUESS = 1.25  # what a step with drafts takes beside one without, before it is measured
+    # What a step with drafts takes beside one without, before any is measured; such a step is made
+    # with few drafts.
+    FIRST_GUESS, FIRST_DRAFTS = 1.25, 2
     HOPE = 0.5  # of drafts to be right, where nothing speaks against it
     BEST = 0.9  # share of right drafts that no batch is expected to exceed
     DECAY = 0.85  # what earlier drafts count when newer ones are told
     LEAST_SHARE = 0.1  # a draft that is right less often is not asked for
     LONGEST_PAUSE = 512  # tokens
-    CLOSED_STEPS = 256  # for which a batch is left alone
+    # For which a batch is left alone, twice as long each time.
+    CLOSED_STEPS, MOST_CLOSED_STEPS = 256, 8192
     # So seldom steps without drafts are made, so that their time stays known, and so many.
     REFRESH_STEPS, REFRESH_LENGTH = 512, 5
 
     def __init__(self, max_drafts: int) -> None:
+        super().__init__(max_drafts)
         self.costs = StepCosts()
         self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
         self._records: dict[Request, _Record] = {}
         self._num_asked = 0  # steps in which drafts were thought of
-        self._closed_until: dict[int, int] = {}  # by bucket of sequences
+        self._closed: dict[int, tuple[int, int]] = {}  # by bucket: until when, for how long
         self._num_drafted = 0  # steps with drafts since the last refresh
 
     def is_open(self, num_running: int) -> bool:
@@ -98,7 +89,13 @@ class AdaptiveDrafts(DraftPolicy):
             if self._num_drafted <= self.REFRESH_STEPS + self.REFRESH_LENGTH:
                 return False
             self._num_drafted = 0
-        return self._num_asked >= self._closed_until.get(bucket(num_running), 0)
+        until, length = self._closed.get(bucket(num_running), (0, 0))
+        if self._num_asked < until:
+            return False
+        if until:
+            self._closed[bucket(num_running)] = 0, length
+            self.costs.forget_drafts(num_running)
+        return True
 
     def may_try(self, request: Request) -> bool:
         record = self._records.get(request)
@@ -114,7 +111,7 @@ class AdaptiveDrafts(DraftPolicy):
             chosen = zip(requests, wanted, strict=True)
             return {request: count for request, count in chosen if count}
         if self._best([self.BEST] * len(requests), num_running, plain) is None:
-            self._closed_until[bucket(num_running)] = self._num_asked + self.CLOSED_STEPS
+            self._close(num_running)
         else:
             for request, share in zip(requests, shares, strict=True):
                 if share < self.HOPE:
@@ -146,9 +143,7 @@ class AdaptiveDrafts(DraftPolicy):
         """How likely a draft is right where those before it are."""
         return (record.num_right + self.HOPE) / (record.num_tried + 1)
 
-    def _best(
-        self, shares: Sequence[float], num_running: int, plain_s: float
-    ) -> list[int] | None:
+    def _best(self, shares: Sequence[float], num_running: int, plain_s: float) -> list[int] | None:
         """The numbers of drafts that give the most tokens a second; None where none are better than
         without."""
         best, best_rate = None, self.MARGIN * num_running / plain_s
@@ -158,12 +153,23 @@ class AdaptiveDrafts(DraftPolicy):
                 share * (1 - share**count) / (1 - share)
                 for share, count in zip(shares, counts, strict=True)
             )
-            seconds = self.costs.estimate(num_running, sum(counts), self.FIRST_GUESS)
-            assert seconds is not None
+            if not sum(counts):
+                break
+            seconds = self.costs.estimate(num_running, sum(counts))
+            if seconds is None:
+                if size > self.FIRST_DRAFTS:
+                    break
+                seconds = self.FIRST_GUESS * plain_s
             rate = (num_running + gain) / seconds
-            if sum(counts) and rate > best_rate:
+            if rate > best_rate:
                 best, best_rate = counts, rate
         return best
+
+    def _close(self, num_running: int) -> None:
+        """Leave batches of this size alone for a while; then their times are measured anew."""
+        _, length = self._closed.get(bucket(num_running), (0, 0))
+        length = min(2 * length or self.CLOSED_STEPS, self.MOST_CLOSED_STEPS)
+        self._closed[bucket(num_running)] = self._num_asked + length, length
 
     def _count(self, share: float, most: int) -> int:
         """Drafts of a request, the last of which is still right often enough."""

@@ -24,8 +24,6 @@ class Proposer(ABC):
         """At most so many next tokens for each request, the ids of all its tokens being known. Who
         gets none is left out."""
 
+    @abstractmethod
     def forget(self, request: Request) -> None:
-        """The request has ended."""
-
-    def reset(self) -> None:
-        """A step has failed: whatever was under way may not have happened."""
+        """The request has ended; it may be one that was never asked for."""

@@ -59,11 +59,15 @@ class Speculator:
         self.policy = policy
         self.count_right = count_right
         self.counters = SpeculationCounters()
+        self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
 
     def wanted(self, running: RunningSet) -> dict[Request, int]:
         """How many drafts requests shall have in the next step. Where it is not empty, the ids of
         all steps must be read, and `propose` called."""
+        if self._has_failed:  # whatever it was, the next step comes without drafts
+            self._has_failed = False
+            return {}
         policy, num_running = self.policy, len(running)
         if not running.decoding or not policy.is_open(num_running):
             return {}
@@ -81,7 +85,9 @@ class Speculator:
         """The drafts of requests that still decode, all of their ids being known."""
         self._was_plain = False
         room = {r: min(n, r.max_total_tokens - r.num_tokens - 1) for r, n in wanted.items()}
+        self._has_failed = True
         drafts = self.proposer.propose({r: n for r, n in room.items() if n > 0})
+        self._has_failed = False
         for request in wanted:
             if request not in drafts:
                 self.counters.num_missed += 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nanocupy.engine.request import Request
 from nanocupy.speculation.ngram import NgramProposer
-from nanocupy.speculation.policy import FixedDrafts
+from nanocupy.speculation.policy import DraftPolicy
 from nanocupy.speculation.proposer import Proposer
 from nanocupy.speculation.speculator import Speculator
 
@@ -17,8 +17,8 @@ MAX_DRAFTS = 7
 
 class GuessingProposer(Proposer):
     """Knows what comes, by `answer` (request -> all of its output), and says so with probability
-    `right` for each token; else another id below vocab_size. Gives fewer than asked now and then, and
-    sometimes none."""
+    `right` for each token; else another id below vocab_size. Gives fewer than asked now and then,
+    and sometimes none."""
 
     name = "guessing"
 
@@ -61,4 +61,4 @@ class GuessingProposer(Proposer):
 
 
 def ngram_speculator(num_drafts: int = MAX_DRAFTS) -> Speculator:
-    return Speculator(NgramProposer(), FixedDrafts(num_drafts))
+    return Speculator(NgramProposer(), DraftPolicy(num_drafts))

@@ -18,7 +18,7 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
-from nanocupy.speculation.policy import FixedDrafts
+from nanocupy.speculation.policy import DraftPolicy
 from nanocupy.speculation.speculator import Speculator
 from tests.checkpoint.tiny import tiny_config
 from tests.engine.drafts import GuessingProposer
@@ -50,7 +50,7 @@ class Stress:
         speculator = None
         if right is not None:
             proposer = GuessingProposer(self.answer, right, 40, seed)
-            speculator = Speculator(proposer, FixedDrafts(limits.max_drafts))
+            speculator = Speculator(proposer, DraftPolicy(limits.max_drafts))
         self.engine = LLMEngine(
             config, self.runner, self.settings, run_ahead=run_ahead, speculator=speculator,
             clock=lambda: self.step * 0.01,

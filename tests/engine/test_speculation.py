@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from nanocupy.engine.request import RequestPriority
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.sampling_params import SamplingParams
-from nanocupy.speculation.policy import AdaptiveDrafts, FixedDrafts
+from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
 from nanocupy.speculation.speculator import Speculator
 from tests.engine import test_equalities as equalities
 from tests.engine.drafts import MAX_DRAFTS, GuessingProposer, ngram_speculator
@@ -47,7 +46,7 @@ def make_engine(
 def guessing(name: str, kind: str, right: float, num_drafts: int = MAX_DRAFTS) -> Speculator:
     outputs = alone(name, kind)
     proposer = GuessingProposer(lambda request: outputs[int(request.request_id)], right, 48)
-    return Speculator(proposer, FixedDrafts(num_drafts))
+    return Speculator(proposer, DraftPolicy(num_drafts))
 
 
 @pytest.mark.parametrize("name", equalities.CONFIGS)
@@ -270,7 +269,7 @@ def test_the_adaptive_policy_changes_no_token():
     proposer = GuessingProposer(lambda request: outputs[int(request.request_id)], 0.8, 48)
     speculator = Speculator(proposer, AdaptiveDrafts(5))
     speculator.policy.costs.add = lambda *step: None  # this machine's times decide nothing here
-    speculator.policy.costs.estimate = lambda batch, drafts, guess: 1.0 + 0.02 * drafts
+    speculator.policy.costs.estimate = lambda batch, drafts: 1.0 + 0.02 * drafts
     speculator.policy.costs.seconds = lambda batch, drafts: 1.0
     engine = make_engine("plain", speculator)
     assert run(engine, requests()) == outputs
