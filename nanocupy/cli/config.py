@@ -14,7 +14,7 @@ from nanocupy.engine.config import SETTINGS, EngineConfig, Setting
 from nanocupy.errors import ConfigError
 
 _WIDTH = 96
-# Text that YAML takes for itself, without quotes; YAML 1.1, which others read, has more truth values.
+# Text that YAML takes for itself, without quotes; YAML 1.1 has more truth values than 1.2.
 _PLAIN_NAME = re.compile(r"(?!(?:null|true|false|on|off|yes|no|y|n)$)[a-z][a-z0-9_]*")
 
 

@@ -17,7 +17,7 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
         left, right = one.token_bytes(token_id), other.token_bytes(token_id)
         if left == right:
             continue
-        if not left and token_id in extra_other or not right and token_id in extra_one:
+        if token_id in (extra_other if not left else extra_one if not right else ()):
             continue
         return f"id {token_id} is {_shown(left)} in the one and {_shown(right)} in the other"
     return None

@@ -137,7 +137,7 @@ def test_where_guesses_come_from() -> None:
     assert EngineConfig(draft_model="small.nano", speculate="off").proposer == "off"
     with pytest.raises(ConfigError, match="speculate is draft, and draft_model names no model"):
         EngineConfig(speculate="draft")
-    with pytest.raises(ConfigError, match="speculate is ngram, and draft_model is 'small.nano'"):
+    with pytest.raises(ConfigError, match=r"speculate is ngram, and draft_model is 'small\.nano'"):
         EngineConfig(speculate="ngram", draft_model="small.nano")
 
 
