@@ -160,3 +160,28 @@ def test_logprobs_beside_drafts():
     runner = make_runner("llama", ShimDevice())
     engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
     assert run(engine, requests) == wanted
+
+
+def test_the_kernels_that_drafts_need_are_known_beforehand():
+    device = ShimDevice()
+    runner = make_runner("qwen3-ntk", device)
+    known = {(file, tuple(sorted(m.items()))) for file, m in runner.kernel_variants()}
+    plain_limits = replace(LIMITS, max_drafts=0, max_draft_rows=0)
+    without = make_runner("qwen3-ntk", ShimDevice(), plain_limits).kernel_variants()
+    assert {("attention_decode.cu", q) for q in (2, 4, 8)} <= {
+        (file, dict(m).get("QUERIES")) for file, m in known
+    }
+    assert len(known) > len(without)
+    asked: set = set()
+    get = device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        asked.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    requests = arrivals(9, GREEDY.with_(temperature=0.7, seed=1))
+    wanted = plain("qwen3-ntk", requests)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    assert run(engine, requests) == wanted
+    assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
