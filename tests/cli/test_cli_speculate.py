@@ -133,9 +133,7 @@ def test_refusals(models, capsys):
     err = refusal(capsys, *model, "--draft-model", str(models / "another.nano"))
     assert "another tokenizer" in err
     assert "id 65 is 'A' in the one and 'B' in the other" in err
-    assert "has no tokenizer" in refusal(
-        capsys, *model, "--draft-model", str(models / "mute.nano")
-    )
+    assert "has no tokenizer" in refusal(capsys, *model, "--draft-model", str(models / "mute.nano"))
 
 
 def test_tokenizers_are_compared_by_what_ids_mean():
@@ -157,7 +155,7 @@ def test_memory_is_shared_or_refused():
     assert (one.cpu_cache_share, other.cpu_cache_share) == pytest.approx((0.3, 0.1))
     num_bytes = 4 * (model.num_parameters + draft.num_parameters)
     draft_backend.cpu_shares(config, model, draft, num_bytes)
-    with pytest.raises(CapacityError, match="weights of both models take .* for the draft model"):
+    with pytest.raises(CapacityError, match=r"weights of both models take .* for the draft model"):
         draft_backend.cpu_shares(config, model, draft, num_bytes - 1)
 
 

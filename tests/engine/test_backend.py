@@ -164,5 +164,5 @@ def test_memory_for_a_draft_model_is_planned_or_refused() -> None:
     both = total(some, model) + total(replace(some, max_drafts=0, max_draft_rows=0), draft)
     assert both <= device.free_bytes()
     device._memory_bytes = least - 1
-    with pytest.raises(CapacityError, match="for the draft model, .* may be used"):
+    with pytest.raises(CapacityError, match=r"for the draft model, .* may be used"):
         plan_limits(model, device, settings, **sizes, **drafts)
