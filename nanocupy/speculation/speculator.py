@@ -39,6 +39,17 @@ class SpeculationCounters:
     def tokens_per_forward(self) -> float:
         return self.num_tokens / max(1, self.num_forwards)
 
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {
+            "steps": self.num_steps,
+            "forwards": self.num_forwards,
+            "proposed": self.num_proposed,
+            "accepted": self.num_accepted,
+            "missed": self.num_missed,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+        }
+
     def summary(self) -> str:
         """ "proposed 40, accepted 31 (78 %), 3.6 tokens a forward over 12 forwards"."""
         return (
