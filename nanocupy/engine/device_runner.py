@@ -21,6 +21,7 @@ from nanocupy.cuda.step_stamps import StepStamps
 from nanocupy.engine.batch import ForwardBatch, build_penalty_batch
 from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.device_decode import DecodeBatch
+from nanocupy.engine.device_drafts import DraftSteps
 from nanocupy.engine.device_kernels import kernel_variants
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_mixed import MixedSteps
@@ -86,6 +87,7 @@ class DeviceRunner(Runner):
         parts = self._main, self.forward, sizes, limits, self._penalties
         self._decoding = DecodeBatch(*parts)
         self._mixed = MixedSteps(*parts)
+        self._drafts = DraftSteps(self._decoding, self._main, self.forward, limits)
         self._is_state_known = True  # whether the device has what the host thinks
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`
@@ -215,6 +217,10 @@ class DeviceRunner(Runner):
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
         of the schedule's rows."""
         sampling = schedule.row_requests
+        if schedule.has_drafts and self._drafts.fits(schedule):
+            collect = self._drafts.launch(schedule, self._row_of)
+            self._batch, self._rows = None, ()
+            return collect
         drafting = {item.request for item in schedule if item.drafts}
         self._penalties.give_up(drafting)
         self._penalties.assign([r for r in sampling if r not in drafting])

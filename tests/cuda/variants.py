@@ -113,6 +113,7 @@ VARIANTS = (
             for macros, sequences in zip(_heads(), (1, 4, 2, 3, 1), strict=True)
         ),
     ),
+    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
     Variants("embed.cu", ("embed_rows",), (*_scalars(), {"SCALAR": FLOAT16, "RESIDUAL": FLOAT32})),
     Variants(
         "gemv.cu",

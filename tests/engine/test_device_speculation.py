@@ -185,3 +185,39 @@ def test_the_kernels_that_drafts_need_are_known_beforehand():
     engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
     assert run(engine, requests) == wanted
     assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
+
+
+def test_a_steady_step_sends_its_drafts_alone():
+    """One copy a step while no block comes: the batch and its places are on the device."""
+    params = GREEDY.with_(max_tokens=80)
+    wanted = plain("llama", {"0": (0, [3, 4], params)})
+    device = ShimDevice()
+    runner = make_runner("llama", device, replace(LIMITS, block_size=16))
+    proposer = GuessingProposer(lambda request: wanted["0"], 0.6, 48)
+    proposer._random.randint = lambda low, high: high
+    engine = LLMEngine(
+        runner.config, runner, run_ahead=True, speculator=Speculator(proposer, DraftPolicy(2))
+    )
+    engine.add_request("0", [3, 4], params)
+    (request,) = engine._requests["0"]
+    launch, seen = runner.launch, []
+
+    def noted(schedule):
+        before = device.counts["to_device"]
+        read = launch(schedule)
+        copies = device.counts["to_device"] - before
+        seen.append((schedule.has_drafts, len(request.block_ids), copies))
+        return read
+
+    runner.launch = noted
+    tokens = []
+    while engine.has_unfinished:
+        tokens += [output.token_id for output in engine.step()]
+    assert tokens == wanted["0"]
+    steady = [
+        after[2]
+        for before, after in zip(seen, seen[1:], strict=False)
+        if before[0] and after[0] and before[1] == after[1]
+    ]
+    assert len(steady) > 10
+    assert set(steady) == {1}
