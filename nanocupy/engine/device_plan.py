@@ -92,7 +92,8 @@ def plan_limits(
     of_draft, block_bytes = 0, config.kv_bytes_per_token(settings.cache_dtype) * block_size
     if draft is not None:
         check_model(draft[0])
-        of_draft = ArenaPlan(buffer_specs(draft[0], device, draft[1], small)).total_bytes
+        specs = buffer_specs(draft[0], device, draft[1], draft_limits(small))
+        of_draft = ArenaPlan(specs).total_bytes
         block_bytes += draft[0].kv_bytes_per_token(draft[1].cache_dtype) * block_size
     small = replace(small, max_drafts=max_drafts, max_draft_rows=max_draft_rows)
     fixed = of_draft + ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
@@ -107,6 +108,16 @@ def plan_limits(
             "max_num_seqs, or raise gpu_memory_utilization"
         )
     return replace(small, num_blocks=num_blocks)
+
+
+def draft_limits(limits: RunnerLimits) -> RunnerLimits:
+    """Those of a draft model's runner beside one of `limits`. Where all of its guesses were right
+    it lacks two tokens of a sequence, which are to be no prompt."""
+    wanted = 1 + limits.max_num_seqs * -(-limits.max_context // limits.block_size)
+    return replace(
+        limits, num_blocks=min(wanted, limits.num_blocks), num_host_blocks=0, max_drafts=1,
+        max_draft_rows=0,
+    )  # fmt: skip
 
 
 def buffer_specs(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nanocupy.checkpoint.base import Checkpoint
 from nanocupy.config import ModelConfig
 from nanocupy.engine import backend
 from nanocupy.engine.config import EngineConfig
-from nanocupy.engine.runner import Runner, RunnerLimits
+from nanocupy.engine.runner import Runner
 from nanocupy.errors import CapacityError
 from nanocupy.progress import human_bytes, say
 from nanocupy.speculation.draft_model import DraftModelProposer
@@ -45,21 +46,19 @@ def make_draft_runner(
     limits = runner.limits
     context = min(limits.max_context, draft.config.max_context)
     device: Any = getattr(runner, "clock", None)
-    if device is None:
+    if device is None:  # the CPU
         of_draft = config.with_(speculate="off", draft_model=None, preemption="recompute")
         memory = backend._machine_memory()
         of_draft = cpu_shares(of_draft, runner.config, draft.config, memory)[1]
         return backend.cpu_runner(draft, of_draft, context, progress)
+    from nanocupy.engine.device_plan import draft_limits
+
     settings = backend.device_settings(config, device.traits.compute_capability)
     settings, notes = backend.with_weight_formats(settings, draft, config, device.traits)
     for note in notes:
         say(f"draft model: {note}", progress)
     # `plan_limits` has left room for as many blocks as the model has.
-    wanted = 1 + limits.max_num_seqs * -(-context // limits.block_size)
-    own = RunnerLimits(
-        min(wanted, limits.num_blocks), limits.block_size, context, limits.max_step_tokens,
-        limits.max_num_seqs,
-    )  # fmt: skip
+    own = draft_limits(replace(limits, max_context=context))
     return backend.filled_runner(draft, device.second_stream(), own, settings, progress)
 
 

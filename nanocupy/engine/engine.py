@@ -100,7 +100,6 @@ class LLMEngine:
         self.runner = runner
         self.run_ahead = run_ahead
         self.speculator = speculator
-        self._drafting_s = 0.0  # what finding the drafts of the step in the making took
         self.watch = StepWatch()  # another looks on, for profiles
         cache = PrefixCache(limits.block_size) if prefix_cache else None
         self.pool = BlockPool(limits.num_blocks, limits.block_size, cache)
@@ -236,17 +235,13 @@ class LLMEngine:
         """Guesses for the next step, where they may pay; all ids are read then."""
         speculator = self.speculator
         assert speculator is not None
-        self._drafting_s = 0.0
         wanted = speculator.wanted(self.scheduler.running)
         if not wanted:
             return {}
         self._collect(0)
         self.watch.part("schedule")
         decoding = self.scheduler.running.decoding
-        started = time.perf_counter()
-        drafts = speculator.propose({r: n for r, n in wanted.items() if r in decoding})
-        self._drafting_s = time.perf_counter() - started
-        return drafts
+        return speculator.propose({r: n for r, n in wanted.items() if r in decoding})
 
     def _collect(self, num_left: int) -> None:
         """Read the ids of the oldest steps in flight, but for so many, and finish what has ended.
@@ -310,18 +305,19 @@ class LLMEngine:
 
     def _time(self, schedule: Schedule, launched_at: float) -> None:
         """What the step took that was read now, for those who want to know."""
-        now = time.perf_counter()
-        began_at = launched_at - (self._drafting_s if schedule.has_drafts else 0.0)
-        took_s: float | None = now - max(began_at, self._read_at)
+        now, read_at = time.perf_counter(), self._read_at
         self._read_at = now
-        assert took_s is not None
-        if launched_at < self._entered_at and self._entered_at - self._left_at > took_s / 16:
-            # Whoever calls `step` took his time, and the step may have been done long ago.
-            took_s = None
-        if self._costs is not None and took_s is not None:
+        caller_s = self._entered_at - self._left_at  # between two calls of `step`
+        took_s = now - max(launched_at, read_at)
+        # Else the step may have been done long ago.
+        is_prompt = launched_at >= self._entered_at or caller_s <= took_s / 16
+        if self._costs is not None and is_prompt:
             self._learn(schedule, took_s)
         if self.speculator is not None:
-            self.speculator.stepped(schedule, took_s)
+            # All that lies between two results counts: what a caller does with them, and how
+            # drafts are found, which nothing runs beside.
+            period_s = now - read_at
+            self.speculator.stepped(schedule, period_s if caller_s < period_s / 2 else None)
 
     def _learn(self, schedule: Schedule, took_s: float) -> None:
         """How quickly prompts are computed, from steps that are prompts for the most part: it

@@ -18,7 +18,12 @@ from nanocupy.speculation.costs import StepCosts, bucket
 
 class DraftPolicy:
     """Says how many drafts are wanted, and is told what came of them. This one always wants the
-    same number for everyone."""
+    same number for everyone.
+
+    beside_prompts: whether there may be drafts in a step that computes prompts too.
+    """
+
+    beside_prompts = True
 
     def __init__(self, max_drafts: int) -> None:
         self.max_drafts = max_drafts
@@ -59,6 +64,7 @@ class _Record:
 class AdaptiveDrafts(DraftPolicy):
     """See the module. max_drafts: of a request in a step."""
 
+    beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
     # What a step with drafts takes beside one without, before any is measured; such a step is made
     # with few drafts.

@@ -80,7 +80,10 @@ class Speculator:
             self._has_failed = False
             return {}
         policy, num_running = self.policy, len(running)
-        if not running.decoding or not policy.is_open(num_running):
+        num_decoding = len(running.decoding)
+        if num_decoding < (1 if policy.beside_prompts else max(1, num_running)):
+            return {}
+        if not policy.is_open(num_running):
             return {}
         found = [
             request

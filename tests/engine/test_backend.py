@@ -16,7 +16,12 @@ from nanocupy.cuda.arena import ArenaPlan
 from nanocupy.engine import backend
 from nanocupy.engine.backend import make_engine, make_runner
 from nanocupy.engine.config import EngineConfig
-from nanocupy.engine.device_plan import DeviceSettings, buffer_specs, plan_limits
+from nanocupy.engine.device_plan import (
+    DeviceSettings,
+    buffer_specs,
+    draft_limits,
+    plan_limits,
+)
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.errors import CapacityError, CheckpointError, CudaError
 from nanocupy.sampling_params import SamplingParams
@@ -157,11 +162,11 @@ def test_memory_for_a_draft_model_is_planned_or_refused() -> None:
         return ArenaPlan(buffer_specs(config, device, settings, limits)).total_bytes
 
     small = replace(whole, num_blocks=2)
-    least = total(small, model) + total(replace(small, max_drafts=0, max_draft_rows=0), draft)
+    least = total(small, model) + total(draft_limits(small), draft)
     device._memory_bytes = least + 40_000
     some = plan_limits(model, device, settings, **sizes, **drafts)
     assert 2 < some.num_blocks < whole.num_blocks
-    both = total(some, model) + total(replace(some, max_drafts=0, max_draft_rows=0), draft)
+    both = total(some, model) + total(draft_limits(some), draft)
     assert both <= device.free_bytes()
     device._memory_bytes = least - 1
     with pytest.raises(CapacityError, match=r"for the draft model, .* may be used"):

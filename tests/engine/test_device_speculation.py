@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
+from nanocupy.engine.device_plan import draft_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
@@ -111,7 +113,7 @@ def test_a_draft_model_beside_it():
     wanted = plain("llama", requests)
     device = ShimDevice()
     runner = make_runner("llama", device)
-    of_draft = RunnerLimits(60, 4, 96, 32, 6)
+    of_draft = draft_limits(LIMITS)
     for seed, least, most in ((3, 1.0, 1.0), (4, 0.0, 0.5)):
         draft = make_runner("llama", device.second_stream(), of_draft, seed)
         proposer = DraftModelProposer(draft, runner.config.vocab_size)
@@ -216,7 +218,7 @@ def test_a_steady_step_sends_its_drafts_alone():
     assert tokens == wanted["0"]
     steady = [
         after[2]
-        for before, after in zip(seen, seen[1:], strict=False)
+        for before, after in pairwise(seen)
         if before[0] and after[0] and before[1] == after[1]
     ]
     assert len(steady) > 10

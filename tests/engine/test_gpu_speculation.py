@@ -6,13 +6,11 @@ token may differ if the two best logits before it are within 1e-4 of each other 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from nanocupy.checkpoint.random import RandomCheckpoint
-from nanocupy.engine.device_plan import DeviceSettings
+from nanocupy.engine.device_plan import DeviceSettings, draft_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.request import RequestPriority
@@ -45,7 +43,7 @@ def make_runner(
         num_blocks, 16, 512, 256, 12, 0 if device else 200, MAX_DRAFTS, 12 * MAX_DRAFTS
     )
     if device is not None:
-        limits = replace(limits, max_drafts=0, max_draft_rows=0)
+        limits = draft_limits(limits)
     settings = DeviceSettings(dtype, dtype, dtype)
     runner = DeviceRunner(config, device or CudaDevice(**options), limits, settings)
     runner.upload_weights(checkpoint)
