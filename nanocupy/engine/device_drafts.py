@@ -15,6 +15,7 @@ import numpy as np
 from nanocupy.cuda.step_stamps import OTHER
 from nanocupy.engine.device_decode import MOVED_FIELDS, DecodeBatch
 from nanocupy.engine.device_lane import SAMPLER_FIELDS, Lane
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import decode_bucket
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
@@ -29,18 +30,30 @@ class DraftSteps:
     """Runs `forward` on `lane` for the requests of `decoding` and their drafts."""
 
     def __init__(
-        self, decoding: DecodeBatch, lane: Lane, forward: Sequence[OpCall], limits: RunnerLimits
+        self,
+        decoding: DecodeBatch,
+        lane: Lane,
+        forward: Sequence[OpCall],
+        limits: RunnerLimits,
+        penalties: PenaltySlots,
     ) -> None:
         self._decoding = decoding
+        self._penalties = penalties
         self._lane = lane
         self._forward = forward
         self._limits = limits
+        # A step has no more rows; what is sent beside it comes behind the inputs of any step.
+        self._max_rows = min(limits.max_step_tokens, limits.max_rows)
+        largest = StepShape(self._max_rows, limits.max_num_seqs, 1, self._max_rows, 1)
+        self._front_bytes = largest.num_bytes + 8 * (self._max_rows + limits.max_num_seqs + 8)
 
-    @staticmethod
-    def fits(schedule: Schedule) -> bool:
-        """Whether all of the step's requests decode, and none changes logits or keeps them:
-        penalties differ from row to row."""
-        if schedule.changes_logits or schedule.wants_logprobs:
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether all of the step's requests decode, and none needs the host for its logits."""
+        if schedule.wants_logprobs:
+            return False
+        if schedule.changes_logits and not all(
+            self._penalties.fit(r.params) for r in schedule.sampling if r.changes_logits
+        ):
             return False
         return all(item.samples and item.num_tokens == item.num_rows for item in schedule)
 
@@ -51,7 +64,9 @@ class DraftSteps:
         done before the next step. row_of: where the step before sampled."""
         decoding, lane, limits = self._decoding, self._lane, self._limits
         requests = [item.request for item in schedule]
-        if not decoding.state.is_current(requests):
+        if schedule.changes_logits or not decoding.state.is_current(requests):
+            lane.inputs.rewind(self._front_bytes)
+            self._penalties.assign(requests)
             decoding.start(requests, row_of())
         state = decoding.state
         places = state.places_of(requests)
@@ -62,20 +77,20 @@ class DraftSteps:
         query_starts = np.zeros(num_places + 1, np.int32)
         np.cumsum(rows_of, out=query_starts[1:])
         total = int(query_starts[-1])
-        most = min(limits.max_step_tokens, limits.max_rows)
+        num_tokens = bucket(total, self._max_rows)
         shape = StepShape(
-            bucket(total, most),
+            num_tokens,
             num_places,
             1,
-            bucket(total, most),
+            num_tokens,
             query_bucket(int(num_rows.max())),
         )
-        sent = np.full((2, shape.num_tokens), -1, np.int32)  # places and drafts of the rows
+        sent = np.full((2, num_tokens), -1, np.int32)  # places and drafts of the rows
         firsts = query_starts[places]
         for item, place, first in zip(schedule, places, firsts, strict=True):
             sent[0, first : first + item.num_rows] = place
             sent[1, first + 1 : first + item.num_rows] = item.drafts
-        self._run(shape, query_starts, sent, rows_of)
+        self._run(shape, query_starts, sent, rows_of, schedule.changes_logits)
         lane.fetch(total)
         staging = lane.inputs.staging
         order = np.concatenate([np.arange(f, f + n) for f, n in zip(firsts, num_rows, strict=True)])
@@ -92,7 +107,12 @@ class DraftSteps:
         return collect
 
     def _run(
-        self, shape: StepShape, query_starts: np.ndarray, sent: np.ndarray, rows_of: np.ndarray
+        self,
+        shape: StepShape,
+        query_starts: np.ndarray,
+        sent: np.ndarray,
+        rows_of: np.ndarray,
+        penalizes: bool,
     ) -> None:
         """The step's inputs, and its graph."""
         lane, state = self._lane, self._decoding.state
@@ -114,9 +134,13 @@ class DraftSteps:
         def body() -> None:
             lane.ops.lay_out_drafts(row_places, drafts, starts, places, params, rows)
             lane.run(self._forward, inputs, shape.dims, lane.observer)
+            if penalizes:
+                lane.penalize_drafts(row_places, drafts, starts, fields["penalty_slots"])
             lane.sample(num_tokens, None if greedy else rows)
+            if penalizes:
+                lane.count_accepted(drafts, starts, fields["penalty_slots"])
             lane.ops.accept_drafts(lane.sampled(num_tokens), drafts, starts, places)
 
         kv_lens = np.where(rows_of, state.view(state.words, "positions", num_places) + rows_of, 0)
-        key = ("drafts", shape, "greedy" if greedy else "sampled")
+        key = ("drafts", shape, "greedy" if greedy else "sampled", penalizes)
         lane.step(key, body, OTHER, shape.dims, query_starts, kv_lens)

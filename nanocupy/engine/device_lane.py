@@ -151,6 +151,17 @@ class Lane:
             sampled, slots, self.view("penalty_records"), self.view("penalty_counts")
         )
 
+    def penalize_drafts(self, row_places: Any, drafts: Any, starts: Any, slots: Any) -> None:
+        """`penalize` for rows with drafts before them; slots of the places, int32 [B]."""
+        logits = self.logits(len(row_places))
+        state = self.view("penalty_records"), self.view("penalty_counts")
+        self.ops.penalize_draft_rows(logits, row_places, drafts, starts, slots, *state)
+
+    def count_accepted(self, drafts: Any, starts: Any, slots: Any) -> None:
+        """Count the drafts that were right, and the tokens after them, in their penalty slots."""
+        state = self.view("penalty_records"), self.view("penalty_counts")
+        self.ops.count_accepted(self.sampled(len(drafts)), drafts, starts, slots, *state)
+
     def sampled(self, num_rows: int) -> Any:
         return self.view("sampled")[self.first_row : self.first_row + num_rows]
 

@@ -62,8 +62,8 @@ class PenaltySlots:
         self._new = set(new)
 
     def give_up(self, requests: Collection[Request]) -> None:
-        """These draw with drafts: what counts of that is known when it is read, so their penalties
-        come from the host this time, and their slots are filled anew the next."""
+        """Their penalties come from the host this time, as does what counts of their drafts when it
+        is read: their slots are filled anew the next."""
         self._release([r for r in requests if r in self._slot_of])
 
     def slots_of(self, requests: Sequence[Request]) -> np.ndarray | None:

@@ -130,7 +130,13 @@ VARIANTS = (
     ),
     Variants(
         "penalties.cu",
-        ("penalize_slots", "count_tokens", "set_token_counts"),
+        (
+            "penalize_slots",
+            "count_tokens",
+            "set_token_counts",
+            "penalize_draft_rows",
+            "count_accepted",
+        ),
         ({"SCALAR": FLOAT32},),
     ),
     Variants(

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import draft_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
@@ -95,17 +96,26 @@ def test_the_same_tokens_as_without(name, temperature, traits):
     assert device.counts["replayed"] > 3
 
 
+@pytest.mark.parametrize("where", ["device", "host", "beside prompts"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_penalties_are_the_hosts_where_there_are_drafts(temperature):
-    """And the device's again afterwards, from slots that count what was accepted."""
-    requests = penalised(temperature, 8)
+def test_penalties(temperature, where, monkeypatch):
+    """Counted on the device, by what was accepted; or from the host, where a request's have no room
+    in a slot; or both in turns, as those with drafts beside prompts come from the host."""
+    requests = penalised(temperature, 8 if where == "beside prompts" else 6)
+    if where != "beside prompts":
+        requests = {name: (0, ids[:4], params) for name, (_, ids, params) in requests.items()}
+    if where == "host":
+        monkeypatch.setattr(PenaltySlots, "fit", lambda *args: False)
     wanted = plain("llama", requests)
     runner = make_runner("llama", ShimDevice())
     speculator = guessing(wanted, right=0.6, num_drafts=3)
     engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
     assert run(engine, requests) == wanted
     assert speculator.counters.num_accepted > 5
-    assert "penalize_slots" in runner._device.kernels.launched
+    launched = runner._device.kernels.launched
+    assert ("penalize_draft_rows" in launched) == ("count_accepted" in launched)
+    assert ("penalize_draft_rows" in launched) == (where != "host")
+    assert ("penalize_rows" in launched) == (where != "device")
 
 
 def test_a_draft_model_beside_it():

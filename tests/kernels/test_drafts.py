@@ -10,9 +10,11 @@ from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.request import Request
 from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.ops import launch_shapes
+from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.speculation.acceptance import count_right
 from tests.kernels.small_ops import place_arguments
+from tests.kernels.test_penalties import slots_of
 
 I32 = np.int32
 BLOCK, COLUMNS = 4, 9
@@ -172,3 +174,92 @@ def test_a_sequence_at_the_end_of_its_table_stays(backend):
     assert have["token_ids"][0] == 8
     assert have["slots"][0] == 0  # of the null block
     assert (have["positions"][0], have["kv_lens"][0], have["counters"][0, 0]) == (2, 3, 3)
+
+
+@pytest.mark.parametrize(("vocab", "multiprocessors"), [(37, 6), (5000, 6), (20001, 132)])
+def test_penalties_of_rows_count_the_drafts_before_them(backend, vocab, multiprocessors):
+    """Beside lists in which a row's drafts are output too; drafts that come twice, that were drawn
+    before, that stand in the prompt, have a bias or are banned."""
+    rng = np.random.default_rng(vocab)
+    records, counts, lists = slots_of(rng, vocab, 12, 60)
+    num_places = 9
+    slots = rng.permutation(12)[:num_places].astype(I32)
+    slots[2] = 0
+    num_rows = rng.integers(0, 9, num_places)
+    num_rows[:2] = 8, 1
+    starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(I32)
+    total = starts[-1] + 2
+    row_places = np.full(total, -1, I32)
+    row_places[: total - 2] = np.repeat(np.arange(num_places), num_rows)
+    drafts = rng.integers(0, vocab, total).astype(I32)
+    drafts[::3] = drafts[1]  # some are equal
+    for place in range(num_places):  # and some are known to the slot
+        seen = np.flatnonzero(lists[slots[place]].get("counts", np.zeros(1)))
+        if len(seen) and num_rows[place] > 2:
+            drafts[starts[place] + 2] = seen[0]
+    logits = (rng.standard_normal((total, vocab)) * 3).astype("f4")
+    wanted = logits.copy()
+    for t, place in enumerate(row_places):
+        if place < 0 or not slots[place]:
+            continue
+        said, number = lists[slots[place]], t - starts[place]
+        before = drafts[starts[place] + 1 : t + 1]
+        record = records[slots[place]]
+        drawn, context, bias = (said[name].copy() for name in ("counts", "context", "bias"))
+        if record[6]:
+            np.add.at(drawn, before, 1)
+            context = context | (drawn > 0)
+        banned = bias == -np.inf
+        if banned.any() and record[2] <= number:  # enough came meanwhile
+            plain_bias = np.zeros(vocab, "f4")
+            entries = record[8 : 8 + 2 * record[0] : 2]
+            plain_bias[entries] = record.view("f4")[9 : 9 + 2 * record[0] : 2]
+            bias = plain_bias
+        NumpyOps(np.float32).penalize(
+            wanted[t : t + 1], np.array([0, vocab]), np.arange(vocab), drawn, context, bias,
+            *said["rates"][:, None],
+        )  # fmt: skip
+    shape = launch_shapes.penalize_slots(int(total), counts.shape[1], multiprocessors)
+    args = (
+        logits, row_places, drafts, starts, slots, records, counts, I32(vocab),
+        I32(records.shape[1]), I32(counts.shape[1]),
+    )  # fmt: skip
+    backend.run("penalties.cu", "penalize_draft_rows", shape, args, (0,), SCALAR=0)
+    for t in range(total):
+        finite = np.isfinite(wanted[t])
+        np.testing.assert_array_equal(finite, np.isfinite(logits[t]), err_msg=str(t))
+        np.testing.assert_allclose(logits[t][finite], wanted[t][finite], rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_right_is_counted(backend):
+    rng = np.random.default_rng(5)
+    vocab, num_places = 40, 8
+    records, counts, _ = slots_of(rng, vocab, 12, 20)
+    counts[3, 7] = 0x7FFF  # as many as are told
+    slots = np.array([1, 0, 2, 3, 4, 5, 6, 7], I32)
+    num_rows = np.array([8, 4, 1, 3, 5, 0, 2, 6])
+    starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(I32)
+    drafts = rng.integers(0, vocab, starts[-1]).astype(I32)
+    sampled = np.append(drafts[1:], 0).astype(I32)  # all are right
+    sampled[starts[4] + 2] = (sampled[starts[4] + 2] + 1) % vocab  # but the third here
+    sampled[starts[7] + 1] = -1  # and a row without a token
+    sampled[starts[3]] = drafts[starts[3] + 1] = 7
+    wanted_records, wanted = records.copy(), counts.copy()
+    for place in range(num_places):
+        slot, rows = slots[place], range(starts[place], starts[place + 1])
+        if not slot or not rows:
+            continue
+        right = count_right(drafts[rows.start + 1 : rows.stop], sampled[rows.start : rows.stop])
+        for token in sampled[rows.start : rows.start + right + 1]:
+            wanted_records[slot, 2] = max(0, wanted_records[slot, 2] - 1)
+            word = wanted[slot, token]
+            if token >= 0 and records[slot, 6] and word & 0x7FFF < 0x7FFF:
+                wanted[slot, token] += 1
+    args = (
+        sampled, drafts, starts, slots, records, counts, I32(num_places), I32(records.shape[1]),
+        I32(counts.shape[1]),
+    )  # fmt: skip
+    shape = launch_shapes.one_thread_each(num_places)
+    backend.run("penalties.cu", "count_accepted", shape, args, (4, 5), SCALAR=0)
+    np.testing.assert_array_equal(records, wanted_records)
+    np.testing.assert_array_equal(counts, wanted)

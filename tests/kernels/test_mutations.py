@@ -126,6 +126,14 @@ def of_accepted(backend: Any) -> None:
     test_drafts.test_a_sequence_at_the_end_of_its_table_stays(backend)
 
 
+def of_draft_penalties(backend: Any) -> None:
+    for vocab, multiprocessors in ((37, 6), (5000, 6)):
+        test_drafts.test_penalties_of_rows_count_the_drafts_before_them(
+            backend, vocab, multiprocessors
+        )
+    test_drafts.test_what_was_right_is_counted(backend)
+
+
 @dataclass(frozen=True)
 class Bug:
     """`old` in the text of `file` becomes `new`; `check` runs what must notice."""
@@ -264,6 +272,18 @@ BUGS = (
         of_laid_out),
     Bug("lengths-without-drafts", "drafts.cu", "positions[t] + count", "positions[t] + 1",
         of_laid_out),
+    Bug("equal-drafts-count-once", "penalties.cu", "& MOST) + count, MOST)",
+        "& MOST) + 1, MOST)", of_draft_penalties),
+    Bug("equal-drafts-are-penalised-twice", "penalties.cu", "is_first &= m >= n;", "",
+        of_draft_penalties),
+    Bug("a-draft-is-penalised-as-seen-too", "penalties.cu", "if (!is_draft) penalize",
+        "penalize", of_draft_penalties),
+    Bug("a-ban-forgets-drafts", "penalties.cu", "record[BAN_LEFT] <= num_before",
+        "record[BAN_LEFT] == 0", of_draft_penalties),
+    Bug("what-was-wrong-is-counted", "penalties.cu", "|| token != drafts[row + 1]", "",
+        of_draft_penalties),
+    Bug("a-count-without-end", "penalties.cu", "token >= 0 && (seen[token] & MOST) < MOST",
+        "token >= 0", of_draft_penalties),
     Bug("padding-has-a-slot", "drafts.cu", "b >= 0 && column < M", "column < M", of_laid_out),
 )  # fmt: skip
 
