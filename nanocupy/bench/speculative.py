@@ -141,7 +141,9 @@ def speculative(
         engine.speculator = None
         found = [_measure(engine, f"{name}/off", dtype, batch, repeats)]
         for share in acceptances:
-            policy = AdaptiveDrafts(num_drafts) if adaptive else DraftPolicy(num_drafts)
+            policy = DraftPolicy(num_drafts)
+            if adaptive:
+                policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
             timed = TimedProposer(inner)
             engine.speculator = Speculator(timed, policy, ForcedAcceptance(share))
             kind = "adaptive" if adaptive else f"k{num_drafts}"

@@ -35,7 +35,8 @@ def make_speculator(
         assert draft is not None, "a draft model is named, and was not opened"
         draft_runner = make_draft_runner(draft, config, runner, progress=progress)
         proposer = DraftModelProposer(draft_runner, runner.config.vocab_size)
-    return Speculator(proposer, AdaptiveDrafts(config.draft_tokens))
+    policy = AdaptiveDrafts(config.draft_tokens, runner.limits.max_draft_rows)
+    return Speculator(proposer, policy)
 
 
 def make_draft_runner(

@@ -96,6 +96,11 @@ class LLMEngine:
         limits = runner.limits
         if run_ahead and not runner.can_run_ahead:
             raise ConfigError(f"run_ahead is true, but a runner on {runner.device} cannot do that")
+        if speculator is not None and speculator.policy.max_drafts > limits.max_drafts:
+            raise ConfigError(
+                f"guesses are {speculator.policy.max_drafts} tokens at most, but this runner was "
+                f"built for {limits.max_drafts}"
+            )
         self.config = config
         self.runner = runner
         self.run_ahead = run_ahead

@@ -175,7 +175,7 @@ class DraftModelProposer(Proposer):
             self._launch(items)
             self._read(1 if self.runner.can_run_ahead and number < most else 0)
             going_on = [m for m, count in drafting.items() if count > number]
-            if number == 1 or len(going_on) < len(items):
+            if len(going_on) < len(items) or any(item.num_tokens > 1 for item in items):
                 # The same object while the same go on: a runner then sends nothing but a start.
                 items = tuple(ScheduledRequest(m, 1, True) for m in going_on)
 

@@ -9,7 +9,8 @@ any drafts is left alone for a while. Pure Python: no clock, no arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanocupy.engine.request import Request
@@ -62,7 +63,7 @@ class _Record:
 
 
 class AdaptiveDrafts(DraftPolicy):
-    """See the module. max_drafts: of a request in a step."""
+    """See the module. max_drafts: of a request in a step; max_rows: of all together."""
 
     beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
@@ -71,6 +72,7 @@ class AdaptiveDrafts(DraftPolicy):
     FIRST_GUESS, FIRST_DRAFTS = 1.25, 2
     HOPE = 0.5  # of drafts to be right, where nothing speaks against it
     BEST = 0.9  # share of right drafts that no batch is expected to exceed
+    LEVELS = 32  # of how often drafts are right
     DECAY = 0.85  # what earlier drafts count when newer ones are told
     LEAST_SHARE = 0.1  # a draft that is right less often is not asked for
     LONGEST_PAUSE = 512  # tokens
@@ -79,8 +81,9 @@ class AdaptiveDrafts(DraftPolicy):
     # So seldom steps without drafts are made, so that their time stays known, and so many.
     REFRESH_STEPS, REFRESH_LENGTH = 512, 5
 
-    def __init__(self, max_drafts: int) -> None:
+    def __init__(self, max_drafts: int, max_rows: int = 1 << 20) -> None:
         super().__init__(max_drafts)
+        self._max_rows = max_rows
         self.costs = StepCosts()
         self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
         self._records: dict[Request, _Record] = {}
@@ -111,16 +114,21 @@ class AdaptiveDrafts(DraftPolicy):
         plain = self.costs.seconds(num_running, 0)
         if plain is None or not requests:
             return {}  # steps without drafts are measured first
-        shares = [self._share(self._record(request)) for request in requests]
-        wanted = self._best(shares, num_running, plain)
+        # Requests whose drafts are right about as often get as many.
+        levels = [
+            int(self.LEVELS * self._share(self._record(request)) + 0.5) for request in requests
+        ]
+        wanted = self._best(Counter(levels), num_running, plain)
         if wanted is not None:
-            chosen = zip(requests, wanted, strict=True)
-            return {request: count for request, count in chosen if count}
-        if self._best([self.BEST] * len(requests), num_running, plain) is None:
+            self._num_drafted += 1
+            chosen = zip(requests, levels, strict=True)
+            return {request: wanted[level] for request, level in chosen if wanted[level]}
+        best = Counter({int(self.LEVELS * self.BEST): len(requests)})
+        if self._best(best, num_running, plain) is None:
             self._close(num_running)
         else:
-            for request, share in zip(requests, shares, strict=True):
-                if share < self.HOPE:
+            for request, level in zip(requests, levels, strict=True):
+                if level < self.LEVELS * self.HOPE:
                     self._pause(request)
         return {}
 
@@ -131,8 +139,6 @@ class AdaptiveDrafts(DraftPolicy):
         record = self._record(request)
         record.num_tried = record.num_tried * self.DECAY + max(min(num_right + 1, num_drafts), 0.5)
         record.num_right = record.num_right * self.DECAY + num_right
-        if num_drafts:
-            self._num_drafted += 1
         if self._share(record) > self.HOPE:
             record.next_pause = _Record.next_pause
 
@@ -149,19 +155,23 @@ class AdaptiveDrafts(DraftPolicy):
         """How likely a draft is right where those before it are."""
         return (record.num_right + self.HOPE) / (record.num_tried + 1)
 
-    def _best(self, shares: Sequence[float], num_running: int, plain_s: float) -> list[int] | None:
-        """The numbers of drafts that give the most tokens a second; None where none are better than
-        without."""
+    def _best(
+        self, levels: Mapping[int, int], num_running: int, plain_s: float
+    ) -> dict[int, int] | None:
+        """The number of drafts for each level that gives the most tokens a second; None where none
+        is better than without. levels: how many requests each has."""
         best, best_rate = None, self.MARGIN * num_running / plain_s
         for size in self._sizes:
-            counts = [self._count(share, size) for share in shares]
-            gain = sum(
-                share * (1 - share**count) / (1 - share)
-                for share, count in zip(shares, counts, strict=True)
-            )
-            if not sum(counts):
+            counts = {level: self._count(level / self.LEVELS, size) for level in levels}
+            total = sum(levels[level] * count for level, count in counts.items())
+            if not total:
                 break
-            seconds = self.costs.estimate(num_running, sum(counts))
+            gain = sum(
+                levels[level] * sum((level / self.LEVELS) ** n for n in range(1, count + 1))
+                for level, count in counts.items()
+            )
+            gain *= min(1.0, self._max_rows / total)  # a step takes no more
+            seconds = self.costs.estimate(num_running, min(total, self._max_rows))
             if seconds is None:
                 if size > self.FIRST_DRAFTS:
                     break

@@ -135,6 +135,23 @@ def test_a_draft_model_beside_it():
         assert least <= speculator.counters.acceptance <= most
 
 
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+def test_a_quantised_cache(cache):
+    """What was written for a wrong draft is written over, its scale too."""
+    requests = arrivals(5, GREEDY.with_(temperature=0.7, seed=3))
+    checkpoint = TinyCheckpoint(CONFIGS["qwen2"], seed=3)
+    answers = []
+    for right in (None, 0.7):
+        settings = replace(FLOAT32, cache_dtype=cache)
+        runner = DeviceRunner(checkpoint.config, ShimDevice(), LIMITS, settings)
+        runner.upload_weights(checkpoint)
+        speculator = None if right is None else guessing(answers[0], right)
+        engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+        answers.append(run(engine, requests))
+    assert answers[0] == answers[1]
+    assert speculator.counters.num_accepted > 5
+
+
 def test_rows_beyond_one_a_sequence_have_room():
     """As many drafts as a step may have, of all sequences at once."""
     limits = replace(LIMITS, max_draft_rows=30)

@@ -12,6 +12,7 @@ from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.request import RequestPriority
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
+from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
 from nanocupy.speculation.speculator import Speculator
@@ -281,3 +282,8 @@ def test_settings_of_the_scheduler_are_the_runners():
     runner = NumpyRunner(equalities.CONFIGS["plain"], equalities.weights_of("plain"), limits)
     engine = LLMEngine(runner.config, runner, speculator=ngram_speculator(3))
     assert engine.scheduler.settings.max_draft_tokens == 9
+    with pytest.raises(
+        ConfigError, match=r"guesses are 4 tokens at most, .* built for 3"
+    ) as raised:
+        LLMEngine(runner.config, runner, speculator=ngram_speculator(4))
+    assert "\n" not in str(raised.value)

@@ -115,6 +115,26 @@ def test_each_request_by_its_own_acceptance():
     assert policy._records == {}
 
 
+def test_no_more_than_a_step_takes_is_counted_on():
+    """Drafts beyond the rows of a step bring nothing: fewer for each are as good."""
+    policy = AdaptiveDrafts(7, max_rows=16)
+    requests = [Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(8)]
+    asked = []
+    policy.costs.seconds = lambda seqs, drafts: 1.0
+    policy.costs.estimate = lambda seqs, drafts: asked.append(drafts) or 1.0 + 0.01 * drafts
+    for request in requests:
+        for _ in range(30):
+            policy.verified(request, 5, 5)
+    wanted = policy.choose(requests, 8)
+    assert max(asked) == 16
+    assert sum(wanted.values()) <= 16
+
+
+def test_a_large_batch_is_refreshed_by_steps_and_not_by_requests():
+    drafts = simulate(MACHINES["draft"], lambda step: 0.9, 64, 1300)[2]
+    assert drafts[100:].count(0) < 30
+
+
 def test_a_fixed_number():
     request = Request("a", [1], SamplingParams(), 0, 100)
     policy = DraftPolicy(4)
