@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanocupy.bench.measure import (
     DECODE_OUTPUT,
@@ -95,7 +95,8 @@ class SpeculativeResult:
     """Output tokens a second of all sequences; acceptance None: without drafts.
 
     step_ms: median of all steps, finding drafts included; draft_ms: what finding them takes for
-    each draft in turn; tokens_per_forward: of sequences with drafts.
+    each draft in turn; tokens_per_forward: of sequences with drafts; x_off, x_step: rate and step
+    beside those without drafts.
     """
 
     result: Measurement
@@ -103,6 +104,8 @@ class SpeculativeResult:
     step_ms: float
     draft_ms: float = 0.0
     tokens_per_forward: float = 1.0
+    x_off: float = 1.0
+    x_step: float = 1.0
 
     def details(self) -> dict[str, float | None]:
         """All but the result, for JSON."""
@@ -111,6 +114,8 @@ class SpeculativeResult:
             "step_ms": round(self.step_ms, 4),
             "draft_ms": round(self.draft_ms, 4),
             "tokens_per_forward": round(self.tokens_per_forward, 3),
+            "x_off": round(self.x_off, 4),
+            "x_step": round(self.x_step, 4),
         }
 
 
@@ -150,7 +155,12 @@ def speculative(
             result = _measure(
                 engine, f"{name}/{kind}/a{share:g}", dtype, batch, repeats, share, timed
             )
-            found.append(result)
+            off = found[0]
+            ratios = {
+                "x_off": result.result.median / off.result.median,
+                "x_step": result.step_ms / off.step_ms,
+            }
+            found.append(replace(result, **ratios))
     finally:
         engine.speculator = speculator
     return found

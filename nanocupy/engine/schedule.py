@@ -121,6 +121,7 @@ class Schedule:
             return self
         # Once, for all copies:
         _ = self.num_tokens, self.sampling, self.changes_logits, self.wants_logprobs
+        _ = self.has_drafts
         other = copy(self)
         object.__setattr__(other, "grown", tuple(grown))
         return other
