@@ -17,10 +17,10 @@ right are counted in `update_verified`, and the others never were.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from nanocupy.engine.in_flight import StepsInFlight
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.results import FAILED_TOKEN
@@ -60,9 +60,7 @@ class Scheduler:
         self._max_preemptions = settings.max_preemptions
         self._num_arrivals = 0
         self._plan = StepPlan(0, 0.0)
-        # Each step in flight, with host blocks to free. And who has ended, but for such a step.
-        self._in_flight: deque[tuple[Schedule, list[int]]] = deque()
-        self._ending: list[Request] = []
+        self._in_flight = StepsInFlight(memory)
         self.waiting = WaitingQueue(make_policy(settings.policy, settings.weights))
         self.configure(settings)
 
@@ -130,7 +128,7 @@ class Scheduler:
             self.memory.store(request)
             if not item.drafts:
                 self.running.sort_in(request)
-        self._in_flight.append((schedule, plan.host_block_ids))
+        self._in_flight.launched(schedule, plan.host_block_ids)
 
     def failed(self) -> None:
         """The step that `schedule` gave last was not run: what it was to copy is lost, and is
@@ -153,7 +151,7 @@ class Scheduler:
         """Take in the ids of the oldest step in flight. Returns who got which token; not those
         that have ended meanwhile, nor those whose step has failed."""
         given = list(zip(schedule.sampling, token_ids, strict=True))
-        if self._landed():
+        if self._in_flight.landed():
             given = [pair for pair in given if pair[0].state is not RequestState.FINISHED]
         if FAILED_TOKEN in token_ids:
             given = [pair for pair in given if pair[1] != FAILED_TOKEN]
@@ -169,7 +167,7 @@ class Scheduler:
         """`update` for a step with drafts: token_ids has, for each request that samples, the tokens
         it gets, drafts that were right among them; none where its step has failed."""
         given = list(zip(schedule.sampling, token_ids, strict=True))
-        if self._landed():
+        if self._in_flight.landed():
             given = [pair for pair in given if pair[0].state is not RequestState.FINISHED]
         with_drafts = {item.request for item in schedule.requests if item.drafts}
         for request, ids in given:
@@ -193,25 +191,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        if self._is_in_flight(request):
-            self._ending.append(request)
-        else:
-            self.memory.drop(request)
-
-    def _landed(self) -> bool:
-        """The oldest step in flight is over. Returns whether any request of it may have ended
-        meanwhile."""
-        _, host_block_ids = self._in_flight.popleft()
-        self.memory.host_pool.free(host_block_ids)
-        if not self._ending:
-            return False
-        for request in [r for r in self._ending if not self._is_in_flight(r)]:
-            self._ending.remove(request)
-            self.memory.drop(request)
-        return True
-
-    def _is_in_flight(self, request: Request) -> bool:
-        return any(request in schedule.members for schedule, _ in self._in_flight)
+        self._in_flight.drop(request)
 
     def _finished(self, plan: StepPlan) -> Schedule:
         """The plan as a step."""
@@ -454,5 +434,5 @@ class Scheduler:
         check_running(self.memory.pool, running, self._max_preemptions)
         check_waiting(self.memory.pool, waiting)
         self.running.check_integrity()
-        host = [block_id for _, ids in self._in_flight for block_id in ids]
-        self.memory.check_integrity([*running, *waiting, *self._ending], host)
+        requests = [*running, *waiting, *self._in_flight.ending]
+        self.memory.check_integrity(requests, self._in_flight.host_block_ids)

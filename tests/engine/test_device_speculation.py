@@ -13,6 +13,7 @@ from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.speculation.draft_model import DraftModelProposer
 from nanocupy.speculation.policy import DraftPolicy
@@ -250,3 +251,21 @@ def test_a_steady_step_sends_its_drafts_alone():
     ]
     assert len(steady) > 10
     assert set(steady) == {1}
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preempted(mode):
+    """Who comes back has other blocks, at the same place maybe, and its drafts go on."""
+    requests = {str(i): (i, [i, 7, i, 7, 9], GREEDY.with_(max_tokens=25)) for i in range(5)}
+    wanted = plain("llama", requests)
+    limits = replace(LIMITS, num_blocks=22, num_host_blocks=30)
+    runner = make_runner("llama", ShimDevice(), limits)
+    speculator = guessing(wanted)
+    settings = SchedulerSettings(
+        6, 32, policy="priority", preemption=mode, max_draft_tokens=limits.max_draft_rows
+    )
+    engine = LLMEngine(runner.config, runner, settings, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    counters = engine.scheduler.counters
+    assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
+    assert speculator.counters.num_accepted > 10
