@@ -3,12 +3,18 @@
     python -m benchmarks.engine decode --shape qwen3-0.6b --batch 1,8,32,128
     python -m benchmarks.engine prefill --shape qwen3-0.6b --tokens 2048,8192
     python -m benchmarks.engine throughput --shape qwen3-0.6b --requests 256
+    python -m benchmarks.engine speculative --shape llama-3.1-8b --draft-shape qwen2.5-0.5b
     python -m benchmarks.engine startup --shape qwen3-0.6b
 
 What `nanocupy bench` measures, by the same functions, with random weights of a public shape. Each
 result is appended to benchmarks/records/<what>.jsonl, with the floor as its ceiling: its bytes over
 the rate of plain reads, or its operations over that of a large cuBLAS product, whichever is
+<<<<<<< HEAD
 more; a start has none, nor has anything on a CPU.
+=======
+more; a start has none.
+Guesses stand beside the floor of steps without them, which they can exceed.
+>>>>>>> h-spec
 Decode steps are also watched: the share of time in which the GPU is idle, and the host's time by
 part. `--set NAME=VALUE` changes a setting of the engine; those changed stand in the record.
 """
@@ -29,6 +35,7 @@ from nanocupy.bench import idle, measure
 from nanocupy.bench.measure import Measurement
 from nanocupy.bench.model_file import write_random_model
 from nanocupy.bench.shapes import SHAPES, random_checkpoint
+from nanocupy.bench.speculative import speculative
 from nanocupy.bench.startup import startup
 from nanocupy.bench.throughput import Workload, throughput
 from nanocupy.engine.backend import make_engine
@@ -36,7 +43,7 @@ from nanocupy.engine.config import SETTINGS, EngineConfig, require_known
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.progress import byte_progress, count_progress, say
 
-WHAT = ("decode", "prefill", "throughput", "startup")
+WHAT = ("decode", "prefill", "throughput", "speculative", "startup")
 MAX_CHUNK = 8192  # tokens of a prompt computed in one step, unless --set says otherwise
 
 
@@ -68,7 +75,8 @@ def record(what: str, result: Result, ceilings: Ceilings | None, device: str, dt
     if ceilings is None:
         written = write_record(what, measured.name, measured.values, measured.unit, **common)
         return _line(written)
-    ceiling = ceiling_of(measured, ceilings, result.more.get("output_tokens", 0))
+    num_tokens = result.more.get("output_tokens", result.more.get("batch", 0))
+    ceiling = ceiling_of(measured, ceilings, num_tokens)
     rates = measured.unit == "tok/s"
     share = measured.median / ceiling if rates else ceiling / measured.median
     written = write_record(
@@ -105,6 +113,13 @@ def results(args: argparse.Namespace, engine: LLMEngine, shape: str) -> Iterator
         for num_tokens in args.tokens:
             found = measure.prefill(engine, shape, dtype, num_tokens, args.repeats)
             yield Result(found, settings)
+    elif args.what == "speculative":
+        for batch in args.batch:
+            for guessed in speculative(
+                engine, shape, dtype, batch, args.acceptance, adaptive=args.adaptive,
+                repeats=args.repeats,
+            ):  # fmt: skip
+                yield Result(guessed.result, guessed.details() | {"batch": batch} | settings)
     else:
         with count_progress("output tokens") as report:
             busy = throughput(engine, shape, dtype, args.workload, args.repeats, report)
@@ -123,7 +138,7 @@ def type_label(args: argparse.Namespace) -> str:
 def engine_for(args: argparse.Namespace, shape: str) -> LLMEngine:
     """An engine for the largest of what was asked for. Raises ConfigError, DeviceError."""
     num_seqs, chunk = 1, 0
-    if args.what == "decode":
+    if args.what in ("decode", "speculative"):
         num_seqs = max(args.batch)
         context = measure.DECODE_PROMPT + measure.DECODE_OUTPUT
     elif args.what == "prefill":
@@ -140,7 +155,15 @@ def engine_for(args: argparse.Namespace, shape: str) -> LLMEngine:
         **({"chunk_size": chunk} if chunk else {}),
         **args.settings,
     }
-    return make_engine(random_checkpoint(shape, args.dtype), EngineConfig(**settings))
+    draft = None
+    if args.what == "speculative":
+        settings |= {"speculate": "ngram"}
+        if args.draft_shape is not None:
+            settings |= {"speculate": "draft", "draft_model": args.draft_shape}
+            own = SHAPES[args.draft_shape].with_(vocab_size=SHAPES[shape].vocab_size)
+            draft = random_checkpoint(args.draft_shape, args.dtype, seed=1, config=own)
+    checkpoint = random_checkpoint(shape, args.dtype)
+    return make_engine(checkpoint, EngineConfig(**settings), draft=draft)
 
 
 def run_startup(args: argparse.Namespace) -> None:
@@ -176,7 +199,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
-    parser.add_argument("--batch", type=_numbers, default=[1], help="decode; as in 1,8,32")
+    parser.add_argument("--batch", type=_numbers, default=[1], help="of decodes; as in 1,8,32")
+    parser.add_argument("--draft-shape", choices=list(SHAPES), help="speculative; else free ones")
+    parser.add_argument("--acceptance", type=_shares, default=[0.6, 0.7, 0.8], help="as in 0,0.8")
+    parser.add_argument("--adaptive", action="store_true", help="as many guesses as pay")
     parser.add_argument("--tokens", type=_numbers, default=[2048], help="prefill; as in 2048,8192")
     parser.add_argument("--requests", type=int, default=256, help="throughput")
     parser.add_argument("--min-len", type=int, default=100)
@@ -196,6 +222,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _shares(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def main() -> None:

@@ -242,6 +242,8 @@ class Answer(Iterator[TextChunk]):
     def _extend(self, output: StepOutput) -> None:
         """Take in a new token."""
         sample = self._samples[output.sample_index]
+        if sample.finish_reason is not None:
+            return  # a step may bring several tokens, and a stop string ended with one before
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *output.prompt_logprobs]
         chunk = sample.extend(output)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 from weakref import WeakValueDictionary
 
@@ -25,8 +26,10 @@ from nanocupy.engine.results import StepOutput
 from nanocupy.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from nanocupy.progress import count_progress
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.speculator import SpeculationCounters
 from nanocupy.tokenizer import Tokenizer
 from nanocupy.tokenizer.chat import ChatTemplate
+from nanocupy.tokenizer.compare import first_difference
 
 __all__ = ["LLM", "Answer", "Completion", "Message", "Prompt", "Sample", "TextChunk"]
 
@@ -46,6 +49,7 @@ class LLM:
                  use), or owner/name on a hub
     config       the engine's settings; None = all defaults
     progress     show a bar on stderr while a model is fetched or loaded
+    Guesses (`speculate`, `draft_model`) change how fast tokens come, never which.
     Other keywords are settings of EngineConfig (device="cpu", max_num_seqs=4), which win over
     `config`, or go to `open_checkpoint` (a legacy file's tokenizer_path, say).
     Raises a NanocupyError that says what is wrong.
@@ -65,19 +69,44 @@ class LLM:
         from nanocupy.hub import resolve_model
 
         path = resolve_model(os.fspath(model), progress=progress)
+        draft_path = None
+        if self.engine_config.proposer == "draft":
+            draft_path = resolve_model(str(self.engine_config.draft_model), progress=progress)
         with starting_driver(self.engine_config):
             self.checkpoint: Checkpoint = open_checkpoint(path, **checkpoint_options)
             self.config = self.checkpoint.config
             # Whatever is wrong with the tokenizer is said before gigabytes are loaded; and the
             # tables for its first text are made while the driver starts.
             self.tokenizer.encode("\n")
-            self._engine = make_engine(self.checkpoint, self.engine_config, progress=progress)
+            draft = None if draft_path is None else self._open_draft(draft_path)
+            self._engine = make_engine(
+                self.checkpoint, self.engine_config, draft=draft, progress=progress
+            )
         self.device = self._engine.runner.device
         self._num_requests = 0
         # Weak, so that an answer nobody holds any more ends.
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()
         self._outputs: deque[StepOutput] = deque()  # of the engine, not handed out yet
         self._chat_template: ChatTemplate | None = None
+
+    def _open_draft(self, path: Path) -> Checkpoint:
+        """The draft model. Raises ConfigError where its ids mean something else."""
+        draft = open_checkpoint(path)
+        if draft.tokenizer is None:
+            raise ConfigError(f"draft_model {path} has no tokenizer to compare with the model's")
+        difference = first_difference(self.tokenizer, draft.tokenizer)
+        if difference is not None:
+            raise ConfigError(
+                f"draft_model {path} has another tokenizer than {self.checkpoint.path}: "
+                f"{difference}; take a smaller model of the same family"
+            )
+        return draft
+
+    @property
+    def speculation(self) -> SpeculationCounters | None:
+        """What came of guesses so far; None where nothing guesses."""
+        speculator = self._engine.speculator
+        return None if speculator is None else speculator.counters
 
     def configure(self, **changes: Any) -> None:
         """Change settings of EngineConfig while the engine runs, from its next step on: those its

@@ -63,8 +63,8 @@ def decode_steps(engine: LLMEngine, batch: int, seed: int) -> Iterator[float]:
     """Run what the decode bench runs once. Gives the seconds of each step that brought a token of
     every sequence, right after it. Raises ConfigError where it does not fit."""
     params = SamplingParams(temperature=0, max_tokens=DECODE_OUTPUT, ignore_eos=True)
-    _require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
-    for number, ids in enumerate(_prompts(engine, batch, DECODE_PROMPT, seed)):
+    require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
+    for number, ids in enumerate(random_prompts(engine, batch, DECODE_PROMPT, seed)):
         engine.add_request(f"bench-{number}", ids, params)
     found = False
     while engine.has_unfinished:
@@ -85,10 +85,10 @@ def prefill(
 ) -> Measurement:
     """Milliseconds from a prompt of `num_tokens` to its first token."""
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    _require_room(engine, num_tokens + 1, 1)
+    require_room(engine, num_tokens + 1, 1)
 
     def run(seed: int) -> float:
-        (ids,) = _prompts(engine, 1, num_tokens, seed)
+        (ids,) = random_prompts(engine, 1, num_tokens, seed)
         start = time.perf_counter()
         engine.add_request("bench", ids, params)
         while engine.has_unfinished:
@@ -107,7 +107,8 @@ def prefill(
     )
 
 
-def _prompts(engine: LLMEngine, count: int, num_tokens: int, seed: int) -> list[list[int]]:
+def random_prompts(engine: LLMEngine, count: int, num_tokens: int, seed: int) -> list[list[int]]:
+    """`count` prompts of ids of the engine's model, the same for the same seed."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, engine.config.vocab_size, (count, num_tokens)).tolist()
 
@@ -118,7 +119,8 @@ def _repeat(run: Callable[[int], float], repeats: int) -> tuple[float, ...]:
     return tuple(run(seed) for seed in range(1, repeats + 1))
 
 
-def _require_room(engine: LLMEngine, num_tokens: int, batch: int) -> None:
+def require_room(engine: LLMEngine, num_tokens: int, batch: int) -> None:
+    """Raises ConfigError where the engine does not take `batch` sequences of so many tokens."""
     limits = engine.runner.limits
     blocks = engine.pool.blocks_for(num_tokens) * batch
     if num_tokens > engine.max_context or batch > limits.max_num_seqs:

@@ -51,8 +51,11 @@ SHAPES: Mapping[str, ModelConfig] = {
 }
 
 
-def random_checkpoint(shape: str, dtype: str = "bfloat16", seed: int = 0) -> RandomCheckpoint:
-    """Random weights in the shape of that name. Raises ConfigError for a name not in SHAPES."""
+def random_checkpoint(
+    shape: str, dtype: str = "bfloat16", seed: int = 0, config: ModelConfig | None = None
+) -> RandomCheckpoint:
+    """Random weights in the shape of that name, or in one made of it, `config`. Raises ConfigError
+    for a name not in SHAPES."""
     if shape not in SHAPES:
         raise ConfigError(f"shape {shape!r} is not known; known: {', '.join(SHAPES)}")
-    return RandomCheckpoint(SHAPES[shape].with_(name=shape), dtype, seed)
+    return RandomCheckpoint((config or SHAPES[shape]).with_(name=shape), dtype, seed)

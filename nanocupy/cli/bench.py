@@ -12,6 +12,7 @@ from nanocupy.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nanocupy.checkpoint import Checkpoint
     from nanocupy.engine.config import EngineConfig
     from nanocupy.engine.engine import LLMEngine
 
@@ -53,7 +54,17 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int
     return numbers
 
 
-@click.group(short_help="Measure decode, prefill, throughput, start-up.")
+def _shares(ctx: click.Context, param: click.Parameter, value: str) -> list[float]:
+    try:
+        shares = [float(part) for part in value.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise click.BadParameter(f"{value!r} must be numbers from 0 to 1, as in 0.6,0.8")
+    return shares
+
+
+@click.group(short_help="Measure decode, prefill, throughput, start-up, guessing.")
 def bench() -> None:
     """Measure how fast this machine runs a model of a given shape.
 
@@ -168,6 +179,68 @@ def throughput(
     report_throughput(found, engine.runner.device, as_json)
 
 
+@bench.command(short_help="What guessing tokens ahead costs and brings.")
+@_SHAPE
+@click.option(
+    "--draft-shape", type=click.Choice(SHAPE_NAMES),
+    help="The draft model's dimensions. [default: none, guesses cost nothing]",
+)  # fmt: skip
+@click.option(
+    "--batch", "batches", default="1", show_default=True, callback=_numbers, help="As in 1,8,32."
+)
+@click.option(
+    "--acceptance", "acceptances", default="0.6,0.7,0.8", show_default=True, callback=_shares,
+    help="How often a guess counts, as in 0,0.8.",
+)  # fmt: skip
+@click.option(
+    "--adaptive", is_flag=True, help="As many guesses as pay, as in use, not always --draft-tokens."
+)
+@_repeats(3)
+@_JSON
+@engine_options(shown=(*COMMON, "draft_tokens"))
+def speculative(
+    shape: str,
+    draft_shape: str | None,
+    batches: list[int],
+    acceptances: list[float],
+    adaptive: bool,
+    repeats: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Output tokens a second with guesses and without, from context 128 to 384.
+
+    Random weights never guess right, so a coin decides how many guesses count; all else is as in
+    use. Shown beside: a step, what finding a guess takes, tokens that a forward gives.
+    """
+    from nanocupy.bench import measure
+    from nanocupy.bench.shapes import SHAPES, random_checkpoint
+    from nanocupy.bench.speculative import speculative as bench_speculative
+    from nanocupy.cli.bench_report import report_speculative
+
+    context = measure.DECODE_PROMPT + measure.DECODE_OUTPUT
+    config = _config(options, context, max(batches))
+    if config.draft_model is not None or config.speculate != "auto":
+        raise ConfigError("leave speculate and draft_model out; --draft-shape says what guesses")
+    draft = None
+    if draft_shape is None:
+        config = config.with_(speculate="ngram")
+    else:
+        config = config.with_(draft_model=draft_shape)
+        # One vocabulary, as a draft model must have.
+        own = SHAPES[draft_shape].with_(vocab_size=SHAPES[shape].vocab_size)
+        draft = random_checkpoint(draft_shape, _dtype(config), seed=1, config=own)
+    engine, dtype = _engine(shape, config, context, max(batches), draft)
+    found = [
+        result
+        for batch in batches
+        for result in bench_speculative(
+            engine, shape, dtype, batch, acceptances, adaptive=adaptive, repeats=repeats
+        )
+    ]
+    report_speculative(found, engine.runner.device, as_json)
+
+
 @bench.command(short_help="Seconds from process start to the first token.")
 @click.option(
     "--shape",
@@ -229,7 +302,11 @@ def _config(
 
 
 def _engine(
-    shape: str, config: EngineConfig, max_context: int, num_seqs: int
+    shape: str,
+    config: EngineConfig,
+    max_context: int,
+    num_seqs: int,
+    draft: Checkpoint | None = None,
 ) -> tuple[LLMEngine, str]:
     """An engine with random weights, and what they are stored in. Raises ConfigError where it would
     not hold num_seqs sequences of max_context tokens."""
@@ -247,7 +324,7 @@ def _engine(
             raise ConfigError(f"{name} is {value}; this bench needs {needed} or more")
     dtype = _dtype(config)
     checkpoint = random_checkpoint(shape, dtype)
-    engine = make_engine(checkpoint, config.with_(dtype=dtype), progress=True)
+    engine = make_engine(checkpoint, config.with_(dtype=dtype), draft=draft, progress=True)
     quantised = config.weight_format not in ("auto", "float")
     return engine, f"{dtype}-{config.weight_format}" if quantised else dtype
 

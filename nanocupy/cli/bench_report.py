@@ -12,6 +12,7 @@ from nanocupy.cli.console import make_table, plain_console
 if TYPE_CHECKING:
     from nanocupy.bench.idle import HostTime
     from nanocupy.bench.measure import Measurement
+    from nanocupy.bench.speculative import SpeculativeResult
     from nanocupy.bench.startup import Startup
     from nanocupy.bench.throughput import Throughput
 
@@ -66,6 +67,29 @@ def report_throughput(found: Throughput, device: str, as_json: bool) -> None:
     table.add_row("prompt tokens", f"{found.num_prompt_tokens:,}")
     table.add_row("output tokens", f"{found.num_output_tokens:,}")
     plain_console().print(table)
+
+
+def report_speculative(results: list[SpeculativeResult], device: str, as_json: bool) -> None:
+    """Tokens a second, each beside the same batch without guesses, which comes before it."""
+    columns = ("", "tokens/s", "±", "x off", "ms/step", "ms/guess", "per forward")
+    name = results[0].result.name.rpartition("/b")[0]
+    table = make_table(f"{name} on {device}", *columns, right=(1, 2, 3, 4, 5, 6))
+    for found in results:
+        result = found.result
+        if as_json:
+            _print_json(result, device, found.details())
+            continue
+        table.add_row(
+            result.name.removeprefix(f"{name}/"),
+            f"{result.median:,.1f}",
+            _spread(result),
+            f"{found.x_off:.2f}",
+            f"{found.step_ms:.3f}",
+            f"{found.draft_ms:.3f}",
+            f"{found.tokens_per_forward:.2f}",
+        )
+    if not as_json:
+        plain_console().print(table)
 
 
 def report_startup(found: Startup, device: str, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from nanocupy.engine.config import SETTINGS, EngineConfig, Setting
 from nanocupy.errors import ConfigError
 
 _WIDTH = 96
+# Text that YAML takes for itself, without quotes; YAML 1.1 has more truth values than 1.2.
+_PLAIN_NAME = re.compile(r"(?!(?:null|true|false|on|off|yes|no|y|n)$)[a-z][a-z0-9_]*")
 
 
 @click.command(short_help="Show the engine's settings, or write a file.")
@@ -78,6 +81,8 @@ def as_yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and not _PLAIN_NAME.fullmatch(value):
+        return json.dumps(value, ensure_ascii=False)
     text = str(value)  # names need no quotes; Python's floats read back equal
     # Most YAML readers take a number with an exponent for text unless it has a point.
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

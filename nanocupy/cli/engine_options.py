@@ -15,6 +15,7 @@ from nanocupy.errors import ConfigError
 
 # Shown by `--help` of commands with much else to say; the other flags work there all the same.
 COMMON = ("device", "dtype", "max_context")
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def engine_options(
@@ -59,7 +60,7 @@ def _option(setting: Setting, *, hidden: bool) -> Callable[..., Any]:
         setting.flag,
         setting.name,
         type=click.Choice(setting.choices) if setting.choices else str,
-        metavar=None if setting.choices else "N" if setting.kind is int else "X",
+        metavar=None if setting.choices else _METAVARS[setting.kind],
         help=text,
         hidden=hidden,
     )

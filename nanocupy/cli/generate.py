@@ -153,9 +153,11 @@ def _statistics_of_many(
     num_prompt = sum(completion.num_prompt_tokens for completion in completions)
     num_output = sum(len(sample.token_ids) for sample in samples)
     seconds = end_time - load_time
+    guesses = "" if llm.speculation is None else f"; guesses: {llm.speculation.summary()}"
     return (
         f"{len(samples)} answers: {num_prompt} prompt + {num_output} output tokens on "
         f"{llm.device}; load {load_time:.2f} s; {num_output / max(seconds, 1e-9):.1f} tokens/s"
+        f"{guesses}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from nanocupy.cli.engine_options import engine_config, engine_options
+from nanocupy.cli.engine_options import COMMON, engine_config, engine_options
 from nanocupy.cli.legacy_options import NAMES as LEGACY_NAMES
 from nanocupy.cli.legacy_options import legacy_options
 from nanocupy.errors import RequestError
@@ -70,7 +70,7 @@ _OPTIONS: list[Callable[..., Any]] = [
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options above, in their order, those of the engine and of legacy files."""
-    command = engine_options()(legacy_options(command))
+    command = engine_options(shown=(*COMMON, "speculate", "draft_model"))(legacy_options(command))
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -118,6 +118,8 @@ def statistics_line(llm: LLM, completion: Completion, load_time: float) -> str:
         parts.append(f"{(num_output - 1) / decode_time:.1f} tokens/s")
     if completion.finish_reason == "length":
         parts.append("cut at the token limit")
+    if llm.speculation is not None:
+        parts.append(f"guesses: {llm.speculation.summary()}")
     return "; ".join(parts)
 
 

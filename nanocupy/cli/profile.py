@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     help="Tokens of each answer.",
 )  # fmt: skip
 @click.option(
+    "--speculate", type=click.Choice(["off", "ngram", "draft"]), default="off", show_default=True,
+    help="What guesses tokens ahead, always as many as it may.",
+)  # fmt: skip
+@click.option("--draft-model", metavar="MODEL", help="The model that guesses, for draft.")
+@click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a trace that chrome://tracing or ui.perfetto.dev opens.",
@@ -68,6 +73,8 @@ def profile(
     batch: int,
     prompt_tokens: int,
     output_tokens: int,
+    speculate: str,
+    draft_model: str | None,
     trace: Path | None,
     page: Path | None,
     nvtx: bool,
@@ -86,8 +93,10 @@ def profile(
         raise ConfigError("give --model or --shape, not both")
     from nanocupy.engine.backend import make_runner
     from nanocupy.engine.config import EngineConfig
+    from nanocupy.engine.draft_backend import make_speculator
     from nanocupy.profiling.profile import profile as run_profile
     from nanocupy.profiling.timeline import totals, trace_events, write_trace
+    from nanocupy.speculation.policy import DraftPolicy
 
     ranges = None
     if nvtx:
@@ -101,11 +110,20 @@ def profile(
             f"{prompt_tokens} + {output_tokens} tokens; the model's context holds "
             f"{checkpoint.config.max_context}"
         )
-    config = EngineConfig(device=device, max_context=context, max_num_seqs=batch)
-    runner = make_runner(checkpoint, config, progress=True)
+    config = EngineConfig(
+        device=device, max_context=context, max_num_seqs=batch, speculate=speculate,
+        draft_model=draft_model,
+    )  # fmt: skip
+    draft = None
+    if config.proposer == "draft":
+        draft, _ = _checkpoint(draft_model, "", device)
+    runner = make_runner(checkpoint, config, draft=draft, progress=True)
+    speculator = make_speculator(config, runner, draft, progress=True)
+    if speculator is not None:
+        speculator.policy = DraftPolicy(config.draft_tokens)
     result = run_profile(
         runner, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch,
-        itemsize=itemsize, nvtx=ranges,
+        itemsize=itemsize, nvtx=ranges, speculator=speculator,
     )  # fmt: skip
     parts = {"prefill": result.prefill, "decode": result.decode}
     memory = result.memory[-1][1]
@@ -129,9 +147,14 @@ def profile(
         roof = _roof(runner)
         _written(page, lambda: write_page(page, result, f"Profile of {name}", subtitle, roof))
     if as_json:
-        click.echo(json.dumps(_as_json(tables, parts, memory, runner.device)))
+        shown = _as_json(tables, parts, memory, runner.device)
+        if result.speculation is not None:
+            shown["speculation"] = result.speculation.as_dict()
+        click.echo(json.dumps(shown))
     else:
         _print(tables, parts, memory, runner.device)
+        if result.speculation is not None:
+            click.echo(f"guesses: {result.speculation.summary()}")
         if trace is not None:
             click.echo(f"trace written to {trace}; open it in chrome://tracing or ui.perfetto.dev")
         if page is not None:

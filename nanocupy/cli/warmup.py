@@ -91,6 +91,8 @@ def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, confi
         max_context=model_context(model, config),
         max_step_tokens=config.max_step_tokens,
         max_num_seqs=config.max_num_seqs,
+        max_drafts=config.max_drafts,
+        max_draft_rows=config.max_draft_rows,
     )
     variants = {
         (file, tuple(sorted(macros.items()))): (file, macros)

@@ -21,6 +21,7 @@ from nanocupy.kv_types import QUANTIZED
 from nanocupy.progress import byte_progress, say
 
 if TYPE_CHECKING:
+    from nanocupy.cuda.device import CudaDevice
     from nanocupy.engine.device_plan import DeviceSettings
     from nanocupy.ops.cuda_sizes import DeviceTraits
 
@@ -47,8 +48,15 @@ def starting_driver(config: EngineConfig) -> AbstractContextManager[Any]:
     return DriverStart()
 
 
-def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False) -> Runner:
-    """A runner for `checkpoint` as `config` says. progress: a bar and notes on stderr.
+def make_runner(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    *,
+    draft: Checkpoint | None = None,
+    progress: bool = False,
+) -> Runner:
+    """A runner for `checkpoint` as `config` says. draft: what `draft_backend.make_draft_runner`
+    will need memory for beside it. progress: a bar and notes on stderr.
 
     Raises DeviceError where the GPU was asked for and cannot be used, ConfigError for settings this
     model or device does not take, CapacityError where the weights do not fit.
@@ -61,11 +69,15 @@ def make_runner(checkpoint: Checkpoint, config: EngineConfig, *, progress: bool 
         if config.device == "cuda":
             status.require()
         if status.usable:
-            return _cuda_runner(checkpoint, config, context, progress)
+            return _cuda_runner(checkpoint, config, context, draft, progress)
         if progress:
             mend = "" if status.driver.problem is not None else f"; {status.mend}"
             say(f"computing on the CPU: {status.reason}{mend}")
-    return _cpu_runner(checkpoint, config, context, progress)
+    if draft is not None:
+        from nanocupy.engine.draft_backend import cpu_shares
+
+        config = cpu_shares(config, checkpoint.config, draft.config, _machine_memory())[0]
+    return cpu_runner(checkpoint, config, context, progress)
 
 
 def model_context(model: ModelConfig, config: EngineConfig) -> int:
@@ -144,19 +156,27 @@ def with_weight_formats(
 
 
 def make_engine(
-    checkpoint: Checkpoint, config: EngineConfig, *, progress: bool = False
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    *,
+    draft: Checkpoint | None = None,
+    progress: bool = False,
 ) -> LLMEngine:
     """An engine on the runner that `make_runner` gives, with all of `config`. Raises the same.
 
-    With NANOCUPY_NVTX=1 in the environment, profilers see its requests and steps as ranges.
+    draft: what config.draft_model names, where guesses come from it. With NANOCUPY_NVTX=1 in the
+    environment, profilers see its requests and steps as ranges.
     """
-    runner = make_runner(checkpoint, config, progress=progress)
+    from nanocupy.engine.draft_backend import make_speculator
+
+    runner = make_runner(checkpoint, config, draft=draft, progress=progress)
     engine = LLMEngine(
         checkpoint.config,
         runner,
         scheduler_settings(config, runner.limits),
         prefix_cache=config.prefix_cache,
         run_ahead=config.run_ahead and runner.can_run_ahead,
+        speculator=make_speculator(config, runner, draft, progress=progress),
     )
     if os.environ.get("NANOCUPY_NVTX", "0") not in ("", "0"):
         from nanocupy.cuda.nvtx import CupyNvtx
@@ -166,9 +186,10 @@ def make_engine(
     return engine
 
 
-def _cpu_runner(
+def cpu_runner(
     checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
 ) -> Runner:
+    """A runner on the CPU, whatever config.device says."""
     from nanocupy.engine.numpy_runner import NumpyRunner
     from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
@@ -202,6 +223,8 @@ def _cpu_runner(
         max_step_tokens=config.max_step_tokens,
         max_num_seqs=config.max_num_seqs,
         num_host_blocks=_num_host_blocks(config, wanted, token_bytes),
+        max_drafts=config.max_drafts,
+        max_draft_rows=config.max_draft_rows,
     )
     read_codes, notes = quantized_reader(checkpoint, config.weight_format)
     for note in notes:
@@ -214,16 +237,23 @@ def _cpu_runner(
 
 
 def _cuda_runner(
-    checkpoint: Checkpoint, config: EngineConfig, context: int, progress: bool
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    context: int,
+    draft: Checkpoint | None,
+    progress: bool,
 ) -> Runner:
     from nanocupy.cuda.device import CudaDevice
     from nanocupy.engine.device_plan import plan_limits
-    from nanocupy.engine.device_runner import DeviceRunner
 
     device = CudaDevice(use_graphs=config.use_graphs, whole_steps=config.whole_steps)
     checkpoint, settings, notes = device_model(checkpoint, config, device.traits)
     for note in notes:
         say(note, progress)
+    beside = None
+    if draft is not None:
+        own = device_settings(config, device.traits.compute_capability)
+        beside = draft.config, with_weight_formats(own, draft, config, device.traits)[0]
     limits = plan_limits(
         checkpoint.config,
         device,
@@ -232,10 +262,26 @@ def _cuda_runner(
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         block_size=config.block_size,
+        max_drafts=config.max_drafts,
+        max_draft_rows=config.max_draft_rows,
+        draft=beside,
     )
     wanted = config.max_num_seqs * -(-context // config.block_size)
     token_bytes = checkpoint.config.kv_bytes_per_token(settings.cache_dtype)
     limits = replace(limits, num_host_blocks=_num_host_blocks(config, wanted, token_bytes))
+    return filled_runner(checkpoint, device, limits, settings, progress)
+
+
+def filled_runner(
+    checkpoint: Checkpoint,
+    device: CudaDevice,
+    limits: RunnerLimits,
+    settings: DeviceSettings,
+    progress: bool,
+) -> Runner:
+    """A runner on `device` with its weights there and its kernels ready."""
+    from nanocupy.engine.device_runner import DeviceRunner
+
     runner = DeviceRunner(checkpoint.config, device, limits, settings)
     variants = runner.kernel_variants()
     compiler, arch = device.kernels.compiler, device.kernels.arch

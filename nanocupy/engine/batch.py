@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ class ForwardBatch:
 def build_batch(
     schedule: Collection[ScheduledRequest], *, block_size: int, table_width: int | None = None
 ) -> ForwardBatch:
-    """Lay the schedule's requests one behind the other, in its order. A token that was not read
-    yet, always the last of its request, has the id PENDING_TOKEN.
+    """Lay the schedule's requests one behind the other, in its order, each one's drafts behind its
+    tokens. A token that was not read yet, always the last of its request, has the id PENDING_TOKEN.
 
     table_width: columns of the block tables; None = as many as the longest sequence has blocks.
     """
@@ -47,7 +48,9 @@ def build_batch(
     block_tables = np.zeros((len(schedule), table_width), np.int32)
     for b, item in enumerate(schedule):
         first = item.request.num_computed_tokens
-        token_ids += item.request.token_slice(first, first + item.num_tokens)
+        last = first + item.num_tokens - len(item.drafts)
+        token_ids += item.request.token_slice(first, last)
+        token_ids += item.drafts
         block_tables[b, : len(item.request.block_ids)] = item.request.block_ids
     sequence = np.repeat(np.arange(len(schedule)), num_tokens)
     positions = np.arange(len(token_ids), dtype=np.int32) + (starts - query_starts[:-1])[sequence]
@@ -62,8 +65,21 @@ def build_batch(
         query_starts=query_starts,
         kv_lens=starts + np.array(num_tokens, np.int32),
         block_tables=block_tables,
-        sample_rows=(query_starts[1:] - 1)[[s.samples for s in schedule]],
+        sample_rows=_sample_rows(schedule, query_starts),
     )
+
+
+def _sample_rows(schedule: Collection[ScheduledRequest], query_starts: np.ndarray) -> np.ndarray:
+    """The tokens of the batch after which one is chosen, int32 [S]: of each request that samples
+    its last token and all drafts."""
+    ends = query_starts[1:]
+    if not any(item.drafts for item in schedule):
+        return (ends - 1)[[item.samples for item in schedule]]
+    rows = [
+        np.arange(end - item.num_rows, end, dtype=np.int32)
+        for end, item in zip(ends, schedule, strict=True)
+    ]
+    return np.concatenate(rows)
 
 
 @dataclass(frozen=True)
@@ -92,18 +108,25 @@ class PenaltyBatch:
     frequency: np.ndarray
 
 
-def build_sampler_batch(requests: Sequence[Request]) -> SamplerBatch:
-    """Parameters of the rows that are sampled, in the order of the rows."""
+def build_sampler_batch(
+    requests: Sequence[Request], drafts: Sequence[Sequence[int]] = ()
+) -> SamplerBatch:
+    """Parameters of the rows that are sampled, in the order of the rows. drafts: what each row
+    takes for granted beyond its request's tokens; none where there are none at all.
+
+    A token is drawn by its position, so it is the same whether drafts stood before it or tokens.
+    """
     params = [r.params for r in requests]
+    positions = [r.num_tokens for r in requests]
+    if drafts:
+        positions = [n + len(ids) for n, ids in zip(positions, drafts, strict=True)]
     return SamplerBatch(
         temperature=np.array([p.temperature for p in params], np.float32),
         top_k=np.array([p.top_k for p in params], np.int32),
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         seeds=np.array([r.seed for r in requests], np.uint64),
-        counters=np.array(
-            [[r.num_tokens for r in requests], [r.sample_index for r in requests]], np.uint32
-        ).T.copy(),
+        counters=np.array([positions, [r.sample_index for r in requests]], np.uint32).T.copy(),
     )
 
 
@@ -111,11 +134,13 @@ def build_penalty_batch(
     requests: Sequence[Request],
     banned: Sequence[int],
     leave_out: Callable[[Request], bool] = lambda request: False,
+    drafts: Sequence[Sequence[int]] = (),
 ) -> PenaltyBatch | None:
     """Entries of every row with penalties, a bias, or banned ids; None where no row has any.
 
     banned: ids a row must not yield while it is short of its min_tokens (the ends of text).
     leave_out: whose rows are to have no entries.
+    drafts: what each row takes for granted beyond its request's output; as `build_sampler_batch`.
     """
     if not any(request.changes_logits for request in requests):
         return None
@@ -124,23 +149,26 @@ def build_penalty_batch(
     counts: list[int] = []
     in_context: list[bool] = []
     bias: list[float] = []
-    for request in requests:
+    for request, guessed in zip(requests, drafts or [()] * len(requests), strict=True):
         p = request.params
         if request.changes_logits and leave_out(request):
             starts.append(len(token_ids))
             continue
         entries: dict[int, float] = dict(p.logit_bias)
+        output_counts = request.output_counts
+        if guessed:
+            output_counts = output_counts + Counter(guessed)
         context: set[int] = set()
         if p.repetition_penalty != 1:
             context = set(request.prompt_ids)
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
-            context |= request.output_counts.keys()
-        if request.num_output_tokens < p.min_tokens:
+            context |= output_counts.keys()
+        if request.num_output_tokens + len(guessed) < p.min_tokens:
             entries |= dict.fromkeys([*banned, *p.stop_token_ids], -np.inf)
         entries = dict.fromkeys(context, 0.0) | entries
         token_ids += entries
         bias += entries.values()
-        counts += [request.output_counts[t] for t in entries]
+        counts += [output_counts[t] for t in entries]
         in_context += [t in context for t in entries]
         starts.append(len(token_ids))
     if not token_ids:

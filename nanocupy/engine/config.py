@@ -17,6 +17,9 @@ from nanocupy.errors import ConfigError
 from nanocupy.strict_json import parse_object, read_small_file, shown
 
 MAX_CONFIG_BYTES = 64 << 10
+_MAX_TEXT = 4096  # characters
+MAX_DRAFTS = 7  # with the token before them what decode attention takes of a sequence
+_MAX_DRAFT_ROWS = 256
 # Larger than any model's context, and small enough that no product with a width overflows.
 _MAX_TOKENS = 1 << 28
 
@@ -27,7 +30,7 @@ class Setting:
 
     kind      type of its values: bool, int, float or str
     low, high bounds of a number, both allowed
-    choices   the values a str may have
+    choices   the values a str may have; none = any text of one line
     optional  None is a value too ("null" in files, "none" as a flag); meaning says what it stands
               for
     live      may change while the engine runs
@@ -49,9 +52,16 @@ class Setting:
         """The allowed values, for people: "1 to 65536"."""
         if self.kind is bool:
             text = "true or false"
+        elif self.is_text:
+            text = "text"
         else:
             text = ", ".join(self.choices) or f"{self.low:.15g} to {self.high:.15g}"
         return text + (", or null" if self.optional else "")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it takes any text."""
+        return self.kind is str and not self.choices
 
     @property
     def flag(self) -> str:
@@ -65,6 +75,8 @@ class Setting:
             return None
         if self.kind is bool or isinstance(value, bool):
             ok = self.kind is bool and isinstance(value, bool)
+        elif self.is_text:
+            ok = isinstance(value, str) and 0 < len(value) <= _MAX_TEXT and value.isprintable()
         elif self.kind is str:
             ok = isinstance(value, str) and value in self.choices
         elif self.kind is int:
@@ -75,7 +87,8 @@ class Setting:
         if not ok:
             kinds = {bool: "", str: "one of ", int: "a whole number from ", float: "a number from "}
             text = "null" if value is None else shown(value)
-            raise ConfigError(f"{self.name} is {text}; it must be {kinds[self.kind]}{self.bounds}")
+            kind = "" if self.is_text else kinds[self.kind]
+            raise ConfigError(f"{self.name} is {text}; it must be {kind}{self.bounds}")
         return float(value) if self.kind is float else value
 
     def parse(self, text: str) -> Any:
@@ -200,6 +213,15 @@ class EngineConfig:
         bool, False, "GPU: compute prompts beside decodes, on a stream of their own")
     run_ahead: bool = _setting(
         bool, True, "launch a step before the last one's tokens are read, if the runner can")
+    speculate: Literal["auto", "off", "draft", "ngram"] = _choice(
+        "auto", ("auto", "off", "draft", "ngram"),
+        "guess tokens, check several in a forward; auto: draft with a draft_model")
+    draft_model: str | None = _setting(
+        str, None, "a smaller model of the same tokenizer, whose guesses are checked",
+        optional=True)
+    draft_tokens: int = _setting(
+        int, 5, "guesses for one sequence in a step at most; fewer where fewer pay",
+        unit="tokens", low=1, high=MAX_DRAFTS)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -212,8 +234,34 @@ class EngineConfig:
                     f"{name} is {value}, above {limit}, which is {most}; lower the one or raise "
                     "the other"
                 )
+        if self.speculate == "draft" and self.draft_model is None:
+            raise ConfigError(
+                "speculate is draft, and draft_model names no model; name one, or take ngram"
+            )
+        if self.speculate == "ngram" and self.draft_model is not None:
+            raise ConfigError(
+                f"speculate is ngram, and draft_model is {shown(self.draft_model)}; leave one out"
+            )
 
     # ------------------------------------------------------------- derived
+
+    @property
+    def proposer(self) -> Literal["off", "draft", "ngram"]:
+        """Where guesses come from: speculate, resolved."""
+        if self.speculate == "auto":
+            return "off" if self.draft_model is None else "draft"
+        return self.speculate
+
+    @property
+    def max_drafts(self) -> int:
+        """Guesses that a step may have for one sequence; 0 where nothing guesses."""
+        return 0 if self.proposer == "off" else self.draft_tokens
+
+    @property
+    def max_draft_rows(self) -> int:
+        """Guesses that a step may have for all sequences together. Memory is planned for them, and
+        more than some hundred hardly pay."""
+        return min(self.max_drafts * self.max_num_seqs, _MAX_DRAFT_ROWS)
 
     @property
     def chunk_limit(self) -> int:

@@ -170,6 +170,40 @@ class DecodeState:
         slots = np.where(inside, blocks, 0) * self.block_size + positions % self.block_size
         self.view(self.words, "slots", num)[:] = slots
 
+    def is_current(self, requests: Sequence[Request]) -> bool:
+        """Whether these are the batch as it is, so that nothing is to be sent for them."""
+        if len(requests) != self.num_places or self._fresh:
+            return False
+        positions = self.view(self.words, "positions", self.max_num_seqs)
+        for request in requests:
+            place = self._place_of.get(id(request))
+            if (
+                place is None
+                or positions[place] != request.num_computed_tokens
+                or self._num_blocks[place] != len(request.block_ids)
+                or self._num_preemptions[place] != request.num_preemptions
+            ):
+                return False
+        return True
+
+    def move_on(self, places: np.ndarray, counts: np.ndarray) -> None:
+        """What the device does at the end of a step that checks drafts, but for the token ids:
+        each of these places, int32 [n], goes on by so many tokens."""
+        positions = self.view(self.words, "positions", self.max_num_seqs)
+        positions[places] += counts
+        at = positions[places]
+        self.view(self.words, "kv_lens", self.max_num_seqs)[places] = at + 1
+        rope_lens = self.view(self.words, "rope_lens", self.max_num_seqs)
+        rope_lens[places] = np.maximum(rope_lens[places], at + 1)
+        self.view(self.words, "counters", self.max_num_seqs)[places, 0] += counts.astype(np.uint32)
+        columns = at // self.block_size
+        tables = self.view(self.words, "block_tables", self.max_num_seqs)
+        inside = columns < self.table_width
+        blocks = np.where(inside, tables[places, np.where(inside, columns, 0)], 0)
+        self.view(self.words, "slots", self.max_num_seqs)[places] = (
+            blocks * self.block_size + at % self.block_size
+        )
+
     @staticmethod
     def _token(request: Request, rows: Mapping[Request, int] | None) -> int:
         if request.num_pending_tokens:

@@ -28,13 +28,13 @@ class Staging:
 
     inputs: np.ndarray  # uint8
     updates: np.ndarray  # int32 [MAX_UPDATES, 2]
-    sampled: np.ndarray  # int32 [max_num_seqs]
+    sampled: np.ndarray  # int32 [max_rows]
 
 
 class DeviceInputs:
     """Sends arrays to `memory`, uint8 on the device, which a step's kernels read."""
 
-    def __init__(self, device: Device, memory: Any, max_num_seqs: int) -> None:
+    def __init__(self, device: Device, memory: Any, max_rows: int) -> None:
         self._device = device
         self._memory = memory
         self._used = 0  # bytes that the step has taken
@@ -42,7 +42,7 @@ class DeviceInputs:
             Staging(
                 device.pinned(memory.nbytes),
                 device.pinned(8 * MAX_UPDATES).view(np.int32).reshape(-1, 2),
-                device.pinned(4 * max_num_seqs).view(np.int32),
+                device.pinned(4 * max_rows).view(np.int32),
             )
             for _ in range(2)
         ]

@@ -25,7 +25,8 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.step_inputs import bucket, coarse_bucket
 from nanocupy.model.weights import weight_layout
 from nanocupy.ops.cuda_ops import CudaOps
-from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, workspace_plan
+from nanocupy.ops.cuda_sampling import DecodePlaces
+from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, query_buckets, workspace_plan
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
 from nanocupy.ops.launch_wide import TOKENS
 from nanocupy.ops.packed_matrix import PackedMatrix
@@ -89,6 +90,15 @@ def kernel_variants(
     # Beside prompts few rows or many are sampled, by ops, even where decodes alone are one launch.
     for num in sorted({coarse_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
         forward(most, num, num, most)
+    # Drafts: several queries a sequence, and every token is a row.
+    for queries in query_buckets(sizes.max_queries)[1:]:
+        for num in sorted({coarse_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
+            num_tokens = bucket(min(num * queries, most), most)
+            forward(num_tokens, num, min(num_tokens, limits.max_rows), queries)
+    if limits.max_drafts:
+        row = Outline(1)
+        places = DecodePlaces(Outline(1, 1), row, row, row, row, row, Outline(1, 2), 1)
+        ops.accept_drafts(row, row, Outline(2), places)
     logits, row = Outline(1, config.vocab_size), Outline(1)
     counts = {*range(1, min(65, most_seqs)), *(n for n in TOKENS if n < most_seqs), most_seqs}
     for num in sorted({decode_bucket(n, most_seqs) for n in counts}):

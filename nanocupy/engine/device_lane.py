@@ -49,13 +49,13 @@ class Lane:
         self._weights = weights
         self._dims = {"N": limits.num_blocks, "P": limits.block_size, "M": 0}
         self._vocab_size = sizes.vocab_size
-        self.first_row = limits.max_num_seqs if own else 0
+        self.first_row = limits.max_rows if own else 0
         workspaces = {name: self.view(name) for name in workspace_plan(sizes, device.traits)}
         for name in ("counters", "step_words", "step_moments"):
             if name in workspaces:
                 device.fill(workspaces[name], 0)
         self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)
-        self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_num_seqs)
+        self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_rows)
         self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
         self.stamps: StepStamps | None = None  # where steps note when they start and end
 
@@ -150,6 +150,17 @@ class Lane:
         self.ops.count_tokens(
             sampled, slots, self.view("penalty_records"), self.view("penalty_counts")
         )
+
+    def penalize_drafts(self, row_places: Any, drafts: Any, starts: Any, slots: Any) -> None:
+        """`penalize` for rows with drafts before them; slots of the places, int32 [B]."""
+        logits = self.logits(len(row_places))
+        state = self.view("penalty_records"), self.view("penalty_counts")
+        self.ops.penalize_draft_rows(logits, row_places, drafts, starts, slots, *state)
+
+    def count_accepted(self, drafts: Any, starts: Any, slots: Any) -> None:
+        """Count the drafts that were right, and the tokens after them, in their penalty slots."""
+        state = self.view("penalty_records"), self.view("penalty_counts")
+        self.ops.count_accepted(self.sampled(len(drafts)), drafts, starts, slots, *state)
 
     def sampled(self, num_rows: int) -> Any:
         return self.view("sampled")[self.first_row : self.first_row + num_rows]

@@ -43,7 +43,7 @@ class DeviceLogprobs:
     def keep(self, schedule: Schedule, logits: Any, dims: Mapping[str, int]) -> None:
         """Start to copy what is asked for of a step's logits [S, V], before they are changed; the
         requests are as the step found them."""
-        self._sampling = schedule.sampling
+        self._sampling = schedule.row_requests
         self._rows = asking_rows(self._sampling)
         self._of_prompts = prompt_rows(schedule)
         self._kept, self._dims = self._room(len(self._rows)), dims

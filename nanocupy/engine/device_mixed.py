@@ -1,5 +1,5 @@
-"""Steps that bring their inputs along: prompts and chunks of them, decodes among them, penalties
-and log-probabilities.
+"""Steps that bring their inputs along: prompts and chunks of them, decodes among them, drafts to be
+checked, penalties and log-probabilities.
 
 Their sizes are rounded up to few shapes, and each shape is a graph.
 """
@@ -63,7 +63,8 @@ class MixedSteps:
         penalties: of those without a slot; row_of: where the step before sampled the tokens that
         were not read yet.
         """
-        limits, requests = self._limits, schedule.sampling
+        limits, requests = self._limits, schedule.row_requests
+        drafts = schedule.row_drafts if schedule.has_drafts else ()
         batch = build_batch(schedule, block_size=limits.block_size)
         is_pending = batch.token_ids[batch.query_starts[1:] - 1] == PENDING_TOKEN
         if is_pending.any():
@@ -76,13 +77,13 @@ class MixedSteps:
             max_tokens=limits.max_step_tokens,
             max_num_seqs=limits.max_num_seqs,
             max_table_width=table_width(limits),
-            max_rows=limits.max_num_seqs,
+            max_rows=limits.max_rows,
             few_queries=self._max_queries,
         )
         greedy = all(r.params.temperature == 0 for r in requests)
         slots = self._penalties.slots_of(requests)
         inputs = lane.inputs.send_step(
-            shape, batch, None if greedy else build_sampler_batch(requests), slots
+            shape, batch, None if greedy else build_sampler_batch(requests, drafts), slots
         )
         self._penalties.fill(lane, requests)
         if is_pending.any():

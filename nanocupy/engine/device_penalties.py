@@ -8,7 +8,7 @@ it draws, on the device, and the host needs to know none of the ids. How a slot 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -61,6 +61,11 @@ class PenaltySlots:
         self._slot_of |= {request: self._free.pop() for request in new}
         self._new = set(new)
 
+    def give_up(self, requests: Collection[Request]) -> None:
+        """Their penalties come from the host this time, as does what counts of their drafts when it
+        is read: their slots are filled anew the next."""
+        self._release([r for r in requests if r in self._slot_of])
+
     def slots_of(self, requests: Sequence[Request]) -> np.ndarray | None:
         """Their slots int32 [n], 0 for none; None where nobody has one."""
         if not any(request.changes_logits for request in requests):
@@ -92,6 +97,7 @@ class PenaltySlots:
 
     def _release(self, requests: Sequence[Request]) -> None:
         self._free += [self._slot_of.pop(request) for request in requests]
+        self._new.difference_update(requests)
 
     def _banned_by(self, params: SamplingParams) -> list[int]:
         return [*self._banned, *params.stop_token_ids]

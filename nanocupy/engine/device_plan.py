@@ -16,7 +16,7 @@ from nanocupy.cuda.device import Device
 from nanocupy.engine.binding import step_dims
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.engine.step_inputs import StepShape
+from nanocupy.engine.step_inputs import StepShape, query_bucket
 from nanocupy.engine.weight_formats import StoredWeight, is_pairs
 from nanocupy.errors import CapacityError, ConfigError
 from nanocupy.kv_types import SCALE_DTYPE, is_quantized
@@ -90,27 +90,48 @@ def plan_limits(
     max_num_seqs: int,
     max_step_tokens: int,
     block_size: int = 16,
+    max_drafts: int = 0,
+    max_draft_rows: int = 0,
+    draft: tuple[ModelConfig, DeviceSettings] | None = None,
 ) -> RunnerLimits:
     """Limits whose cache takes what weights and workspaces leave; at most what can be used.
 
-    Raises CapacityError where not even one short sequence fits, ConfigError for a model that the
-    kernels are not made for.
+    draft: a draft model that is to have room beside it, and a cache of as many blocks. Raises
+    CapacityError where not even one short sequence fits, ConfigError for a model that the kernels
+    are not made for.
     """
     check_model(config)
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
-    fixed = ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
-    block_bytes = config.kv_bytes_per_token(settings.cache_dtype) * block_size
+    of_draft, block_bytes = 0, config.kv_bytes_per_token(settings.cache_dtype) * block_size
+    if draft is not None:
+        check_model(draft[0])
+        specs = buffer_specs(draft[0], device, draft[1], draft_limits(small))
+        of_draft = ArenaPlan(specs).total_bytes
+        block_bytes += draft[0].kv_bytes_per_token(draft[1].cache_dtype) * block_size
+    small = replace(small, max_drafts=max_drafts, max_draft_rows=max_draft_rows)
+    fixed = of_draft + ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
     num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
     num_blocks = min(num_blocks, _MAX_CACHE_ROWS // (config.num_kv_heads * block_size))
     if num_blocks < 2:
+        share = f", of which {human_bytes(of_draft)} for the draft model" if of_draft else ""
         raise CapacityError(
-            f"{device.name}: weights and workspaces need {human_bytes(fixed)}, "
+            f"{device.name}: weights and workspaces need {human_bytes(fixed)}{share}, "
             f"{human_bytes(budget)} may be used; take a smaller model or dtype, lower "
             "max_num_seqs, or raise gpu_memory_utilization"
         )
-    return RunnerLimits(num_blocks, block_size, max_context, max_step_tokens, max_num_seqs)
+    return replace(small, num_blocks=num_blocks)
+
+
+def draft_limits(limits: RunnerLimits) -> RunnerLimits:
+    """Those of a draft model's runner beside one of `limits`. Where all of its guesses were right
+    it lacks two tokens of a sequence, which are to be no prompt."""
+    wanted = 1 + limits.max_num_seqs * -(-limits.max_context // limits.block_size)
+    return replace(
+        limits, num_blocks=min(wanted, limits.num_blocks), num_host_blocks=0, max_drafts=1,
+        max_draft_rows=0,
+    )  # fmt: skip
 
 
 def buffer_specs(
@@ -145,13 +166,13 @@ def buffer_specs(
         limits.max_step_tokens,
         limits.max_num_seqs,
         width,
-        max(limits.max_num_seqs, sizes.max_rows),
+        limits.max_rows,
         1,
     )
     table += [
         BufferSpec("decode_state", (state.num_words,), "int32", "batch"),
         BufferSpec("updates", (MAX_UPDATES, 2), "int32", "batch"),
-        BufferSpec("sampled", (2 * limits.max_num_seqs,), "int32", "batch"),  # of either lane
+        BufferSpec("sampled", (2 * limits.max_rows,), "int32", "batch"),  # of either lane
         BufferSpec("place_numbers", (limits.max_num_seqs + 1,), "int32", "batch"),
         BufferSpec("inputs", (inputs.num_bytes + 2 * MIN_INPUT_BYTES,), "uint8", "batch"),
     ]
@@ -220,7 +241,7 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
     return OpSizes(
         max_tokens=limits.max_step_tokens,
         max_num_seqs=limits.max_num_seqs,
-        max_rows=limits.max_num_seqs,
+        max_rows=limits.max_rows,
         max_context=limits.max_context,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -231,6 +252,7 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         dtype=settings.dtype,
         residual_dtype=settings.residual_dtype,
         cache_dtype=settings.cache_dtype,
+        max_queries=query_bucket(1 + limits.max_drafts),
         # Codes come to the card through the same memory, as many at a time as it holds.
         dequantized_size=max([MIN_STAGING_SIZE, *unpacked]) if shapes else 0,
         ordered_width=max(ordered, default=0),

@@ -21,6 +21,7 @@ from nanocupy.cuda.step_stamps import StepStamps
 from nanocupy.engine.batch import ForwardBatch, build_penalty_batch
 from nanocupy.engine.binding import StepObserver
 from nanocupy.engine.device_decode import DecodeBatch
+from nanocupy.engine.device_drafts import DraftSteps
 from nanocupy.engine.device_kernels import kernel_variants
 from nanocupy.engine.device_lane import Lane
 from nanocupy.engine.device_mixed import MixedSteps
@@ -87,6 +88,7 @@ class DeviceRunner(Runner):
         parts = self._main, self.forward, sizes, limits, self._penalties
         self._decoding = DecodeBatch(*parts)
         self._mixed = MixedSteps(*parts)
+        self._drafts = DraftSteps(self._decoding, self._main, self.forward, limits, self._penalties)
         self._is_state_known = True  # whether the device has what the host thinks
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`
@@ -226,10 +228,20 @@ class DeviceRunner(Runner):
 
     def _launch_other(self, schedule: Schedule) -> Callable[[], list[int]]:
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
-        of the requests that sample."""
-        sampling = schedule.sampling
-        self._penalties.assign(sampling)
-        penalties = build_penalty_batch(sampling, self.config.eos_ids, self._penalties.take)
+        of the schedule's rows."""
+        sampling = schedule.row_requests
+        if schedule.has_drafts and self._drafts.fits(schedule):
+            collect = self._drafts.launch(schedule, self._row_of)
+            self._batch, self._rows = None, ()
+            return collect
+        drafting = {item.request for item in schedule if item.drafts}
+        self._penalties.give_up(drafting)
+        self._penalties.assign([r for r in sampling if r not in drafting])
+        penalties = build_penalty_batch(
+            sampling, self.config.eos_ids,
+            lambda request: request not in drafting and self._penalties.take(request),
+            schedule.row_drafts if drafting else (),
+        )  # fmt: skip
         is_plain = penalties is None and not schedule.wants_logprobs
         decodes = [s.request for s in schedule if s.samples and s.num_tokens == 1]
         if is_plain and len(decodes) == len(schedule.requests):
@@ -239,10 +251,11 @@ class DeviceRunner(Runner):
             self._batch = schedule.requests
             return self._decoding.collector()
         self._batch = None
-        if is_plain and decodes and self._side is not None and self.observer is None:
+        beside = self._side is not None and self.observer is None and not drafting
+        if is_plain and decodes and beside:
             return self._side_by_side(schedule, decodes)
         self._mixed.prepare(self._main, schedule, penalties, self._row_of)()
-        self._rows = sampling
+        self._rows = () if drafting else sampling  # nothing of a step with drafts stays unread
         staging = self._main.inputs.staging
         return lambda: staging.sampled[: len(sampling)].tolist()
 

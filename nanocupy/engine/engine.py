@@ -3,6 +3,9 @@
 A step: schedule → launch → read the ids of the step that is due → finish what has ended. That is
 the same step, or, where the engine runs ahead, the one before: the runner is never idle while the
 host reads, and a request that turns out to have ended has one token too many, which is dropped.
+
+With a speculator, a step may have drafts: then all ids are read before, since drafts follow from
+them, and its own before the next, since what comes next follows from how many were right.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +24,7 @@ from nanocupy.engine.request import Request, RequestPriority, RequestState
 from nanocupy.engine.results import FAILED_TOKEN, StepOutput, StepResult, TokenLogprob
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
+from nanocupy.engine.scheduled_drafts import Drafts
 from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
 from nanocupy.engine.watch import StepWatch
 from nanocupy.errors import ConfigError, RequestError
@@ -29,6 +33,7 @@ from nanocupy.memory.host_pool import HostPool, SwapCosts
 from nanocupy.memory.kv_memory import KVMemory
 from nanocupy.memory.prefix_cache import PrefixCache
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.speculator import Speculator
 
 
 def scheduler_settings(
@@ -43,6 +48,7 @@ def scheduler_settings(
         preemption=config.preemption,
         max_preemptions=config.max_preemptions,
         costs=costs or SwapCosts(),
+        max_draft_tokens=limits.max_draft_rows,
     )
 
 
@@ -53,12 +59,26 @@ _NOTHING = (None, None)  # no log-probabilities
 _LEARNT_TOKENS = 256  # of a step that tells what prompts cost
 
 
+def _one_by_one(
+    given: Iterable[tuple[Request, Sequence[int]]],
+) -> Iterator[tuple[Request, int, int]]:
+    """Every request's new tokens, up to the one with which it ended, and which of its output each
+    is."""
+    for request, token_ids in given:
+        num_before = len(request.output_ids) - len(token_ids)
+        for number, token_id in enumerate(token_ids, num_before + 1):
+            if request.finish_reason is not None:
+                break
+            yield request, token_id, number
+
+
 class LLMEngine:
     """Any number of requests over one runner.
 
     settings      of the scheduler; None = first come, first served, up to the runner's limits
     prefix_cache  whether blocks of earlier requests serve prompts that begin alike
     run_ahead     launch a step before the ids of the one before are read; the runner must be able
+    speculator    makes drafts; None = every forward gives a sequence one token
     clock         seconds, for deadlines
     """
 
@@ -70,19 +90,28 @@ class LLMEngine:
         *,
         prefix_cache: bool = True,
         run_ahead: bool = False,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits = runner.limits
         if run_ahead and not runner.can_run_ahead:
             raise ConfigError(f"run_ahead is true, but a runner on {runner.device} cannot do that")
+        if speculator is not None and speculator.policy.max_drafts > limits.max_drafts:
+            raise ConfigError(
+                f"guesses are {speculator.policy.max_drafts} tokens at most, but this runner was "
+                f"built for {limits.max_drafts}"
+            )
         self.config = config
         self.runner = runner
         self.run_ahead = run_ahead
+        self.speculator = speculator
         self.watch = StepWatch()  # another looks on, for profiles
         cache = PrefixCache(limits.block_size) if prefix_cache else None
         self.pool = BlockPool(limits.num_blocks, limits.block_size, cache)
         self.memory = KVMemory(self.pool, HostPool(limits.num_host_blocks))
-        settings = settings or SchedulerSettings(limits.max_num_seqs, limits.max_step_tokens)
+        settings = settings or SchedulerSettings(
+            limits.max_num_seqs, limits.max_step_tokens, max_draft_tokens=limits.max_draft_rows
+        )
         self._check(settings)
         self.scheduler = Scheduler(self.memory, settings, clock)
         # A sequence must fit in the whole cache, or it could never finish.
@@ -187,12 +216,13 @@ class LLMEngine:
         # Penalties count tokens, so all must be known, unless the runner counts; and
         # log-probabilities are made of what the next step would overwrite.
         must_read = self._must_read or self.scheduler.running.num_needing_ids
-        if must_read or any(schedule.wants_logprobs for schedule, *_ in self._in_flight):
+        if must_read or any(s.wants_logprobs or s.has_drafts for s, *_ in self._in_flight):
             self._collect(0)
         self._collect(1)  # there are two where reading was interrupted, and no memory for three
         self._must_read = False
+        drafts = self._drafts() if self.speculator is not None else None
         self.watch.part("schedule")
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(drafts)
         launched_at = time.perf_counter()
         if schedule:
             self.watch.part("launch")
@@ -206,6 +236,18 @@ class LLMEngine:
             self._in_flight.append((schedule, read, launched_at))
         self._collect(1 if self.run_ahead and schedule else 0)
 
+    def _drafts(self) -> Drafts:
+        """Guesses for the next step, where they may pay; all ids are read then."""
+        speculator = self.speculator
+        assert speculator is not None
+        wanted = speculator.wanted(self.scheduler.running)
+        if not wanted:
+            return {}
+        self._collect(0)
+        self.watch.part("schedule")
+        decoding = self.scheduler.running.decoding
+        return speculator.propose({r: n for r, n in wanted.items() if r in decoding})
+
     def _collect(self, num_left: int) -> None:
         """Read the ids of the oldest steps in flight, but for so many, and finish what has ended.
         What is interrupted can be read again."""
@@ -214,20 +256,48 @@ class LLMEngine:
             self.watch.part("wait")
             result = read()
             self._in_flight.popleft()
-            if self._costs is not None:
-                self._learn(schedule, launched_at)
+            if self._costs is not None or self.speculator is not None:
+                self._time(schedule, launched_at)
             self._take(schedule, result)
 
     def _take(self, schedule: Schedule, result: list[int] | StepResult) -> None:
         """What a step gave, to those it is of."""
         self.watch.part("process")
         token_ids = result.token_ids if isinstance(result, StepResult) else result
-        given = self.scheduler.update(schedule, token_ids)
         logprobs = self._take_logprobs(schedule, result)
+        if schedule.has_drafts:
+            self._take_verified(schedule, token_ids, logprobs)
+            return
+        given = self.scheduler.update(schedule, token_ids)
+        self._hand_out(((r, t, len(r.output_ids)) for r, t in given), logprobs)
+        if FAILED_TOKEN in token_ids:
+            self._fail(zip(schedule.sampling, token_ids, strict=True))
+
+    def _take_verified(
+        self,
+        schedule: Schedule,
+        token_ids: Sequence[int],
+        logprobs: dict[Request, TokenLogprob | None],
+    ) -> None:
+        """The same for a step with drafts, in which a request may get several tokens."""
+        assert self.speculator is not None
+        found = self.speculator.verify(schedule, token_ids)
+        good = [ids[:-1] if ids[-1] == FAILED_TOKEN else ids for ids in found]
+        given = self.scheduler.update_verified(schedule, good)
+        self._hand_out(_one_by_one(given), logprobs)
+        last = [ids[-1] for ids in found]
+        self._fail(zip(schedule.sampling, last, strict=True))
+
+    def _hand_out(
+        self,
+        given: Iterable[tuple[Request, int, int]],
+        logprobs: dict[Request, TokenLogprob | None],
+    ) -> None:
+        """Each request's token, which is that one's so manieth; who has ended with it is finished
+        before the next is taken."""
         outputs = self._outputs
-        for request, token_id in given:
+        for request, token_id, num_output in given:
             reason = None
-            num_output = len(request.output_ids)
             if token_id in request.stop_ids and num_output >= request.params.min_tokens:
                 reason = "stop"
             elif num_output >= request.max_output_tokens:
@@ -237,18 +307,27 @@ class LLMEngine:
             output = request.request_id, token_id, reason, request.sample_index
             output += self._logprobs_of(request, logprobs) if request.wants_logprobs else _NOTHING
             outputs.append(_step_output(output))
-        if FAILED_TOKEN in token_ids:
-            self._fail(schedule, token_ids)
 
-    def _learn(self, schedule: Schedule, launched_at: float) -> None:
+    def _time(self, schedule: Schedule, launched_at: float) -> None:
+        """What the step took that was read now, for those who want to know."""
+        now, read_at = time.perf_counter(), self._read_at
+        self._read_at = now
+        caller_s = self._entered_at - self._left_at  # between two calls of `step`
+        took_s = now - max(launched_at, read_at)
+        # Else the step may have been done long ago.
+        is_prompt = launched_at >= self._entered_at or caller_s <= took_s / 16
+        if self._costs is not None and is_prompt:
+            self._learn(schedule, took_s)
+        if self.speculator is not None:
+            # All that lies between two results counts: what a caller does with them, and how
+            # drafts are found, which nothing runs beside.
+            period_s = now - read_at
+            self.speculator.stepped(schedule, period_s if caller_s < period_s / 2 else None)
+
+    def _learn(self, schedule: Schedule, took_s: float) -> None:
         """How quickly prompts are computed, from steps that are prompts for the most part: it
         decides whether who is preempted is copied or computed again."""
         assert self._costs is not None
-        now = time.perf_counter()
-        took_s = now - max(launched_at, self._read_at)
-        self._read_at = now
-        if launched_at < self._entered_at and self._entered_at - self._left_at > took_s / 16:
-            return  # whoever calls `step` took his time, and the step may have been done long ago
         if schedule.num_tokens >= max(_LEARNT_TOKENS, 4 * len(schedule.requests)):
             old, rate = self._costs.prefill_tokens_per_s, schedule.num_tokens / took_s
             self._costs = replace(self._costs, prefill_tokens_per_s=old + (rate - old) / 4)
@@ -264,7 +343,7 @@ class LLMEngine:
             request.prompt_logprobs += found
         if not result.logprobs:
             return {}
-        return dict(zip(schedule.sampling, result.logprobs, strict=True))
+        return dict(zip(schedule.row_requests, result.logprobs, strict=True))
 
     def _logprobs_of(
         self, request: Request, logprobs: dict[Request, TokenLogprob | None]
@@ -275,9 +354,9 @@ class LLMEngine:
             of_prompt = tuple(request.prompt_logprobs)
         return logprobs.get(request), of_prompt
 
-    def _fail(self, schedule: Schedule, token_ids: Sequence[int]) -> None:
+    def _fail(self, given: Iterable[tuple[Request, int]]) -> None:
         """End those for which the model gave no numbers, and no others."""
-        for request, token_id in zip(schedule.sampling, token_ids, strict=True):
+        for request, token_id in given:
             if token_id == FAILED_TOKEN and request.state is not RequestState.FINISHED:
                 self._finish(request, "error")
                 name, index = request.request_id, request.sample_index
@@ -287,6 +366,8 @@ class LLMEngine:
         assert request.state is not RequestState.FINISHED
         request.finish_reason = reason
         self.scheduler.finish(request, failed=reason == "error")
+        if self.speculator is not None:
+            self.speculator.forget(request)
         samples = self._requests[request.request_id]
         samples.remove(request)
         if not samples:

@@ -119,9 +119,10 @@ class NumpyRunner(Runner):
             for row, item in zip(last_rows, schedule, strict=True)
             if batch.token_ids[row] == PENDING_TOKEN
         ]
-        requests = schedule.sampling
-        penalties = build_penalty_batch(requests, self.config.eos_ids)
-        sampler = build_sampler_batch(requests)
+        requests = schedule.row_requests
+        drafts = schedule.row_drafts if schedule.has_drafts else ()
+        penalties = build_penalty_batch(requests, self.config.eos_ids, drafts=drafts)
+        sampler = build_sampler_batch(requests, drafts)
         asking = asking_rows(requests)
         of_prompts = prompt_rows(schedule) if schedule.wants_logprobs else []
 

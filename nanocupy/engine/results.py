@@ -31,7 +31,7 @@ class TokenLogprob(NamedTuple):
 class StepResult:
     """What a step gives where its schedule asks for more than ids (`Schedule.wants_logprobs`).
 
-    token_ids        of the requests that sample, in the schedule's order
+    token_ids        of the schedule's rows, in its order
     logprobs         of those ids, in the same order; None where not asked for, or failed
     prompt_logprobs  of the prompts' tokens that follow those computed in this step, by request, in
                      the order of positions, and none that the request has already

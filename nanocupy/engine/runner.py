@@ -25,6 +25,8 @@ class RunnerLimits:
     num_blocks counts the null block; block_size is in tokens; max_context is the longest sequence
     in tokens, max_step_tokens the most tokens of one step, max_num_seqs the most sequences.
     num_host_blocks blocks of host memory take what preempted requests had; 0 = none.
+    max_drafts are the drafts of one sequence in a step, max_draft_rows those of all sequences: a
+    step samples so many rows beyond one a sequence.
     """
 
     num_blocks: int
@@ -33,10 +35,18 @@ class RunnerLimits:
     max_step_tokens: int
     max_num_seqs: int
     num_host_blocks: int = 0
+    max_drafts: int = 0
+    max_draft_rows: int = 0
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that a step may sample."""
+        return self.max_num_seqs + self.max_draft_rows
 
 
 class Runner(ABC):
-    """Turns a schedule into one sampled id for each of its requests that samples."""
+    """Turns a schedule into a sampled id for each of its rows: one for every request that samples,
+    and one more for each draft of it."""
 
     config: ModelConfig
     limits: RunnerLimits
@@ -54,9 +64,9 @@ class Runner(ABC):
     @abstractmethod
     def run(self, schedule: Schedule) -> list[int] | StepResult:
         """Execute one step: the copies of swap_out, those of swap_in, the forward. Returns the ids
-        of the requests that sample, in the schedule's order, FAILED_TOKEN for a row whose largest
-        logit is NaN or infinite: that request ends, and no other. A schedule with `wants_logprobs`
-        gets a StepResult. The requests are left as they are."""
+        of the schedule's rows, in its order (`Schedule.row_requests`), FAILED_TOKEN for a row whose
+        largest logit is NaN or infinite: that request ends, and no other. A schedule with
+        `wants_logprobs` gets a StepResult. The requests are left as they are."""
 
     def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         """Start one step. Returns a function that waits for it and gives what `run` does; it is

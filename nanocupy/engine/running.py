@@ -127,6 +127,11 @@ class RunningSet:
             self.others.remove(request)
         self.num_needing_ids -= request.needs_token_ids
 
+    def set_apart(self, request: Request) -> None:
+        """One that decodes is to do more than the others in the next step."""
+        if self.decoding.leave(request):
+            self.others.append(request)
+
     def sort_in(self, request: Request) -> None:
         """One of the others has made a step: it decodes from now on, if it has caught up."""
         if decodes(request):

@@ -21,7 +21,7 @@ class SchedulerSettings:
 
     max_num_seqs sequences run at once; max_step_tokens are computed in a step; preemption is by
     swap, by recompute, or as `costs` say; a request that was preempted max_preemptions times keeps
-    its place from then on.
+    its place from then on. max_draft_tokens: drafts of one step at most, of all requests together.
     """
 
     max_num_seqs: int
@@ -31,16 +31,28 @@ class SchedulerSettings:
     preemption: PreemptionMode = "auto"
     max_preemptions: int = 4
     costs: SwapCosts = field(default_factory=SwapCosts)
+    max_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class ScheduledRequest:
     """`num_tokens` tokens of `request`, from position request.num_computed_tokens on. With
-    `samples`, they reach the last token there is, and the step chooses the next one."""
+    `samples`, they reach the last token there is, and the step chooses the next one.
+
+    drafts: the last so many of them are guesses of what follows that last token. The step then
+    chooses a token after each of these too, as if those before had been right; which of them count
+    is decided when they are read (`nanocupy.speculation.acceptance`).
+    """
 
     request: Request
     num_tokens: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step chooses."""
+        return 1 + len(self.drafts) if self.samples else 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,24 @@ class Schedule:
         return [item.request for item in self.requests if item.samples]
 
     @cached_property
+    def has_drafts(self) -> bool:
+        """Whether any request has more than one row; such a step is read before the next one is
+        scheduled."""
+        return any(item.drafts for item in self.requests)
+
+    @cached_property
+    def row_requests(self) -> list[Request]:
+        """The request of each token that the step chooses, in order; not to be changed."""
+        if not self.has_drafts:
+            return self.sampling
+        return [item.request for item in self.requests for _ in range(item.num_rows)]
+
+    @cached_property
+    def row_drafts(self) -> list[tuple[int, ...]]:
+        """For each of `row_requests`, the drafts that stand before the token chosen there."""
+        return [item.drafts[:i] for item in self.requests for i in range(item.num_rows)]
+
+    @cached_property
     def members(self) -> frozenset[Request]:
         """Who runs, in no order."""
         return frozenset(item.request for item in self.requests)
@@ -91,6 +121,7 @@ class Schedule:
             return self
         # Once, for all copies:
         _ = self.num_tokens, self.sampling, self.changes_logits, self.wants_logprobs
+        _ = self.has_drafts
         other = copy(self)
         object.__setattr__(other, "grown", tuple(grown))
         return other

@@ -8,20 +8,25 @@ where a step has too little room for all.
 
 A step goes `schedule` → the runner launches it → `launched` → its ids are read → `update`. Counts
 move on in `launched`, so that the next step can be scheduled before the ids of this one are read.
+
+Drafts, guesses of the tokens that come next, are more tokens of a request that has caught up, with
+what budget and free blocks a step has left. They do not count in `launched`: those that turn out
+right are counted in `update_verified`, and the others never were.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from nanocupy.engine.in_flight import StepsInFlight
 from nanocupy.engine.policy import PREEMPTION_MARGIN_STEPS, Policy, make_policy
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.results import FAILED_TOKEN
 from nanocupy.engine.running import RunningSet, decodes
 from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
+from nanocupy.engine.scheduled_drafts import Drafts, add_drafts, count_verified
 from nanocupy.engine.scheduler_checks import check_running, check_waiting
 from nanocupy.engine.step_plan import SchedulerCounters, StepPlan
 from nanocupy.engine.waiting import WaitingQueue
@@ -55,9 +60,7 @@ class Scheduler:
         self._max_preemptions = settings.max_preemptions
         self._num_arrivals = 0
         self._plan = StepPlan(0, 0.0)
-        # Each step in flight, with host blocks to free. And who has ended, but for such a step.
-        self._in_flight: deque[tuple[Schedule, list[int]]] = deque()
-        self._ending: list[Request] = []
+        self._in_flight = StepsInFlight(memory)
         self.waiting = WaitingQueue(make_policy(settings.policy, settings.weights))
         self.configure(settings)
 
@@ -95,15 +98,22 @@ class Scheduler:
 
     # ----------------------------------------------------------------- a step
 
-    def schedule(self) -> Schedule:
+    def schedule(self, drafts: Drafts | None = None) -> Schedule:
         """The next step; false where there is nothing to do, or nothing until a step in flight is
-        over. Those that decode come before prompts of the same urgency."""
+        over. Those that decode come before prompts of the same urgency.
+
+        drafts: guesses for requests that decode, of which all ids are known.
+        """
+        for request in drafts or ():
+            self.running.set_apart(request)
         plan = self._plan = StepPlan(self.settings.max_step_tokens, self._clock())
         self.counters.num_steps += 1
         for request in self._start(plan):
             if request.state is RequestState.RUNNING:  # else preempted by one before it
                 self._catch_up(request, plan)
         self._admit_waiting(plan)
+        if drafts:
+            add_drafts(drafts, plan, self.memory, self.settings.max_draft_tokens)
         return self._finished(plan)
 
     def launched(self, schedule: Schedule) -> None:
@@ -113,11 +123,12 @@ class Scheduler:
             self.running.advance()
         for item in plan.items.values():
             request = item.request
-            request.num_computed_tokens += item.num_tokens
+            request.num_computed_tokens += item.num_tokens - len(item.drafts)
             request.num_tokens += item.samples
             self.memory.store(request)
-            self.running.sort_in(request)
-        self._in_flight.append((schedule, plan.host_block_ids))
+            if not item.drafts:
+                self.running.sort_in(request)
+        self._in_flight.launched(schedule, plan.host_block_ids)
 
     def failed(self) -> None:
         """The step that `schedule` gave last was not run: what it was to copy is lost, and is
@@ -139,18 +150,31 @@ class Scheduler:
     def update(self, schedule: Schedule, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
         """Take in the ids of the oldest step in flight. Returns who got which token; not those
         that have ended meanwhile, nor those whose step has failed."""
-        _, host_block_ids = self._in_flight.popleft()
-        self.memory.host_pool.free(host_block_ids)
         given = list(zip(schedule.sampling, token_ids, strict=True))
-        if self._ending:
+        if self._in_flight.landed():
             given = [pair for pair in given if pair[0].state is not RequestState.FINISHED]
-            for request in [r for r in self._ending if not self._is_in_flight(r)]:
-                self._ending.remove(request)
-                self.memory.drop(request)
         if FAILED_TOKEN in token_ids:
             given = [pair for pair in given if pair[1] != FAILED_TOKEN]
         for request, token_id in given:
             request.output_ids.append(token_id)
+        for request in self.running.decoding.at_border():
+            self.memory.store(request)
+        return given
+
+    def update_verified(
+        self, schedule: Schedule, token_ids: Sequence[Sequence[int]]
+    ) -> list[tuple[Request, Sequence[int]]]:
+        """`update` for a step with drafts: token_ids has, for each request that samples, the tokens
+        it gets, drafts that were right among them; none where its step has failed."""
+        given = list(zip(schedule.sampling, token_ids, strict=True))
+        if self._in_flight.landed():
+            given = [pair for pair in given if pair[0].state is not RequestState.FINISHED]
+        with_drafts = {item.request for item in schedule.requests if item.drafts}
+        for request, ids in given:
+            count_verified(request, ids)
+            if request in with_drafts:
+                self.memory.store(request)
+                self.running.sort_in(request)
         for request in self.running.decoding.at_border():
             self.memory.store(request)
         return given
@@ -167,13 +191,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        if self._is_in_flight(request):
-            self._ending.append(request)
-        else:
-            self.memory.drop(request)
-
-    def _is_in_flight(self, request: Request) -> bool:
-        return any(request in schedule.members for schedule, _ in self._in_flight)
+        self._in_flight.drop(request)
 
     def _finished(self, plan: StepPlan) -> Schedule:
         """The plan as a step."""
@@ -416,5 +434,5 @@ class Scheduler:
         check_running(self.memory.pool, running, self._max_preemptions)
         check_waiting(self.memory.pool, waiting)
         self.running.check_integrity()
-        host = [block_id for _, ids in self._in_flight for block_id in ids]
-        self.memory.check_integrity([*running, *waiting, *self._ending], host)
+        requests = [*running, *waiting, *self._in_flight.ending]
+        self.memory.check_integrity(requests, self._in_flight.host_block_ids)

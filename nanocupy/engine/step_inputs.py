@@ -26,7 +26,8 @@ _SAMPLER_PADDING = {"top_p": 1.0}
 class StepShape:
     """The rounded sizes of a step: what a graph is captured for.
 
-    max_queries: of a sequence; exact where it is small, else num_tokens. num_rows: sampled ones.
+    max_queries: of a sequence; rounded up to a power of two where it is small, else num_tokens.
+    num_rows: sampled ones.
     """
 
     num_tokens: int
@@ -88,17 +89,25 @@ def step_shape(
     few_queries: int,
 ) -> StepShape:
     """The rounded sizes of a batch, none above its maximum. few_queries: up to so many queries of a
-    sequence count, above them all is one."""
+    sequence count, a power of two; above them all is one."""
     num_tokens = bucket(len(batch.token_ids), max_tokens)
     max_queries = int(np.diff(batch.query_starts).max(initial=0))
     num_seqs, table_width = batch.block_tables.shape
+    num_rows = coarse_bucket(len(batch.sample_rows), max_rows)
+    if len(batch.sample_rows) == len(batch.token_ids):  # then it brings no new shapes
+        num_rows = min(num_tokens, max_rows)
     return StepShape(
         num_tokens,
         coarse_bucket(num_seqs, max_num_seqs),
         coarse_bucket(max(table_width, 16), max_table_width),
-        coarse_bucket(len(batch.sample_rows), max_rows),
-        max_queries if max_queries <= few_queries else num_tokens,
+        num_rows,
+        query_bucket(max_queries) if max_queries <= few_queries else num_tokens,
     )
+
+
+def query_bucket(count: int) -> int:
+    """`count` rounded up to 0, 1, 2, 4, 8 …: the queries that decode attention is built for."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def bucket(count: int, most: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanocupy.ops import launch_shapes as shapes
 from nanocupy.ops.cuda_attention import AttentionOps
+from nanocupy.ops.cuda_drafts import DraftOps
 from nanocupy.ops.cuda_penalties import PenaltyOps
 from nanocupy.ops.cuda_products import ProductOps
 from nanocupy.ops.cuda_sampling import SamplingOps
@@ -22,7 +23,7 @@ from nanocupy.ops.launch_shapes import LaunchShape
 _i32, _i64, _f32 = np.int32, np.int64, np.float32
 
 
-class CudaOps(ProductOps, AttentionOps, SamplingOps, PenaltyOps, StepOps, Ops):
+class CudaOps(ProductOps, AttentionOps, SamplingOps, PenaltyOps, DraftOps, StepOps, Ops):
     """See `Ops` for the meaning of every argument, `CudaLauncher` for what it is made with; arrays
     lie on the device, without gaps. Here stand the embedding and what is beyond the interface."""
 

@@ -51,7 +51,9 @@ class SamplingOps(CudaLauncher):
         )  # fmt: skip
 
     def sample(self, logits, temperature, top_k, top_p, min_p, seeds, counters, out) -> None:
-        self._sample(logits, temperature, top_k, top_p, min_p, seeds, out, _places(None, counters))
+        self._sample(
+            logits, temperature, top_k, top_p, min_p, seeds, out, place_arguments(None, counters)
+        )
 
     def sample_places(
         self,
@@ -65,7 +67,7 @@ class SamplingOps(CudaLauncher):
         places: DecodePlaces,
     ) -> None:
         """`sample` for a decode batch, which moves on in the same launch."""
-        args = _places(places, places.counters)
+        args = place_arguments(places, places.counters)
         self._sample(logits, temperature, top_k, top_p, min_p, seeds, out, args)
 
     def _sample(self, logits, temperature, top_k, top_p, min_p, seeds, out, places) -> None:
@@ -92,11 +94,11 @@ class SamplingOps(CudaLauncher):
         self._launch(
             "sampling.cu", "argmax_rows", shapes.argmax_rows(num_rows, vocab_size, parts),
             logits, keys, arrivals, out, _i32(vocab_size),
-            *_places(places, None if places is None else places.counters), SCALAR=0,
+            *place_arguments(places, None if places is None else places.counters), SCALAR=0,
         )  # fmt: skip
 
 
-def _places(places: DecodePlaces | None, counters: Array | None) -> tuple[Any, ...]:
+def place_arguments(places: DecodePlaces | None, counters: Array | None) -> tuple[Any, ...]:
     """The arguments of kernels_cu/decode_state.cuh."""
     if places is None:
         return (*[None] * 6, counters, _i32(0), _i32(0))

@@ -132,5 +132,6 @@ def keeps_logits(sample: LaunchShape) -> bool:
 
 
 def one_thread_each(count: int) -> LaunchShape:
-    """resolve_tokens, apply_updates, count_tokens, set_token_counts."""
+    """resolve_tokens, apply_updates, count_tokens, set_token_counts, lay_out_drafts,
+    accept_drafts."""
     return LaunchShape((_ceil_div(count, 128),), 128)

@@ -15,15 +15,18 @@ from nanocupy.profiling.ranges import RangeObserver, RangeWatch
 from nanocupy.profiling.recorder import HostClock, StepRecorder
 from nanocupy.profiling.timeline import Span
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.speculator import SpeculationCounters, Speculator
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Spans of the prompts' steps and of the decode steps, and bytes by owner at the end."""
+    """Spans of the prompts' steps and of the decode steps, and bytes by owner at the end; what came
+    of guesses, where there were any."""
 
     prefill: list[Span]
     decode: list[Span]
     memory: list[tuple[float, dict[str, int]]]
+    speculation: SpeculationCounters | None = None
 
 
 def profile(
@@ -34,15 +37,16 @@ def profile(
     batch: int,
     itemsize: int,
     nvtx: Nvtx | None = None,
+    speculator: Speculator | None = None,
 ) -> Profile:
     """Run `batch` random prompts of `prompt_tokens` ids and `output_tokens` greedy tokens each,
-    after one uncounted run. nvtx: where ranges of the counted run go. Raises RequestError where
-    they do not fit."""
+    after one uncounted run. nvtx: where ranges of the counted run go; speculator: what
+    guesses, for this runner. Raises RequestError where they do not fit."""
     config = runner.config
     params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (batch, prompt_tokens)).tolist()
-    engine = LLMEngine(config, runner, prefix_cache=False)
+    engine = LLMEngine(config, runner, prefix_cache=False, speculator=speculator)
 
     def run() -> None:
         for number, ids in enumerate(prompts):
@@ -51,6 +55,8 @@ def profile(
             engine.step()
 
     run()
+    if speculator is not None:
+        speculator.counters = SpeculationCounters()
     shapes = {weight.name: weight.shape for weight in weight_layout(config)}
     clock = getattr(runner, "clock", None) or HostClock()
     kept = getattr(runner, "weights", {}).items()
@@ -64,15 +70,17 @@ def profile(
         run()
     finally:
         runner.observer = None
-    # A step with more tokens than sequences had some of a prompt.
+    # A step with more tokens than sequences had some of a prompt, or guesses: then all are rows.
     prefill: list[Span] = []
     decode: list[Span] = []
     part = decode
     for span in recorder.spans:
         if span.track == "steps":
-            part = prefill if span.num_tokens > span.num_seqs else decode
+            has_prompts = span.num_tokens > max(span.num_seqs, span.num_rows)
+            part = prefill if has_prompts else decode
         part.append(span)
     start = min(span.start_s for span in recorder.spans)
     end = max(span.start_s + span.duration_s for span in recorder.spans)
     memory = runner.bytes_by_owner()
-    return Profile(prefill, decode, [(start, memory), (end, memory)])
+    counters = None if speculator is None else speculator.counters
+    return Profile(prefill, decode, [(start, memory), (end, memory)], counters)

@@ -80,6 +80,7 @@ class StepRecorder:
                 track="steps",
                 num_tokens=dims["T"],
                 num_seqs=dims["B"],
+                num_rows=dims["S"],
             )
         )
         for call, start, stop in self._marks:

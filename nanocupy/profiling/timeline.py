@@ -25,6 +25,7 @@ class Span:
     track: str = "ops"
     num_tokens: int = 0  # of a step
     num_seqs: int = 0
+    num_rows: int = 0  # after which a token was chosen
 
 
 @dataclass(frozen=True)

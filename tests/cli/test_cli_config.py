@@ -83,11 +83,14 @@ def test_every_setting_has_a_flag_that_reads_every_kind(
     for name, s in SETTINGS.items():
         if s.kind is bool:
             argv, value = [s.flag.replace("--", "--no-")], False
+        elif s.is_text:
+            argv, value = [s.flag, "some/name"], "some/name"
         elif s.kind is str:
             argv, value = [s.flag, s.choices[-1]], s.choices[-1]
         else:
             # Within every bound, the limits of other settings included.
-            value = {int: 16, float: 0.5}[s.kind] if name != "max_chunk_size" else 4096
+            value = {int: 16, float: 0.5}[s.kind]
+            value = {"max_chunk_size": 4096, "draft_tokens": 3}.get(name, value)
             argv = [s.flag, str(value)]
         got = show(capsys, *argv)[name]
         assert (got["value"], got["source"]) == (value, "flag")

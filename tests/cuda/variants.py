@@ -134,6 +134,7 @@ VARIANTS = (
             {"SCALAR": FLOAT32, "RESIDUAL": BFLOAT16},
         ),
     ),
+    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
     Variants(
         "gemv.cu",
         ("norm_linear_rows", "linear_add_rows", "norm_swiglu_rows", "lm_head_rows"),
@@ -156,7 +157,13 @@ VARIANTS = (
     ),
     Variants(
         "penalties.cu",
-        ("penalize_slots", "count_tokens", "set_token_counts"),
+        (
+            "penalize_slots",
+            "count_tokens",
+            "set_token_counts",
+            "penalize_draft_rows",
+            "count_accepted",
+        ),
         ({"SCALAR": FLOAT32},),
     ),
     Variants(

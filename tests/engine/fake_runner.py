@@ -72,16 +72,20 @@ class FakeRunner(Runner):
         assert not {h for _, h in schedule.swap_in} & {h for _, h in schedule.swap_out}
         self._check_grown(schedule)
         items = []
+        assert sum(len(item.drafts) for item in schedule) <= limits.max_draft_rows
         for item in schedule:
             request, start = item.request, item.request.num_computed_tokens
             stop = start + item.num_tokens
             assert item.num_tokens > 0
             assert request.num_tokens < request.max_total_tokens, "a step that is for nothing"
-            assert item.samples == (stop == request.num_tokens)
+            assert item.samples == (stop - len(item.drafts) == request.num_tokens)
             assert len(request.block_ids) * limits.block_size >= stop
-            given = request.token_slice(start, stop)
-            assert len(given) == item.num_tokens
-            items.append((request, start, given, list(request.block_ids), item.samples))
+            assert stop < request.max_total_tokens or not item.drafts, "a draft that is for nothing"
+            assert len(item.drafts) <= limits.max_drafts
+            given = request.token_slice(start, stop - len(item.drafts))
+            assert len(given) + len(item.drafts) == item.num_tokens
+            assert PENDING_TOKEN not in given or not item.drafts
+            items.append((request, start, given, list(request.block_ids), item))
             self.num_prompt_tokens_run += max(0, min(stop, request.num_prompt_tokens) - start)
 
         def execute() -> list[int]:
@@ -89,11 +93,16 @@ class FakeRunner(Runner):
                 self.host_cells[host_block] = list(self.cells[block])
             for block, host_block in schedule.swap_in:
                 self.cells[block] = list(self.host_cells[host_block])
-            for request, start, given, block_ids, _ in items:
+            for request, start, given, block_ids, item in items:
                 self._write(request, start, given, block_ids)
+                self._write_drafts(request, start + len(given), item.drafts, block_ids)
             for request, start, given, block_ids, _ in items:
                 self._check(request, start + len(given), block_ids)
-            return [self._sample(request) for request, *_, samples in items if samples]
+            return [
+                token_id
+                for request, *_, item in items if item.samples
+                for token_id in self._sample(request, item.drafts)
+            ]  # fmt: skip
 
         return execute
 
@@ -118,13 +127,32 @@ class FakeRunner(Runner):
             assert block != 0
             self.cells[block][position % self.limits.block_size] = hashes[position]
 
+    def _write_drafts(
+        self, request: Request, start: int, drafts: Sequence[int], block_ids: list[int]
+    ) -> None:
+        """Behind the tokens; what was wrong is to be written again before anyone reads it."""
+        history = self._hashes[request][-1]
+        for position, token_id in enumerate(drafts, start):
+            history = hash((history, token_id))
+            block = block_ids[position // self.limits.block_size]
+            assert block != 0
+            self.cells[block][position % self.limits.block_size] = history
+
     def _check(self, request: Request, num_tokens: int, block_ids: list[int]) -> None:
         hashes, size = self._hashes[request], self.limits.block_size
         for index in range(-(-num_tokens // size)):
             wanted = hashes[index * size : min((index + 1) * size, num_tokens)]
             assert self.cells[block_ids[index]][: len(wanted)] == wanted, "a wrong block was read"
 
-    def _sample(self, request: Request) -> int:
-        token_id = next_token(self._hashes[request][-1], self.config.vocab_size)
-        self._tokens[request].append(token_id)
-        return token_id
+    def _sample(self, request: Request, drafts: Sequence[int]) -> list[int]:
+        """The token after each draft too, as if all were right; of those, what the request gets is
+        kept."""
+        history, tokens = self._hashes[request][-1], self._tokens[request]
+        chosen, is_right = [], True
+        for draft in (*drafts, None):
+            chosen.append(next_token(history, self.config.vocab_size))
+            if is_right:
+                tokens.append(chosen[-1])
+            is_right = is_right and draft == chosen[-1]
+            history = hash((history, draft))
+        return chosen

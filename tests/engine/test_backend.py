@@ -4,6 +4,7 @@ and errors there."""
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,20 @@ import pytest
 
 from nanocupy.cuda import device as cuda_device
 from nanocupy.cuda import probe
+from nanocupy.cuda.arena import ArenaPlan
 from nanocupy.engine import backend
-from nanocupy.engine.backend import make_runner
+from nanocupy.engine.backend import make_engine, make_runner
 from nanocupy.engine.config import EngineConfig
+from nanocupy.engine.device_plan import (
+    DeviceSettings,
+    buffer_specs,
+    draft_limits,
+    plan_limits,
+)
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.errors import CapacityError, CheckpointError, CudaError
+from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.draft_model import DraftModelProposer
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 from tests.shim.device import ShimDevice
 
@@ -108,3 +118,56 @@ def test_host_blocks_take_half_the_machine_at_most(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "_machine_memory", lambda: 64 << 30)
     assert backend._num_host_blocks(config, 10**9, token_bytes) == 4_000_000_000 // block_bytes
     assert backend._num_host_blocks(config.with_(host_cache_gb=0), 1000, token_bytes) == 0
+
+
+def test_a_draft_model_beside_the_model(device: PreparedDevice, monkeypatch) -> None:
+    """Both in one budget, blocks for both, kernels for both, each on a stream of its own."""
+    original = device.second_stream
+
+    def second_stream() -> Any:
+        other = original()
+        for name in ("compiler", "arch", "load"):
+            setattr(other.kernels, name, getattr(device.kernels, name))
+        return other
+
+    monkeypatch.setattr(device, "second_stream", second_stream)
+    draft = TinyCheckpoint(
+        tiny_config(head_size=64, num_heads=1, num_kv_heads=1, num_layers=1, max_context=48), seed=4
+    )
+    config = CONFIG.with_(draft_model="small.nano", draft_tokens=3)
+    engine = make_engine(CHECKPOINT, config, draft=draft)
+    assert isinstance(engine.runner, DeviceRunner)
+    proposer = engine.speculator.proposer
+    assert isinstance(proposer, DraftModelProposer)
+    assert proposer.runner.limits.max_context == 48
+    assert engine.runner.limits.max_drafts == 3
+    assert engine.runner.limits.max_draft_rows == 6
+    assert [what for what, _ in device.done].count("compile") == 2
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add_request("a", [1, 2, 3, 1, 2], params)
+    while engine.has_unfinished:
+        engine.step()
+
+
+def test_memory_for_a_draft_model_is_planned_or_refused() -> None:
+    device, settings = ShimDevice(), DeviceSettings("float32", "float32", "float32", 1.0)
+    model, draft = CHECKPOINT.config, tiny_config(head_size=64, num_heads=1, num_kv_heads=1)
+    sizes = {"max_context": 96, "max_num_seqs": 4, "max_step_tokens": 32, "block_size": 4}
+    drafts = {"max_drafts": 5, "max_draft_rows": 20, "draft": (draft, settings)}
+    whole = plan_limits(model, device, settings, **sizes, **drafts)
+    assert (whole.max_drafts, whole.max_rows) == (5, 24)
+    assert whole.num_blocks == 1 + 4 * 24
+
+    def total(limits: Any, config: Any) -> int:
+        return ArenaPlan(buffer_specs(config, device, settings, limits)).total_bytes
+
+    small = replace(whole, num_blocks=2)
+    least = total(small, model) + total(draft_limits(small), draft)
+    device._memory_bytes = least + 40_000
+    some = plan_limits(model, device, settings, **sizes, **drafts)
+    assert 2 < some.num_blocks < whole.num_blocks
+    both = total(some, model) + total(draft_limits(some), draft)
+    assert both <= device.free_bytes()
+    device._memory_bytes = least - 1
+    with pytest.raises(CapacityError, match=r"for the draft model, .* may be used"):
+        plan_limits(model, device, settings, **sizes, **drafts)

@@ -75,6 +75,12 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "whole_steps": ([True, False], [1, "one"]),
     "two_streams": ([True, False], [0, "no"]),
     "run_ahead": ([True, False], [0.0, "on"]),
+    "speculate": (["auto", "off", "ngram", "draft"], ["on", "eagle", None, False]),
+    "draft_model": (
+        [None, "small.nano", "owner/name@v1", "ä b", "x" * 4096, "null"],
+        ["", "a\nb", "\0", "x" * 4097, 1, True, ["a"], b"a"],
+    ),
+    "draft_tokens": ([1, 5, 7], [0, -1, 8, 10**9, None, True, 2.0, "5"]),
 }
 
 
@@ -93,8 +99,10 @@ def test_the_declaration_is_the_class() -> None:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_bounds(name: str) -> None:
     inside, outside = BOUNDS[name]
-    room = {"max_chunk_size": 65536} if name == "chunk_size" else {}
     for value in inside:
+        room = {"max_chunk_size": 65536} if name == "chunk_size" else {}
+        if value == "draft":
+            room = {"draft_model": "small.nano"}
         made = EngineConfig(**room).with_(**{name: value})
         assert getattr(made, name) == value
         assert type(getattr(made, name)) is (
@@ -120,6 +128,20 @@ def test_a_running_value_stays_below_its_maximum() -> None:
     assert EngineConfig(vip_weight=3).policy_weights == {
         "level": 1.0, "vip": 3.0, "deadline": 1.0, "shortest_first": 1.0, "ageing": 1.0,
     }  # fmt: skip
+
+
+def test_where_guesses_come_from() -> None:
+    config = EngineConfig()
+    assert (config.proposer, config.max_drafts, config.max_draft_rows) == ("off", 0, 0)
+    config = EngineConfig(speculate="ngram", draft_tokens=3, max_num_seqs=4)
+    assert (config.proposer, config.max_drafts, config.max_draft_rows) == ("ngram", 3, 12)
+    config = EngineConfig(draft_model="small.nano", max_num_seqs=1000)
+    assert (config.proposer, config.max_drafts, config.max_draft_rows) == ("draft", 5, 256)
+    assert EngineConfig(draft_model="small.nano", speculate="off").proposer == "off"
+    with pytest.raises(ConfigError, match="speculate is draft, and draft_model names no model"):
+        EngineConfig(speculate="draft")
+    with pytest.raises(ConfigError, match=r"speculate is ngram, and draft_model is 'small\.nano'"):
+        EngineConfig(speculate="ngram", draft_model="small.nano")
 
 
 def test_the_weights_are_those_of_the_policy() -> None:
@@ -182,6 +204,8 @@ def test_a_maximum_left_open_is_the_one_at_start() -> None:
 def values_of(setting: Setting) -> st.SearchStrategy[object]:
     if setting.kind is bool:
         values: st.SearchStrategy[object] = st.booleans()
+    elif setting.is_text:
+        values = st.text(min_size=1, max_size=40).filter(str.isprintable)
     elif setting.kind is str:
         values = st.sampled_from(setting.choices)
     elif setting.kind is int:
@@ -197,6 +221,8 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     for name, limit in (("batch_size", "max_num_seqs"), ("chunk_size", "max_chunk_size")):
         if values[name] is not None and values[limit] is not None:
             values[name] = min(values[name], values[limit])
+    if values["speculate"] == ("draft" if values["draft_model"] is None else "ngram"):
+        values["speculate"] = "auto"
     return EngineConfig(**values)
 
 

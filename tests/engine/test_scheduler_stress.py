@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -17,7 +18,10 @@ from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.policy import DraftPolicy
+from nanocupy.speculation.speculator import Speculator
 from tests.checkpoint.tiny import tiny_config
+from tests.engine.drafts import GuessingProposer
 from tests.engine.fake_runner import FakeRunner, expected_tokens
 
 CONFIG = tiny_config(vocab_size=40, max_context=64)
@@ -31,16 +35,24 @@ WEIGHTS = PolicyWeights(level=0.01, vip=0.01, deadline=0.01, shortest_first=0.1,
 class Stress:
     """Drives an engine with random requests and checks it after every step."""
 
-    def __init__(self, seed: int, config=CONFIG, run_ahead=False, limits=LIMITS, **settings):
+    def __init__(
+        self, seed: int, config=CONFIG, run_ahead=False, limits=LIMITS, right=None, **settings
+    ):
+        """right: how often drafts are right; None = there are none."""
         self.random = random.Random(seed)
         self.config = config
         self.step = 0
         self.runner = FakeRunner(config, limits, deferred=run_ahead)
         self.settings = SchedulerSettings(
-            limits.max_num_seqs, limits.max_step_tokens, weights=WEIGHTS, **settings
-        )
+            limits.max_num_seqs, limits.max_step_tokens, weights=WEIGHTS,
+            max_draft_tokens=limits.max_draft_rows, **settings,
+        )  # fmt: skip
+        speculator = None
+        if right is not None:
+            proposer = GuessingProposer(self.answer, right, 40, seed)
+            speculator = Speculator(proposer, DraftPolicy(limits.max_drafts))
         self.engine = LLMEngine(
-            config, self.runner, self.settings, run_ahead=run_ahead,
+            config, self.runner, self.settings, run_ahead=run_ahead, speculator=speculator,
             clock=lambda: self.step * 0.01,
         )  # fmt: skip
         self.window = passing_window(WEIGHTS) if settings.get("policy") == "priority" else 0
@@ -54,6 +66,9 @@ class Stress:
         self.work_alive: dict[str, int] = {}
         self.waiting: dict[str, tuple[int, object]] = {}
         self.first_runs: list[tuple[int, int]] = []  # number of the request, step
+
+    def answer(self, request) -> list[int]:
+        return expected_tokens(request.prompt_ids, 16, 40, request.rope_base)
 
     def ids(self, count: int) -> list[int]:
         return [self.random.randrange(40) for _ in range(count)]
@@ -188,6 +203,30 @@ def test_few_preemptions_and_a_small_budget(max_preemptions, run_ahead):
     if not max_preemptions:
         counters = stress.engine.scheduler.counters
         assert not counters.num_recomputed + counters.num_swapped_out
+
+
+@pytest.mark.parametrize("config", [CONFIG, NTK], ids=["plain", "ntk"])
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_drafts_everywhere(config, run_ahead, policy, mode):
+    limits = replace(LIMITS, max_drafts=6, max_draft_rows=15)
+    stress = Stress(6, config, run_ahead, limits, right=0.7, policy=policy, preemption=mode)
+    stress.window = None
+    stress.run(400, rate=0.5)
+    stress.window = 10**9
+    stress.check_end()
+    counters, drafts = stress.engine.scheduler.counters, stress.engine.speculator.counters
+    assert counters.num_recomputed + counters.num_swapped_out > 20
+    assert 200 < drafts.num_accepted < drafts.num_proposed
+
+
+def test_drafts_of_blocks_of_one_token():
+    limits = RunnerLimits(60, 1, 64, 24, 7, num_host_blocks=30, max_drafts=5, max_draft_rows=20)
+    stress = Stress(8, CONFIG, True, limits, right=0.5, policy="priority", preemption="swap")
+    stress.window = None
+    stress.run(200, rate=0.4)
+    assert stress.engine.speculator.counters.num_accepted > 100
 
 
 def test_settings_change_while_it_runs():

@@ -39,7 +39,10 @@ INTRINSICS = (
 )
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
+    "lay_out_drafts": "engine.batch.build_batch",
+    "accept_drafts": "speculation.acceptance.count_right",
     "apply_updates": "engine.decode_state.DecodeState.updates",
+    "count_accepted": "engine.request.Request.output_counts",
     "count_tokens": "engine.request.Request.output_counts",
     "set_token_counts": "engine.device_penalties.PenaltySlots",
     "resolve_tokens": "engine.decode_state.DecodeState.updates",

@@ -16,6 +16,7 @@ import pytest
 
 from tests.kernels import (
     test_decode_state,
+    test_drafts,
     test_penalties,
     test_sampling_kernels,
 )
@@ -114,6 +115,23 @@ def of_many_candidates(backend: Any) -> None:
 def of_places(backend: Any) -> None:
     for how in (("argmax", 3), ("sample", 4)):
         test_decode_state.test_places_move_on(backend, how)
+
+
+def of_laid_out(backend: Any) -> None:
+    test_drafts.test_the_inputs_are_those_of_a_batch_that_the_host_lays_out(backend, 5, 8, True)
+
+
+def of_accepted(backend: Any) -> None:
+    test_drafts.test_places_move_on_by_what_was_right(backend, 40, 64)
+    test_drafts.test_a_sequence_at_the_end_of_its_table_stays(backend)
+
+
+def of_draft_penalties(backend: Any) -> None:
+    for vocab, multiprocessors in ((37, 6), (5000, 6)):
+        test_drafts.test_penalties_of_rows_count_the_drafts_before_them(
+            backend, vocab, multiprocessors
+        )
+    test_drafts.test_what_was_right_is_counted(backend)
 
 
 @dataclass(frozen=True)
@@ -238,6 +256,35 @@ BUGS = (
         "places.token_ids", of_places, "decode_state.cuh"),
     Bug("all-ranks-move-on", "sampling.cu", "if (team.rank == 0 && threadIdx.x == 0)",
         "if (threadIdx.x == team.rank)", of_places),
+    Bug("a-draft-beside-its-row", "drafts.cu", "sampled[row] == drafts[row + 1]",
+        "sampled[row] == drafts[row]", of_accepted),
+    Bug("one-draft-of-the-next-place", "drafts.cu", "while (row + 1 < last &&",
+        "while (row < last &&", of_accepted),
+    Bug("the-token-after-is-forgotten", "drafts.cu", "row - first + 1;", "row - first;",
+        of_accepted),
+    Bug("the-end-of-the-table", "drafts.cu", "const bool has_room = column < M",
+        "const bool has_room = column <= M", of_accepted),
+    Bug("a-draft-for-the-own-token", "drafts.cu", "number == 0 ? token_ids[b] : drafts[t]",
+        "drafts[t]", of_laid_out),
+    Bug("all-rows-at-one-position", "drafts.cu", "positions[b] + number", "positions[b]",
+        of_laid_out),
+    Bug("one-draw-for-all-rows", "drafts.cu", "counters[2 * b] + number", "counters[2 * b]",
+        of_laid_out),
+    Bug("lengths-without-drafts", "drafts.cu", "positions[t] + count", "positions[t] + 1",
+        of_laid_out),
+    Bug("equal-drafts-count-once", "penalties.cu", "& MOST) + count, MOST)",
+        "& MOST) + 1, MOST)", of_draft_penalties),
+    Bug("equal-drafts-are-penalised-twice", "penalties.cu", "is_first &= m >= n;", "",
+        of_draft_penalties),
+    Bug("a-draft-is-penalised-as-seen-too", "penalties.cu", "if (!is_draft) penalize",
+        "penalize", of_draft_penalties),
+    Bug("a-ban-forgets-drafts", "penalties.cu", "record[BAN_LEFT] <= num_before",
+        "record[BAN_LEFT] == 0", of_draft_penalties),
+    Bug("what-was-wrong-is-counted", "penalties.cu", "|| token != drafts[row + 1]", "",
+        of_draft_penalties),
+    Bug("a-count-without-end", "penalties.cu", "token >= 0 && (seen[token] & MOST) < MOST",
+        "token >= 0", of_draft_penalties),
+    Bug("padding-has-a-slot", "drafts.cu", "b >= 0 && column < M", "column < M", of_laid_out),
 )  # fmt: skip
 
 

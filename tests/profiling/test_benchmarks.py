@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import engine, records
 from benchmarks.ceilings import Ceilings
-from nanocupy.bench import idle, measure
+from nanocupy.bench import idle, measure, speculative
 from nanocupy.bench.measure import Measurement
 from nanocupy.bench.shapes import SHAPES
 from nanocupy.errors import ConfigError
@@ -23,7 +23,7 @@ CEILINGS = Ceilings(bytes_per_s=2e9, flops_per_s=4e12)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(SHAPES, "smollm2-135m", tiny_config(vocab_size=300, max_context=512))
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    for module in (measure, idle):
+    for module in (measure, idle, speculative):
         monkeypatch.setattr(module, "DECODE_OUTPUT", 5)
     return tmp_path
 
@@ -64,13 +64,24 @@ def test_every_bench_leaves_records(folder: Path, capsys: pytest.CaptureFixture[
     (busy,) = lines(folder / "throughput.jsonl")
     assert busy["name"] == "throughput/3x4-9/smollm2-135m/float32"
     assert busy["share"] == pytest.approx(busy["value"] / busy["ceiling"], rel=0.02, abs=1e-4)
+    run("speculative", "--acceptance", "0.5", "--repeats", "1", "--batch", "2")
+    off, guessed = lines(folder / "speculative.jsonl")
+    start_of_name = "speculative/smollm2-135m/free/float32/b2"
+    assert [off["name"], guessed["name"]] == [f"{start_of_name}/off", f"{start_of_name}/k5/a0.5"]
+    assert guessed["x_off"] == pytest.approx(guessed["value"] / off["value"], rel=0.02, abs=1e-3)
+    seconds = max(off["bytes"] / 2e9, off["flops"] / 4e12)
+    assert off["ceiling"] == pytest.approx(2 / seconds, rel=1e-3)
+    draft = ("--draft-shape", "smollm2-135m", "--adaptive")
+    run("speculative", "--acceptance", "0", "--repeats", "1", *draft)
+    last = lines(folder / "speculative.jsonl")[-1]
+    assert last["name"] == "speculative/smollm2-135m/draft/float32/b1/adaptive/a0"
     run("startup", "--repeats", "1")
     (start,) = lines(folder / "startup.jsonl")
     assert start["name"] == "startup/smollm2-135m/float32"
     assert "ceiling" not in start
     assert start["value"] >= start["parts"]["import"] > 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 6
+    assert out.count("\n") == 10
     assert "prefill/smollm2-135m/float32/t40" in out
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from nanocupy import cli
 from nanocupy.bench.shapes import SHAPES
+from nanocupy.bench.speculative import FreeProposer
 from nanocupy.engine.binding import step_dims
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
@@ -22,6 +23,8 @@ from nanocupy.profiling.profile import profile
 from nanocupy.profiling.recorder import StepRecorder
 from nanocupy.profiling.timeline import Span, totals, trace_events
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.policy import DraftPolicy
+from nanocupy.speculation.speculator import Speculator
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
 CONFIG = tiny_config(max_context=96)  # D 32, F 64, H 4, G 2, d 8, V 48
@@ -118,6 +121,25 @@ def test_observing_changes_no_token():
     assert result.memory[0][1]["weights"] == 4 * CONFIG.num_parameters
 
 
+def test_guesses_are_told_and_their_steps_are_decodes():
+    weights = load_numpy_weights(TinyCheckpoint(CONFIG))
+    runner = NumpyRunner(CONFIG, weights, RunnerLimits(60, 4, 96, 24, 4, 0, 5, 20))
+    speculator = Speculator(FreeProposer(CONFIG.vocab_size), DraftPolicy(5))
+    result = profile(
+        runner, prompt_tokens=20, output_tokens=9, batch=2, itemsize=4, speculator=speculator
+    )
+    counters = result.speculation
+    assert counters is speculator.counters
+    assert counters.num_proposed > 20
+    steps = [s for s in result.decode if s.track == "steps"]
+    assert counters.num_steps > 3
+    # The first of them may have the end of a prompt in it.
+    assert sum(s.num_tokens > s.num_seqs for s in steps) >= counters.num_steps - 1
+    assert sum(s.num_tokens for s in result.prefill if s.track == "steps") >= 40
+    plain = profile(runner, prompt_tokens=20, output_tokens=9, batch=2, itemsize=4)
+    assert plain.speculation is None
+
+
 def test_totals_and_trace():
     spans = [
         Span("a", 0, 1.0, 2.0, Cost(10, 20)),
@@ -153,6 +175,14 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     data = json.loads(capsys.readouterr().out)
     assert data["decode"]["steps"] == 3
     assert sum(row["share"] for row in data["decode"]["by_op"]) == pytest.approx(1)
+    more = ["--output", "40", "--speculate", "ngram"]
+    assert cli.main([*argv, *more, "--json"]) == 0
+    guesses = json.loads(capsys.readouterr().out)["speculation"]
+    assert guesses["proposed"] >= guesses["accepted"]
+    assert cli.main([*argv, *more]) == 0
+    assert "guesses: proposed " in capsys.readouterr().out
+    assert cli.main([*argv, "--speculate", "draft"]) == 2
+    assert "draft_model names no model" in capsys.readouterr().err
     assert cli.main(["profile", "--device", "cpu", "--prompt", "200"]) == 2
     assert "the model's context holds 96" in capsys.readouterr().err
     assert cli.main([*argv, "--trace", str(tmp_path / "none" / "t.json")]) == 2

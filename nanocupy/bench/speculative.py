@@ -1,0 +1,225 @@
+"""What guesses cost and what they bring: decoding with drafts beside decoding without.
+
+With random weights a draft model is never right, so how many drafts count is decided by a coin of
+the wanted acceptance. All else is as in use: drafts are found, checked in one forward, and what
+follows the rejected ones is written again.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nanocupy.bench.measure import (
+    DECODE_OUTPUT,
+    DECODE_PROMPT,
+    WARMUPS,
+    Measurement,
+    itemsize_of,
+    kv_token_bytes,
+    random_prompts,
+    require_room,
+    weight_bytes,
+    weight_counts,
+)
+from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.request import Request
+from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
+from nanocupy.speculation.proposer import Proposer
+from nanocupy.speculation.speculator import Speculator
+
+
+class FreeProposer(Proposer):
+    """Guesses without looking: what prompt lookup costs at least."""
+
+    name = "free"
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._random = random.Random(0)
+
+    def is_promising(self, request: Request) -> bool:
+        return True
+
+    def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
+        draw = self._random.randrange
+        return {r: [draw(self._vocab_size) for _ in range(n)] for r, n in wanted.items()}
+
+    def forget(self, request: Request) -> None:
+        """Nothing is kept."""
+
+
+class TimedProposer(Proposer):
+    """Adds up what another one takes, and counts its guesses."""
+
+    def __init__(self, inner: Proposer) -> None:
+        self._inner = inner
+        self.name = inner.name
+        self.seconds: list[float] = []  # of a turn, by its guesses for the one who got most
+
+    def is_promising(self, request: Request) -> bool:
+        return self._inner.is_promising(request)
+
+    def forget(self, request: Request) -> None:
+        self._inner.forget(request)
+
+    def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
+        start = time.perf_counter()
+        found = self._inner.propose(wanted)
+        most = max(map(len, found.values()), default=0)
+        if most:
+            self.seconds.append((time.perf_counter() - start) / most)
+        return found
+
+
+class ForcedAcceptance:
+    """Each draft is right with this probability, those before it being right."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._random = random.Random(1)
+
+    def __call__(self, drafts: Sequence[int], chosen: Sequence[int]) -> int:
+        count = 0
+        while count < len(drafts) and self._random.random() < self._share:
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
+class SpeculativeResult:
+    """Output tokens a second of all sequences; acceptance None: without drafts.
+
+    step_ms: median of all steps, finding drafts included; draft_ms: what finding them takes for
+    each draft in turn; tokens_per_forward: of sequences with drafts; x_off, x_step: rate and step
+    beside those without drafts.
+    """
+
+    result: Measurement
+    acceptance: float | None
+    step_ms: float
+    draft_ms: float = 0.0
+    tokens_per_forward: float = 1.0
+    x_off: float = 1.0
+    x_step: float = 1.0
+
+    def details(self) -> dict[str, float | None]:
+        """All but the result, for JSON."""
+        return {
+            "acceptance": self.acceptance,
+            "step_ms": round(self.step_ms, 4),
+            "draft_ms": round(self.draft_ms, 4),
+            "tokens_per_forward": round(self.tokens_per_forward, 3),
+            "x_off": round(self.x_off, 4),
+            "x_step": round(self.x_step, 4),
+        }
+
+
+def speculative(
+    engine: LLMEngine,
+    shape: str,
+    dtype: str,
+    batch: int,
+    acceptances: Sequence[float],
+    *,
+    adaptive: bool = False,
+    repeats: int = 3,
+) -> list[SpeculativeResult]:
+    """Decode without drafts, then with as many as the engine takes at each acceptance, from context
+    128 on, while all sequences run. With `adaptive` the policy decides how many, as in use.
+
+    The engine's proposer guesses, where it has a draft model; else guesses cost nothing. Raises
+    ConfigError where it does not fit.
+    """
+    speculator, num_drafts = engine.speculator, engine.runner.limits.max_drafts
+    assert speculator is not None
+    assert num_drafts
+    inner: Proposer = speculator.proposer
+    if inner.name != "draft":
+        inner = FreeProposer(engine.config.vocab_size)
+    name = f"speculative/{shape}/{inner.name}/{dtype}/b{batch}"
+    try:
+        engine.speculator = None
+        found = [_measure(engine, f"{name}/off", dtype, batch, repeats)]
+        for share in acceptances:
+            policy = DraftPolicy(num_drafts)
+            if adaptive:
+                policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
+            timed = TimedProposer(inner)
+            engine.speculator = Speculator(timed, policy, ForcedAcceptance(share))
+            kind = "adaptive" if adaptive else f"k{num_drafts}"
+            result = _measure(
+                engine, f"{name}/{kind}/a{share:g}", dtype, batch, repeats, share, timed
+            )
+            off = found[0]
+            ratios = {
+                "x_off": result.result.median / off.result.median,
+                "x_step": result.step_ms / off.step_ms,
+            }
+            found.append(replace(result, **ratios))
+    finally:
+        engine.speculator = speculator
+    return found
+
+
+def _measure(
+    engine: LLMEngine,
+    name: str,
+    dtype: str,
+    batch: int,
+    repeats: int,
+    acceptance: float | None = None,
+    timed: TimedProposer | None = None,
+) -> SpeculativeResult:
+    rates: list[float] = []
+    steps: list[float] = []
+    for run in range(WARMUPS + repeats):
+        if run == WARMUPS and timed is not None:
+            timed.seconds.clear()
+        rate, seconds = _decode(engine, batch, run)
+        if run >= WARMUPS:
+            rates.append(rate)
+            steps += seconds
+    itemsize, context = itemsize_of(dtype), DECODE_PROMPT + DECODE_OUTPUT // 2
+    counts = weight_counts(engine.config)
+    speculator = engine.speculator
+    forward = speculator.counters.tokens_per_forward if speculator is not None else 1.0
+    return SpeculativeResult(
+        Measurement(
+            name, "tok/s", tuple(rates),
+            num_bytes=weight_bytes(engine, itemsize) + kv_token_bytes(engine) * context * batch,
+            num_flops=2 * (counts.body + counts.head) * batch,
+        ),
+        acceptance,
+        1e3 * statistics.median(steps),
+        1e3 * statistics.median(timed.seconds) if timed is not None and timed.seconds else 0.0,
+        forward,
+    )  # fmt: skip
+
+
+def _decode(engine: LLMEngine, batch: int, seed: int) -> tuple[float, list[float]]:
+    """Tokens a second from when all sequences have a token until the first has all of them, and
+    what each step took."""
+    require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
+    params = SamplingParams(temperature=0, max_tokens=DECODE_OUTPUT, ignore_eos=True)
+    for number, ids in enumerate(random_prompts(engine, batch, DECODE_PROMPT, seed)):
+        engine.add_request(f"bench-{number}", ids, params)
+    seen: set[str] = set()
+    start, end, num_tokens, steps = 0.0, 0.0, 0, []
+    while engine.has_unfinished:
+        before = time.perf_counter()
+        outputs = engine.step()
+        now = time.perf_counter()
+        if start and not end:
+            num_tokens += len(outputs)
+            steps.append(now - before)
+        seen.update(output.request_id for output in outputs)
+        if len(seen) == batch and not start:
+            start = now
+        if start and not end and any(output.finish_reason for output in outputs):
+            end = now
+    return num_tokens / (end - start), steps

@@ -1,0 +1,1 @@
+"""Speculative decoding: cheap guesses of several tokens, checked by the model in one forward."""

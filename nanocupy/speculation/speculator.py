@@ -1,0 +1,148 @@
+"""What the engine asks for drafts: a proposer, a policy, and counters of what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanocupy.engine.request import Request, RequestState
+from nanocupy.engine.running import RunningSet
+from nanocupy.engine.schedule import Schedule, ScheduledRequest
+from nanocupy.engine.scheduled_drafts import Drafts
+from nanocupy.speculation.acceptance import CountRight, count_right
+from nanocupy.speculation.policy import DraftPolicy
+from nanocupy.speculation.proposer import Proposer
+
+
+@dataclass
+class SpeculationCounters:
+    """Since the start: steps with drafts; of all sequences in these that had any, the forwards,
+    drafts, right drafts and tokens; how often a guess was looked for and none found."""
+
+    num_steps: int = 0
+    num_forwards: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+    num_missed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Each forward gives the right drafts and the token after them."""
+        return self.num_forwards + self.num_accepted
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were right."""
+        return self.num_accepted / max(1, self.num_proposed)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.num_tokens / max(1, self.num_forwards)
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {
+            "steps": self.num_steps,
+            "forwards": self.num_forwards,
+            "proposed": self.num_proposed,
+            "accepted": self.num_accepted,
+            "missed": self.num_missed,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+        }
+
+    def summary(self) -> str:
+        """ "proposed 40, accepted 31 (78 %), 3.6 tokens a forward over 12 forwards"."""
+        return (
+            f"proposed {self.num_proposed}, accepted {self.num_accepted} "
+            f"({100 * self.acceptance:.0f} %), {self.tokens_per_forward:.1f} tokens a forward over "
+            f"{self.num_forwards} forwards"
+        )
+
+
+class Speculator:
+    """Drafts for the requests of one engine. count_right: how many drafts count; benches put
+    another rule in place of the one that keeps the model's own output."""
+
+    def __init__(
+        self, proposer: Proposer, policy: DraftPolicy, count_right: CountRight = count_right
+    ) -> None:
+        self.proposer = proposer
+        self.policy = policy
+        self.count_right = count_right
+        self.counters = SpeculationCounters()
+        self._has_failed = False  # whether the last search for drafts did
+        self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
+
+    def wanted(self, running: RunningSet) -> dict[Request, int]:
+        """How many drafts requests shall have in the next step. Where it is not empty, the ids of
+        all steps must be read, and `propose` called."""
+        if self._has_failed:  # whatever it was, the next step comes without drafts
+            self._has_failed = False
+            return {}
+        policy, num_running = self.policy, len(running)
+        num_decoding = len(running.decoding)
+        if num_decoding < (1 if policy.beside_prompts else max(1, num_running)):
+            return {}
+        if not policy.is_open(num_running):
+            return {}
+        found = [
+            request
+            for request in running.decoding
+            if not request.wants_logprobs
+            and request.num_tokens + 1 < request.max_total_tokens
+            and policy.may_try(request)
+            and self.proposer.is_promising(request)
+        ]
+        return policy.choose(found, num_running) if found else {}
+
+    def propose(self, wanted: dict[Request, int]) -> Drafts:
+        """The drafts of requests that still decode, all of their ids being known."""
+        self._was_plain = False
+        room = {r: min(n, r.max_total_tokens - r.num_tokens - 1) for r, n in wanted.items()}
+        self._has_failed = True
+        drafts = self.proposer.propose({r: n for r, n in room.items() if n > 0})
+        self._has_failed = False
+        for request in wanted:
+            if request not in drafts:
+                self.counters.num_missed += 1
+                self.policy.verified(request, 0, 0)
+        return drafts
+
+    def verify(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Sequence[int]]:
+        """What each request that samples got of a step with drafts: those of its drafts that were
+        right, and the token after them. token_ids: of the schedule's rows."""
+        found: list[Sequence[int]] = []
+        row = 0
+        for item in schedule:
+            chosen, row = token_ids[row : row + item.num_rows], row + item.num_rows
+            if item.drafts and item.request.state is not RequestState.FINISHED:
+                num_right = self._num_right(item, chosen)
+                chosen = [*item.drafts[:num_right], chosen[num_right]]
+            if item.samples:
+                found.append(chosen)
+        return found
+
+    def _num_right(self, item: ScheduledRequest, chosen: Sequence[int]) -> int:
+        drafts, counters = item.drafts, self.counters
+        num_right = self.count_right(drafts, chosen)
+        counters.num_forwards += 1
+        counters.num_proposed += len(drafts)
+        counters.num_accepted += num_right
+        self.policy.verified(item.request, len(drafts), num_right)
+        return num_right
+
+    def stepped(self, schedule: Schedule, seconds: float | None) -> None:
+        """A step was read; seconds it took, or None where that says nothing."""
+        num_drafts = sum(len(item.drafts) for item in schedule) if schedule.has_drafts else 0
+        num_seqs = len(schedule.requests)
+        self.counters.num_steps += num_drafts > 0
+        is_decode = schedule.num_tokens - num_drafts == num_seqs and not schedule.swap_out
+        # After a step that was waited for, the next one did not run beside the host's work.
+        if is_decode and seconds is not None and (num_drafts or self._was_plain):
+            self.policy.stepped(num_seqs, num_drafts, seconds)
+        self._was_plain = is_decode and not num_drafts
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        self.proposer.forget(request)
+        self.policy.forget(request)

@@ -1,0 +1,271 @@
+"""Drafts on a device, on the host shim: the same tokens as without, and as on NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from nanocupy.engine.device_penalties import PenaltySlots
+from nanocupy.engine.device_plan import draft_limits
+from nanocupy.engine.device_runner import DeviceRunner
+from nanocupy.engine.engine import LLMEngine
+from nanocupy.engine.numpy_runner import NumpyRunner
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.scheduler import SchedulerSettings
+from nanocupy.model.load import load_numpy_weights
+from nanocupy.speculation.draft_model import DraftModelProposer
+from nanocupy.speculation.policy import DraftPolicy
+from nanocupy.speculation.proposer import Proposer
+from nanocupy.speculation.speculator import Speculator
+from tests.checkpoint.tiny import TinyCheckpoint
+from tests.engine.device_runs import CONFIGS, FLOAT32, GREEDY, arrivals, penalised
+from tests.engine.drafts import GuessingProposer
+from tests.shim.device import MODERN, OLD, ShimDevice
+
+LIMITS = RunnerLimits(60, 4, 96, 32, 6, max_drafts=5, max_draft_rows=12)
+
+
+def make_runner(name: str, device: ShimDevice, limits=LIMITS, seed: int = 3) -> DeviceRunner:
+    checkpoint = TinyCheckpoint(CONFIGS[name], seed=seed)
+    settings = replace(FLOAT32, two_streams=False)
+    runner = DeviceRunner(checkpoint.config, device, limits, settings)
+    runner.upload_weights(checkpoint)
+    return runner
+
+
+def run(engine: LLMEngine, requests) -> dict[str, list[int]]:
+    outputs: dict[str, list[int]] = {name: [] for name in requests}
+    waiting, step = dict(requests), 0
+    while waiting or engine.has_unfinished:
+        for name, (at, ids, params) in list(waiting.items()):
+            if step >= at:
+                engine.add_request(name, ids, params)
+                del waiting[name]
+        for output in engine.step():
+            outputs[output.request_id].append(output.token_id)
+        engine.scheduler.check_integrity()
+        step += 1
+    return outputs
+
+
+def plain(name: str, requests) -> dict[str, list[int]]:
+    """On NumPy, each at its time, without drafts."""
+    weights = load_numpy_weights(TinyCheckpoint(CONFIGS[name], seed=3))
+    return run(LLMEngine(CONFIGS[name], NumpyRunner(CONFIGS[name], weights, LIMITS)), requests)
+
+
+class NowAndThen(Proposer):
+    """Guesses in some steps and not in others, so that decodes and checks take turns."""
+
+    name = "now and then"
+
+    def __init__(self, inner: Proposer) -> None:
+        self._inner = inner
+        self._asked = 0
+
+    def is_promising(self, request):
+        return self._inner.is_promising(request)
+
+    def propose(self, wanted):
+        self._asked += 1
+        return self._inner.propose(wanted) if self._asked % 3 else {}
+
+    def forget(self, request):
+        self._inner.forget(request)
+
+
+def guessing(wanted, right: float = 0.75, num_drafts: int = 5) -> Speculator:
+    proposer = GuessingProposer(lambda request: wanted[request.request_id], right, 48)
+    return Speculator(NowAndThen(proposer), DraftPolicy(num_drafts))
+
+
+@pytest.mark.parametrize("traits", [MODERN, OLD], ids=["modern", "old"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_same_tokens_as_without(name, temperature, traits):
+    requests = arrivals(7, GREEDY.with_(temperature=temperature, seed=5))
+    wanted = plain(name, requests)
+    device = ShimDevice(traits=traits)
+    runner = make_runner(name, device)
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    counters = speculator.counters
+    assert 5 < counters.num_accepted < counters.num_proposed
+    assert device.counts["replayed"] > 3
+
+
+@pytest.mark.parametrize("where", ["device", "host", "beside prompts"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_penalties(temperature, where, monkeypatch):
+    """Counted on the device, by what was accepted; or from the host, where a request's have no room
+    in a slot; or both in turns, as those with drafts beside prompts come from the host."""
+    requests = penalised(temperature, 8 if where == "beside prompts" else 6)
+    if where != "beside prompts":
+        requests = {name: (0, ids[:4], params) for name, (_, ids, params) in requests.items()}
+    if where == "host":
+        monkeypatch.setattr(PenaltySlots, "fit", lambda *args: False)
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice())
+    speculator = guessing(wanted, right=0.6, num_drafts=3)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    assert speculator.counters.num_accepted > 5
+    launched = runner._device.kernels.launched
+    assert ("penalize_draft_rows" in launched) == ("count_accepted" in launched)
+    assert ("penalize_draft_rows" in launched) == (where != "host")
+    assert ("penalize_rows" in launched) == (where != "device")
+
+
+def test_a_draft_model_beside_it():
+    requests = arrivals(5, GREEDY.with_(temperature=0.7, seed=2))
+    wanted = plain("llama", requests)
+    device = ShimDevice()
+    runner = make_runner("llama", device)
+    of_draft = draft_limits(LIMITS)
+    for seed, least, most in ((3, 1.0, 1.0), (4, 0.0, 0.5)):
+        draft = make_runner("llama", device.second_stream(), of_draft, seed)
+        proposer = DraftModelProposer(draft, runner.config.vocab_size)
+        speculator = Speculator(proposer, DraftPolicy(4))
+        engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+        assert run(engine, requests) == wanted
+        proposer.check_integrity()
+        assert speculator.counters.num_proposed > 10
+        assert least <= speculator.counters.acceptance <= most
+
+
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+def test_a_quantised_cache(cache):
+    """What was written for a wrong draft is written over, its scale too."""
+    requests = arrivals(5, GREEDY.with_(temperature=0.7, seed=3))
+    checkpoint = TinyCheckpoint(CONFIGS["qwen2"], seed=3)
+    answers = []
+    for right in (None, 0.7):
+        settings = replace(FLOAT32, cache_dtype=cache)
+        runner = DeviceRunner(checkpoint.config, ShimDevice(), LIMITS, settings)
+        runner.upload_weights(checkpoint)
+        speculator = None if right is None else guessing(answers[0], right)
+        engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+        answers.append(run(engine, requests))
+    assert answers[0] == answers[1]
+    assert speculator.counters.num_accepted > 5
+
+
+def test_rows_beyond_one_a_sequence_have_room():
+    """As many drafts as a step may have, of all sequences at once."""
+    limits = replace(LIMITS, max_draft_rows=30)
+    requests = {str(i): (0, [i, 7, i, 7], GREEDY.with_(max_tokens=9)) for i in range(6)}
+    wanted = plain("qwen2", requests)
+    runner = make_runner("qwen2", ShimDevice(), limits)
+    proposer = GuessingProposer(lambda request: wanted[request.request_id], 1.0, 48)
+    proposer._random.random, proposer._random.randint = lambda: 0.5, lambda low, high: high
+    speculator = Speculator(proposer, DraftPolicy(5))
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    counters = speculator.counters
+    assert counters.num_accepted == counters.num_proposed
+    assert counters.num_proposed >= 30
+
+
+def test_two_streams_take_one_for_drafts():
+    requests = arrivals(6, GREEDY)
+    wanted = plain("llama", requests)
+    checkpoint = TinyCheckpoint(CONFIGS["llama"], seed=3)
+    settings = replace(FLOAT32, two_streams=True)
+    runner = DeviceRunner(checkpoint.config, ShimDevice(), LIMITS, settings)
+    runner.upload_weights(checkpoint)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    assert run(engine, requests) == wanted
+
+
+def test_logprobs_beside_drafts():
+    requests = arrivals(5, GREEDY)
+    requests = {
+        name: (at, ids, params.with_(logprobs=1 if int(name) % 2 else None))
+        for name, (at, ids, params) in requests.items()
+    }
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice())
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    assert run(engine, requests) == wanted
+
+
+def test_the_kernels_that_drafts_need_are_known_beforehand():
+    device = ShimDevice()
+    runner = make_runner("qwen3-ntk", device)
+    known = {(file, tuple(sorted(m.items()))) for file, m in runner.kernel_variants()}
+    plain_limits = replace(LIMITS, max_drafts=0, max_draft_rows=0)
+    without = make_runner("qwen3-ntk", ShimDevice(), plain_limits).kernel_variants()
+    assert {("attention_decode.cu", q) for q in (2, 4, 8)} <= {
+        (file, dict(m).get("QUERIES")) for file, m in known
+    }
+    assert len(known) > len(without)
+    asked: set = set()
+    get = device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        asked.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    requests = arrivals(9, GREEDY.with_(temperature=0.7, seed=1))
+    wanted = plain("qwen3-ntk", requests)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    assert run(engine, requests) == wanted
+    assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
+
+
+def test_a_steady_step_sends_its_drafts_alone():
+    """One copy a step while no block comes: the batch and its places are on the device."""
+    params = GREEDY.with_(max_tokens=80)
+    wanted = plain("llama", {"0": (0, [3, 4], params)})
+    device = ShimDevice()
+    runner = make_runner("llama", device, replace(LIMITS, block_size=16))
+    proposer = GuessingProposer(lambda request: wanted["0"], 0.6, 48)
+    proposer._random.randint = lambda low, high: high
+    engine = LLMEngine(
+        runner.config, runner, run_ahead=True, speculator=Speculator(proposer, DraftPolicy(2))
+    )
+    engine.add_request("0", [3, 4], params)
+    (request,) = engine._requests["0"]
+    launch, seen = runner.launch, []
+
+    def noted(schedule):
+        before = device.counts["to_device"]
+        read = launch(schedule)
+        copies = device.counts["to_device"] - before
+        seen.append((schedule.has_drafts, len(request.block_ids), copies))
+        return read
+
+    runner.launch = noted
+    tokens = []
+    while engine.has_unfinished:
+        tokens += [output.token_id for output in engine.step()]
+    assert tokens == wanted["0"]
+    steady = [
+        after[2]
+        for before, after in pairwise(seen)
+        if before[0] and after[0] and before[1] == after[1]
+    ]
+    assert len(steady) > 10
+    assert set(steady) == {1}
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preempted(mode):
+    """Who comes back has other blocks, at the same place maybe, and its drafts go on."""
+    requests = {str(i): (i, [i, 7, i, 7, 9], GREEDY.with_(max_tokens=25)) for i in range(5)}
+    wanted = plain("llama", requests)
+    limits = replace(LIMITS, num_blocks=22, num_host_blocks=30)
+    runner = make_runner("llama", ShimDevice(), limits)
+    speculator = guessing(wanted)
+    settings = SchedulerSettings(
+        6, 32, policy="priority", preemption=mode, max_draft_tokens=limits.max_draft_rows
+    )
+    engine = LLMEngine(runner.config, runner, settings, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    counters = engine.scheduler.counters
+    assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
+    assert speculator.counters.num_accepted > 10
