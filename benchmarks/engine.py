@@ -9,12 +9,8 @@
 What `nanocupy bench` measures, by the same functions, with random weights of a public shape. Each
 result is appended to benchmarks/records/<what>.jsonl, with the floor as its ceiling: its bytes over
 the rate of plain reads, or its operations over that of a large cuBLAS product, whichever is
-<<<<<<< HEAD
 more; a start has none, nor has anything on a CPU.
-=======
-more; a start has none.
 Guesses stand beside the floor of steps without them, which they can exceed.
->>>>>>> h-spec
 Decode steps are also watched: the share of time in which the GPU is idle, and the host's time by
 part. `--set NAME=VALUE` changes a setting of the engine; those changed stand in the record.
 """
