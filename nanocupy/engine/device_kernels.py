@@ -82,7 +82,7 @@ def kernel_variants(
         run_calls(bind_calls(calls[-1:], ops, lambda name, shape: Outline(*shape), weights, dims))
 
     most, most_seqs = limits.max_step_tokens, min(limits.max_num_seqs, limits.max_step_tokens)
-    counts = {1, min(64, most), most}
+    counts = {1, min(64, most), *(n for n in TOKENS if n < most), most}
     if every_size:
         counts |= {bucket(n, most) for n in range(1, min(256, most))}
     for num_tokens in sorted(counts):
