@@ -25,12 +25,14 @@ _REGISTERS = 65536  # of a multiprocessor
 _OTHER_REGISTERS = 24  # of a thread, beside sums, operands and inputs
 
 # Clocks of an H100, roughly, as only their ratios matter: nothing of this form was measured.
-_READ_RATE = 14  # bytes of a multiprocessor's share of memory, a clock
+_READ_RATE = 13  # bytes of a multiprocessor's share of memory, a clock
 _READ_LATENCY = 1200
-_INPUT_RATE = 48  # bytes a clock from L2
-_VISIT, _HIDDEN = 1000, 0.7  # that a chunk takes a warp; how much of it others hide
+_INPUT_RATE = 40  # bytes a clock from L2; some of them come while products are under way
+_CHUNK_START, _CHUNK_STRIP = 400, 300  # what a chunk takes a warp alone, and with each strip
+_HIDDEN = 0.7  # how much of that other warps hide
 _TURN = 1500  # of a launch, and until the first inputs come
-_MERGE, _MERGE_RATE = 1200, 16  # of a cluster's sums; bytes a clock to other blocks
+_MERGE, _MERGE_RATE = 1000, 14.5  # of a cluster's sums; bytes a clock to other blocks
+_EIGHT = 1.06  # clusters of 8 are not placed together everywhere
 _ALONE_RATE = 64
 
 
@@ -90,6 +92,12 @@ def stream_rows(
         if any(shape.parts(tokens, clusters, max_shared_bytes, tuning)):
             return tokens
     return 0
+
+
+def part_rows(rows: int, most: int) -> int:
+    """Tokens of each launch of a batch of `rows` but the last, which may have fewer: as few
+    launches of up to `most` as can be, of one length. The plan for so many is for all of them."""
+    return -(-rows // -(-rows // most))
 
 
 def plan_stream(
@@ -263,12 +271,12 @@ class _Shape:
         each = part.tokens + of_sums + (75 if few_bits else 130)
         visit = part.strips * each + part.tokens * 6 // 10 + 15
         issue = -(-at_once * part.warps // 4) * part.visits * visit
-        latency = part.visits * _VISIT
+        latency = part.visits * (_CHUNK_START + _CHUNK_STRIP * part.strips)
         work = max(read, 1.3 * issue, latency) + (1 - _HIDDEN) * latency
         inputs = at_once * part.input_bytes / _INPUT_RATE
         sums = at_once * 4 * part.tokens * part.tile * part.warps_k
         merge = _MERGE + sums / _MERGE_RATE if part.splits > 1 else sums / _ALONE_RATE
-        return turns * (work + inputs + merge + _TURN)
+        return turns * (work + inputs + merge + _TURN) * (_EIGHT if part.splits == 8 else 1.0)
 
 
 def _with_ring(part: _Part, max_shared_bytes: int, tuning: StreamTuning) -> _Part | None:
