@@ -38,7 +38,7 @@ __device__ __forceinline__ void run_stream(
         share, codes, reinterpret_cast<unsigned char*>(group_sums + num_chunks * GROUP_SUMS));
 
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) stream.bring();
+    for (int i = 0; i < EARLY_STAGES; ++i) stream.bring();
     if (share.ranks > 1) {
         if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
         warp_sync();
@@ -52,6 +52,8 @@ __device__ __forceinline__ void run_stream(
         bring_inputs(share, inputs, first, min(first + part_turns * WARPS_K, num_chunks));
         cp_async_commit();
     }
+#pragma unroll 1
+    for (int i = EARLY_STAGES; i < STAGES; ++i) stream.bring();
 
     WarpSums own;
     own.clear();
@@ -71,10 +73,11 @@ __device__ __forceinline__ void run_stream(
     };
 
     const int own_turns = stream.num_steps;
-    // Every turn adds one group of copies, after those of the inputs.
+    // Every turn adds one group of copies. The first stages came before the inputs.
 #pragma unroll 1
     for (int part = 0, turn = 0; turn < num_turns; ++part) {
-        wait_for_groups<INPUT_PARTS - 1 + STAGES>(INPUT_PARTS - 1 - part + turn);
+        wait_for_groups<INPUT_PARTS + STAGES>(
+            INPUT_PARTS - 1 - part + STAGES - EARLY_STAGES + turn);
         block_sync();  // this part of the inputs is there
         const int end = min(turn + part_turns, num_turns);
         if (GROUP_SUMS > 0) {
@@ -92,11 +95,7 @@ __device__ __forceinline__ void run_stream(
 #pragma unroll 1
         for (; turn < end; ++turn) {
             if (turn < own_turns) {
-                if (turn < STAGES) {
-                    cp_async_wait<STAGES - 1 + INPUT_PARTS>();
-                } else {
-                    cp_async_wait<STAGES - 1>();
-                }
+                if (turn >= EARLY_STAGES) cp_async_wait<STAGES - 1>();
                 multiply(0);
                 stream.bring();
             } else {

@@ -30,11 +30,14 @@
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int PASSES = ROW_TILES / STRIPS;  // of a warp along the inputs
 constexpr int INPUT_PARTS = 4;              // in which inputs come: products begin with the first
+// Of the stages, those on their way before inputs: nothing is known to be there before all that was
+// asked for earlier, and memory should not have come to the end of its work then.
+constexpr int EARLY_STAGES = STAGES * 2 / 3;
 constexpr int SLOT_BYTES = STRIPS * CHUNK_BYTES;
 constexpr int WARP_RING_BYTES = STAGES * SLOT_BYTES;
 constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk
 
-static_assert(TOKENS % 16 == 0 && STRIP == 16 && CHUNK == K_STEP, "");
+static_assert(STAGES >= 2 && TOKENS % 16 == 0 && STRIP == 16 && CHUNK == K_STEP, "");
 static_assert(PASSES * STRIPS == ROW_TILES && ROW_TILES * WARPS_N * STRIP == OUT_TILE, "OUT_TILE");
 
 struct PackedCodes {

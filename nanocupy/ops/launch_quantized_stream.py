@@ -22,7 +22,8 @@ _WARPS_K = (1, 2, 4, 8)
 _MOST_STRIPS = 4  # of a warp
 _MOST_STAGES = 8
 _REGISTERS = 65536  # of a multiprocessor
-_OTHER_REGISTERS = 24  # of a thread, beside sums, operands and inputs
+# Of a thread, beside sums, operands and inputs: without some that may be spilled, and with them.
+_OTHER_REGISTERS, _SPARED_REGISTERS = 24, 16
 
 # Clocks of an H100, roughly, as only their ratios matter: nothing of this form was measured.
 _READ_RATE = 13  # bytes of a multiprocessor's share of memory, a clock
@@ -204,9 +205,11 @@ class _Part:
 
     @property
     def registers(self) -> int:
-        """Of a thread, about: sums of a group and those so far, operands of codes, inputs."""
+        """Of a thread, about: sums of a group and those so far, operands of codes, inputs, and what
+        more of it short groups of int4 keep."""
         sums = (self.passes + 1) * self.strips * self.tokens // 2
-        return sums + 12 * self.strips + self.tokens // 2 + _OTHER_REGISTERS
+        of_groups = 8 if self.packed.kind == "int4" and self.packed.group < CHUNK else 0
+        return sums + 12 * self.strips + self.tokens // 2 + of_groups + _OTHER_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class _Shape:
             places = max(part.splits, places // 16 * 16)
         if part.splits == 2:
             places = max(2, places // 2 * 2)
-        at_once = min(part.resident, -(-blocks // places))
+        at_once = max(1, min(part.resident, -(-blocks // places)))
         turns = -(-blocks // (places * at_once))
         codes = at_once * part.tile // STRIP * part.chunks * self.packed.chunk_bytes
         ahead = at_once * (part.stages - 0.5) * part.slot_bytes
@@ -285,8 +288,10 @@ def _with_ring(part: _Part, max_shared_bytes: int, tuning: StreamTuning) -> _Par
     if 32 * part.warps * part.registers > _REGISTERS:
         return None
     wanted = max(2, min(tuning.stages, part.visits))
-    for resident, most in ((2, min(max_shared_bytes, tuning.shared_kb << 10)), (1, max_shared_bytes)):
-        if resident == 2 and 2 * 32 * part.warps * part.registers > _REGISTERS:
+    of_two = min(max_shared_bytes, tuning.shared_kb << 10)
+    for resident, most in ((2, of_two), (1, max_shared_bytes)):
+        registers = part.registers + _SPARED_REGISTERS
+        if resident == 2 and 2 * 32 * part.warps * registers > _REGISTERS:
             continue
         room = most - INBOX_HEAD - part.fixed_bytes
         stages = min(wanted, room // part.slot_bytes)
