@@ -21,7 +21,7 @@ _MAX_WARPS = 16
 _WARPS_K = (1, 2, 4, 8)
 _MOST_STRIPS = 4  # of a warp
 _MOST_STAGES = 8
-_REGISTERS = 65536  # of a multiprocessor
+_REGISTERS = 512  # of a lane of a multiprocessor's quarter, which has every fourth warp
 # Of a thread, beside sums, operands and inputs: without some that may be spilled, and with them.
 _OTHER_REGISTERS, _SPARED_REGISTERS = 24, 16
 
@@ -170,7 +170,7 @@ class _Part:
     @property
     def chunks(self) -> int:
         """Of the block with most."""
-        return -(-(-(-self.num_inputs // CHUNK)) // self.splits)
+        return -(-self.num_inputs // (CHUNK * self.splits))
 
     @property
     def visits(self) -> int:
@@ -285,13 +285,13 @@ class _Shape:
 def _with_ring(part: _Part, max_shared_bytes: int, tuning: StreamTuning) -> _Part | None:
     """With as many stages as there is room for, and place for a second block where that leaves
     three; None where there is no room for two."""
-    if 32 * part.warps * part.registers > _REGISTERS:
+    if -(-part.warps // 4) * part.registers > _REGISTERS:
         return None
     wanted = max(2, min(tuning.stages, part.visits))
     of_two = min(max_shared_bytes, tuning.shared_kb << 10)
     for resident, most in ((2, of_two), (1, max_shared_bytes)):
         registers = part.registers + _SPARED_REGISTERS
-        if resident == 2 and 2 * 32 * part.warps * registers > _REGISTERS:
+        if resident == 2 and -(-2 * part.warps // 4) * registers > _REGISTERS:
             continue
         room = most - INBOX_HEAD - part.fixed_bytes
         stages = min(wanted, room // part.slot_bytes)
