@@ -52,7 +52,14 @@ from nanocupy.ops.launch_quantized import (
     packed_format,
     plan_quantized,
 )
-from nanocupy.ops.launch_quantized_stream import MIN_ROWS, StreamLaunch, StreamTuning, plan_stream
+from nanocupy.ops.launch_quantized_stream import (
+    MIN_ROWS,
+    StreamLaunch,
+    StreamTuning,
+    part_rows,
+    plan_stream,
+    stream_rows,
+)
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.ops.packed_matrix import random_scales, unit_of_largest
 
@@ -126,12 +133,16 @@ class QuantizedBench(Bench):
     def stream_plan(
         self, product: Product, kind: str, rows: int, tuning: StreamTuning
     ) -> StreamLaunch:
-        """Of a batch. Raises ValueError where there is no such build."""
+        """Of the launches of a batch. Raises ValueError where there is no such build."""
+        form = self.format(product, kind)
+        card = {
+            "clusters": self.loader.compute_capability >= (9, 0),
+            "max_shared_bytes": self.loader.max_shared_bytes,
+        }
+        most = stream_rows(form, product.inputs, **card, tuning=tuning)
         return plan_stream(
-            self.format(product, kind), product.outputs, product.inputs, rows,
-            self.loader.num_multiprocessors, pairs=product.pairs,
-            clusters=self.loader.compute_capability >= (9, 0),
-            max_shared_bytes=self.loader.max_shared_bytes, tuning=tuning,
+            form, product.outputs, product.inputs, part_rows(rows, most) if most else rows,
+            self.loader.num_multiprocessors, pairs=product.pairs, **card, tuning=tuning,
         )  # fmt: skip
 
     def plan(self, product: Product, form: PackedFormat, rows: int, tuning: QuantizedTuning):

@@ -1,7 +1,7 @@
-// Products of 9 to 64 tokens with weights of int8, int4 or fp8 codes, with what follows folded in:
+// Products of 9 to 32 tokens with weights of int8, int4 or fp8 codes, with what follows folded in:
 // bias, residual, SwiGLU, float32 logits; the norm before is a kernel of its own (norm.cu). The macros
 // stand in quantized_format.cuh (WEIGHT_KIND, GROUP) and quantized_stream_parts.cuh (TOKENS, OUT_TILE,
-// WARPS_N, WARPS_K, STAGES, MIN_BLOCKS). Fewer tokens are for quantized.cu.
+// WARPS_N, WARPS_K, STRIPS, STAGES, MIN_BLOCKS). Fewer tokens are for quantized.cu.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.
@@ -9,11 +9,11 @@
 
 // quantized_stream_linear: out = x @ weight.T + bias, of num_rows tokens
 // grid a cluster for each tile of weights; clusters of 1, and from 9.0 of 2, 4, 8 blocks along x, at
-//   most K / (128 * WARPS_K) up
+//   most K / 128 up
 // block 32 * WARPS_N * WARPS_K
 // shared 128, and the more of: an inbox of 8 * OUT_TILE * WARPS_K * cluster * (TOKENS / 2 / cluster
-//   up); and a ring, with L = 1 for int4, else 0, of L * 2 * WARPS_K * 128 / GROUP * TOKENS * 4,
-//   (STAGES + L) * 256 * WARPS_K * TOKENS and STAGES * OUT_TILE / 16 * WARPS_K * CHUNK_BYTES
+//   up); and, with C = K / 128 / cluster up, inputs of C * 256 * TOKENS, with int4 their sums of
+//   C * 128 / GROUP * TOKENS * 4, and rings of WARPS_N * WARPS_K * STAGES * STRIPS * CHUNK_BYTES
 // x       scalar_t [num_rows, K], 1 to TOKENS rows
 // packed  [R / 16 up, K / 128 up, CHUNK_BYTES], as quantized_format.cuh says
 // unit    of scales and offsets, a power of two

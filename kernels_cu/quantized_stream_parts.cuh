@@ -1,22 +1,26 @@
 // What the products of quantized_stream.cuh are made of: copies of codes and of inputs, and a warp's
-// product of a step.
+// product of a chunk.
 //
 // WEIGHT_KIND, GROUP  as in quantized_format.cuh
 // TOKENS       that a block has room for: a multiple of 16, at least the batch
-// OUT_TILE     rows of weights of a block: a multiple of 16 * WARPS_N
+// OUT_TILE     rows of weights of a block: a multiple of 16 * WARPS_N * STRIPS
 // WARPS_N      warps that share these rows, whole strips of 16 each
-// WARPS_K      warps that share the inputs of a step, a chunk of 128 each: 1, 2 or 4
-// STAGES       steps in the ring, on their way or landed; from 2
+// WARPS_K      warps that share a block's inputs, a chunk of 128 in turn: 1, 2, 4 or 8
+// STRIPS       that a warp works on at once: inputs are read from shared memory once for all of them
+// STAGES       chunks of each of these strips in a warp's ring, on their way or landed; from 2
 // MIN_BLOCKS   blocks that must fit on a multiprocessor: bounds the registers
 #pragma once
 
 #ifndef WARPS_K
 #define WARPS_K 1
 #endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 2
+#ifndef STRIPS
+#define STRIPS 1
 #endif
-#define K_STEP (128 * WARPS_K)
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 1
+#endif
+#define K_STEP 128  // of skinny_parts.cuh: a chunk
 
 #include "quantized_format.cuh"
 #include "skinny.cuh"
@@ -24,121 +28,132 @@
 #if SKINNY_ON_TENSOR_CORES
 
 constexpr int TOKEN_TILES = TOKENS / 8;
-constexpr int INPUT_LEAD = WEIGHT_KIND == 1 ? 1 : 0;  // steps that inputs are ahead of codes
-constexpr int INPUT_SLOTS = STAGES + INPUT_LEAD;
-constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? WARPS_K * GROUPS * TOKENS : 0;  // of a step
-constexpr int GROUP_SUM_BYTES = GROUP_SUMS * 4;
-constexpr int WARP_CODE_BYTES = ROW_TILES * CHUNK_BYTES;  // of a step
-constexpr int STEP_CODE_BYTES = WARPS_N * WARPS_K * WARP_CODE_BYTES;
+constexpr int PASSES = ROW_TILES / STRIPS;  // of a warp along the inputs
+constexpr int INPUT_PARTS = 4;              // in which inputs come: products begin with the first
+// Of the stages, those on their way before inputs: nothing is known to be there before all that was
+// asked for earlier, and memory should not have come to the end of its work then.
+constexpr int EARLY_STAGES = STAGES * 2 / 3;
+constexpr int SLOT_BYTES = STRIPS * CHUNK_BYTES;
+constexpr int WARP_RING_BYTES = STAGES * SLOT_BYTES;
+constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk
 
-static_assert(TOKENS % 16 == 0 && STRIP == 16 && CHUNK * WARPS_K == K_STEP, "");
-static_assert(BLOCK_THREADS % (2 * PIECES) == 0, "a thread's tokens are all even, or all odd");
+static_assert(STAGES >= 2 && TOKENS % 16 == 0 && STRIP == 16 && CHUNK == K_STEP, "");
+static_assert(PASSES * STRIPS == ROW_TILES && ROW_TILES * WARPS_N * STRIP == OUT_TILE, "OUT_TILE");
 
 struct PackedCodes {
     const unsigned char* packed;  // [num_strips, num_chunks, CHUNK_BYTES]
     float unit;                   // of scales and offsets, a power of two
 };
 
-// The slot of a ring before that at byte `place`, of slots of `SLOT_BYTES`.
-template <int SLOTS, int SLOT_BYTES>
-__device__ __forceinline__ int slot_before(int place) {
-    return place == 0 ? (SLOTS - 1) * SLOT_BYTES : place - SLOT_BYTES;
-}
-template <int SLOTS, int SLOT_BYTES>
-__device__ __forceinline__ int slot_after(int place) {
-    return place == (SLOTS - 1) * SLOT_BYTES ? 0 : place + SLOT_BYTES;
-}
-
-// A warp's chunks on their way to its part of the ring: of every step one of each of its strips. What
-// a step's number gives is worked out anew each time, as registers are few.
+// A warp's chunks on their way through its ring, STRIPS at a time: along the inputs, then those of its
+// next strips. One group of copies each time, empty where there is nothing.
 template <bool PAIRS>
 struct CodeStream {
-    const unsigned char* from;  // this lane's vector of the first step's chunk of the first strip
-    unsigned char* ring;        // the warp's part of the first stage
+    const unsigned char* from;  // this lane's vector of the next chunk of the first of STRIPS strips
+    unsigned char* ring;
     int strip_bytes;
-    int num_strips;             // of the matrix, from the warp's first on
-    int num_steps;              // of the warp, whose last chunk may be beyond the matrix
+    int num_strips;             // of the matrix, from those on their way on
+    int num_steps;              // chunks of the warp, of each strip
+    int passes_left, step = 0;  // what comes next
+    int place = 0;              // of the oldest chunks, in bytes
 
     __device__ __forceinline__ CodeStream(
-        const SkinnyShare<PAIRS>& share, const PackedCodes& codes, unsigned char* whole_ring) {
+        const SkinnyShare<PAIRS>& share, const PackedCodes& codes, unsigned char* rings) {
         constexpr int OUTPUTS = PAIRS ? STRIP / 2 : STRIP;
         const int all_strips = (share.matrix.num_outputs + OUTPUTS - 1) / OUTPUTS;
         const int first = share.first_tile * (OUT_TILE / STRIP) + WarpSums::warp_n() * ROW_TILES;
-        const int num_chunks = (share.matrix.num_inputs + CHUNK - 1) / CHUNK;
-        const int chunk = share.first_step * WARPS_K + WarpSums::warp_k();
+        const int chunk = share.first_step + WarpSums::warp_k();
         num_strips = all_strips - first;
-        num_steps = share.num_steps;
-        if (WARPS_K > 1) num_steps = min(num_steps, (num_chunks - chunk + WARPS_K - 1) / WARPS_K);
-        strip_bytes = num_chunks * CHUNK_BYTES;
+        passes_left = min(PASSES, (max(num_strips, 0) + STRIPS - 1) / STRIPS);
+        num_steps = passes_left == 0
+                        ? 0
+                        : (share.num_steps - WarpSums::warp_k() + WARPS_K - 1) / WARPS_K;
+        if (num_steps == 0) passes_left = 0;
+        strip_bytes = (share.matrix.num_inputs + CHUNK - 1) / CHUNK * CHUNK_BYTES;
         from = codes.packed + static_cast<int64_t>(first) * strip_bytes + chunk * CHUNK_BYTES +
                lane_id() * 16;
-        ring = keep_pointer(whole_ring + warp_id() * WARP_CODE_BYTES);
+        ring = keep_pointer(rings + warp_id() * WARP_RING_BYTES);
     }
 
-    // Copy a step's, if there is one, to byte `to` of the ring.
-    __device__ __forceinline__ void bring(int step, int to) const {
-        if (step >= num_steps) return;
-        unsigned char* place = ring + to + lane_id() * 16;
-        const unsigned char* source = from + step * (WARPS_K * CHUNK_BYTES);
+    __device__ __forceinline__ const unsigned char* oldest() const { return ring + place; }
+
+    // Copy to where the oldest chunks were. The warp's lanes have all used these.
+    __device__ __forceinline__ void bring() {
+        if (passes_left > 0) {
+            unsigned char* to = ring + place + lane_id() * 16;
+            const unsigned char* source = from;
 #pragma unroll
-        for (int s = 0; s < ROW_TILES; ++s) {
-            if (s < num_strips) {
+            for (int s = 0; s < STRIPS; ++s) {
+                if (s < num_strips) {
 #pragma unroll
-                for (int i = 0; i < CODE_VECTORS; ++i) {
-                    cp_async_16(place + i * 512, source + i * 512);
+                    for (int i = 0; i < CODE_VECTORS; ++i) {
+                        copy_weights_16(to + i * 512, source + i * 512);
+                    }
+                    if (lane_id() < SCALE_BYTES / 16) {
+                        copy_weights_16(to + CODE_BYTES, source + CODE_BYTES);
+                    }
                 }
-                if (lane_id() < SCALE_BYTES / 16) {
-                    cp_async_16(place + CODE_BYTES, source + CODE_BYTES);
-                }
+                to += CHUNK_BYTES;
+                source += strip_bytes;
             }
-            place += CHUNK_BYTES;
-            source += strip_bytes;
+            from += WARPS_K * CHUNK_BYTES;
+            if (++step == num_steps) {
+                step = 0;
+                --passes_left;
+                num_strips -= STRIPS;
+                from += static_cast<int64_t>(STRIPS) * strip_bytes -
+                        num_steps * (WARPS_K * CHUNK_BYTES);
+            }
         }
+        cp_async_commit();
+        place = place == WARP_RING_BYTES - SLOT_BYTES ? 0 : place + SLOT_BYTES;
     }
 };
 
-// The byte of piece `piece`, of 8 inputs, of a token in a step. Lanes read pieces 4 q … 4 q + 3 of two
+// Wait until at most `count` of the newest groups of copies are still under way; MOST that are told
+// apart.
+template <int MOST>
+__device__ __forceinline__ void wait_for_groups(int count) {
+    if constexpr (MOST == 0) {
+        cp_async_wait<0>();
+    } else if (count >= MOST) {
+        cp_async_wait<MOST>();
+    } else {
+        wait_for_groups<MOST - 1>(count);
+    }
+}
+
+// The byte of piece `piece`, of 8 inputs, of a token in a chunk. Lanes read pieces 4 q … 4 q + 3 of two
 // tokens side by side at once: those of odd ones lie in the other half of 128 bytes.
 __device__ __forceinline__ int input_place(int token, int piece) {
     return token * ROW_BYTES + (piece ^ (token & 1) * 4) * 16;
 }
 
-// The inputs of all tokens on their way: of every step the same few pieces by each thread.
-struct InputStream {
-    static constexpr int TURNS = (TOKENS * PIECES + BLOCK_THREADS - 1) / BLOCK_THREADS;
-    static constexpr int TURN_TOKENS = BLOCK_THREADS / PIECES;
-
-    const SkinnyMatrix& matrix;
-    int first_step, num_steps;
-    unsigned char* ring;
-
-    // Copy a step's, if there is one, to byte `to` of the ring; what is beyond the matrix becomes 0.
-    __device__ __forceinline__ void bring(int step, int to) const {
-        if (step >= num_steps) return;
-        const int token = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-        const int input = (first_step + step) * K_STEP + piece * 8;
-        unsigned char* const place = ring + to + input_place(token, piece);
-        int offset = token * matrix.num_inputs + input;
-#pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-            const int own = token + i * TURN_TOKENS;
-            if (TOKENS % TURN_TOKENS != 0 && own >= TOKENS) break;
-            const bool valid = own < matrix.num_rows && input < matrix.num_inputs;
-            cp_async_16_or_zero(
-                place + i * (TURN_TOKENS * ROW_BYTES), matrix.x + (valid ? offset : 0), valid);
-            offset += TURN_TOKENS * matrix.num_inputs;
-        }
+// Copy a block's inputs of chunks `first` to `end` to `to`, [chunks, TOKENS, CHUNK]; what is beyond
+// the matrix or the batch becomes 0.
+template <bool PAIRS>
+__device__ __forceinline__ void bring_inputs(
+    const SkinnyShare<PAIRS>& share, unsigned char* to, int first, int end) {
+    const SkinnyMatrix& matrix = share.matrix;
+#pragma unroll 2
+    for (int i = first * (TOKENS * PIECES) + threadIdx.x; i < end * (TOKENS * PIECES);
+         i += BLOCK_THREADS) {
+        const int piece = i % PIECES, token = i / PIECES % TOKENS, chunk = i / (TOKENS * PIECES);
+        const int input = (share.first_step + chunk) * CHUNK + piece * 8;
+        const bool valid = token < matrix.num_rows && input < matrix.num_inputs;
+        cp_async_16_or_zero(
+            to + chunk * INPUT_BYTES + input_place(token, piece),
+            matrix.x + (valid ? token * matrix.num_inputs + input : 0), valid);
     }
-};
+}
 
-// A warp's part of a step: its chunk of the inputs, all tokens, its strips.
-struct StepProduct {
+// Products of a chunk of the inputs of all tokens with STRIPS strips.
+struct ChunkProduct {
     typedef float TokenSums[TOKEN_TILES][4];
 
-    // The byte in a step's inputs at which this lane reads: its token of the first eight, input 8 t of
-    // the warp's chunk.
+    // The byte in a chunk's inputs at which this lane reads: its token of the first eight, input 8 t.
     static __device__ __forceinline__ int place_of_lane() {
-        return input_place(lane_id() / 4, WarpSums::warp_k() * (CHUNK / 8) + lane_id() % 4);
+        return input_place(lane_id() / 4, lane_id() % 4);
     }
     // Its 8 inputs of the 32 of `quarter`, of tile `n` of tokens.
     static __device__ __forceinline__ uint4 inputs_of(
@@ -151,70 +166,66 @@ struct StepProduct {
         return inputs + (lane_id() & 4 ? -64 : 64);
     }
 
-    // The sums of a step's inputs by group, to `to` [WARPS_K, GROUPS, TOKENS]. Warps of a chunk share
-    // the tokens. The whole warp comes.
-    static __device__ __forceinline__ void sum_inputs(const unsigned char* inputs, float* to) {
+    // The sums of a chunk's inputs by group, of tile `n` of tokens, to `to` [GROUPS, TOKENS]. The whole
+    // warp comes.
+    static __device__ __forceinline__ void sum_inputs(
+        const unsigned char* inputs, int n, float* to) {
         const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
         const uint32_t ones[4] = {one, one, one, one};
         const unsigned char* const other = other_half(inputs);
-        to += WarpSums::warp_k() * (GROUPS * TOKENS) + lane_id() % 4 * 2;
+        // Two sums for each 32 inputs, so that products do not wait for each other.
+        float parts[CHUNK / QUARTER][2][4];
 #pragma unroll
-        for (int turn = 0; turn < (TOKEN_TILES + WARPS_N - 1) / WARPS_N; ++turn) {
-            const int n = turn * WARPS_N + WarpSums::warp_n();
-            if (n >= TOKEN_TILES) break;
-            // Two sums for each 32 inputs, so that products do not wait for each other.
-            float parts[CHUNK / QUARTER][2][4];
+        for (int q = 0; q < CHUNK / QUARTER; ++q) {
+            const uint4 b = inputs_of(inputs, other, q, n);
 #pragma unroll
-            for (int q = 0; q < CHUNK / QUARTER; ++q) {
-                const uint4 b = inputs_of(inputs, other, q, n);
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) parts[q][half][i] = 0.0f;
+            }
+            if constexpr (GROUP >= QUARTER) {
+                mma_m16n8k16<scalar_t>(parts[q][0], ones, b.x, b.y);
+                mma_m16n8k16<scalar_t>(parts[q][1], ones, b.z, b.w);
+            } else {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) parts[q][half][i] = 0.0f;
-                }
-                if constexpr (GROUP >= QUARTER) {
-                    mma_m16n8k16<scalar_t>(parts[q][0], ones, b.x, b.y);
-                    mma_m16n8k16<scalar_t>(parts[q][1], ones, b.z, b.w);
-                } else {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const uint32_t mask = half_mask(half);
-                        mma_m16n8k16<scalar_t>(parts[q][half], ones, b.x & mask, b.y & mask);
-                        mma_m16n8k16<scalar_t>(parts[q][half], ones, b.z & mask, b.w & mask);
-                    }
+                    const uint32_t mask = half_mask(half);
+                    mma_m16n8k16<scalar_t>(parts[q][half], ones, b.x & mask, b.y & mask);
+                    mma_m16n8k16<scalar_t>(parts[q][half], ones, b.z & mask, b.w & mask);
                 }
             }
-            if (lane_id() >= 4) continue;  // all rows are alike
-            constexpr int PARTS = 2 * GROUP / QUARTER;  // of a group
+        }
+        if (lane_id() >= 4) return;  // all rows are alike
+        constexpr int PARTS = 2 * GROUP / QUARTER;  // of a group
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                float total[2] = {0.0f, 0.0f};
+        for (int g = 0; g < GROUPS; ++g) {
+            float total[2] = {0.0f, 0.0f};
 #pragma unroll
-                for (int p = g * PARTS; p < (g + 1) * PARTS; ++p) {
-                    total[0] += parts[p / 2][p % 2][0];
-                    total[1] += parts[p / 2][p % 2][1];
-                }
-                store_floats<float, 2>(to + g * TOKENS + n * 8, total);
+            for (int p = g * PARTS; p < (g + 1) * PARTS; ++p) {
+                total[0] += parts[p / 2][p % 2][0];
+                total[1] += parts[p / 2][p % 2][1];
             }
+            store_floats<float, 2>(to + g * TOKENS + n * 8 + lane_id() * 2, total);
         }
     }
 
-    // A step's products are added. weights: the warp's chunks; group_sums: with int4, of the step.
+    // A chunk's products are added to the sums of strips `first_strip` on. weights: of the strips;
+    // group_sums: with int4, of the chunk, from token 2 t on.
     static __device__ __forceinline__ void multiply(
-        WarpSums& own, const unsigned char* weights, const unsigned char* inputs,
+        WarpSums& own, int first_strip, const unsigned char* weights, const unsigned char* inputs,
         const float* group_sums) {
         const unsigned char* const other = other_half(inputs);
-        group_sums += WarpSums::warp_k() * (GROUPS * TOKENS) + lane_id() % 4 * 2;
-        uint4 codes[ROW_TILES];
-        TokenSums group[ROW_TILES];
+        uint4 codes[STRIPS];
+        TokenSums group[STRIPS];
         const auto finish_group = [&](int s, int number) {
-            add_group(own.sums[s], weights + s * CHUNK_BYTES, number, group[s], group_sums);
+            add_group(
+                own.sums[first_strip + s], weights + s * CHUNK_BYTES, number, group[s], group_sums);
         };
 #pragma unroll
         for (int q = 0; q < CHUNK / QUARTER; ++q) {
-            uint32_t a[ROW_TILES][2][4];
+            uint32_t a[STRIPS][2][4];
 #pragma unroll
-            for (int s = 0; s < ROW_TILES; ++s) {
+            for (int s = 0; s < STRIPS; ++s) {
                 if (WEIGHT_KIND != 1 || q % 2 == 0) {
                     codes[s] = ld_shared_16(
                         weights + s * CHUNK_BYTES + code_vector(q) * 512 + lane_id() * 16);
@@ -228,7 +239,7 @@ struct StepProduct {
 #pragma unroll
                     for (int n = 0; n < AT_ONCE; ++n) b[n] = inputs_of(inputs, other, q, first + n);
 #pragma unroll
-                    for (int s = 0; s < ROW_TILES; ++s) {
+                    for (int s = 0; s < STRIPS; ++s) {
                         if (first == 0) {
                             code_operands(codes[s], q, a[s]);
                             if (q * QUARTER % GROUP == 0) clear(group[s]);
@@ -244,7 +255,7 @@ struct StepProduct {
                     }
                 }
 #pragma unroll
-                for (int s = 0; s < ROW_TILES; ++s) {
+                for (int s = 0; s < STRIPS; ++s) {
                     constexpr int EACH = GROUP / QUARTER > 0 ? GROUP / QUARTER : 1;
                     if ((q + 1) % EACH == 0) finish_group(s, (q + 1) / EACH - 1);
                 }
@@ -253,7 +264,7 @@ struct StepProduct {
                 for (int half = 0; half < 2; ++half) {
                     const uint32_t mask = half_mask(half);
 #pragma unroll
-                    for (int s = 0; s < ROW_TILES; ++s) {
+                    for (int s = 0; s < STRIPS; ++s) {
                         if (half == 0) code_operands(codes[s], q, a[s]);
                         clear(group[s]);
 #pragma unroll

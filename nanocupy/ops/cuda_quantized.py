@@ -1,8 +1,8 @@
 """Products with quantised weights on a GPU, and what brings such weights there.
 
-Codes are multiplied as they are while a batch is small, by one kernel up to 8 tokens and another
-up to 64; for others the matrix is unpacked to the storage type, in a workspace, once for each
-product.
+Codes are multiplied as they are while a batch is small, by one kernel up to 8 tokens and another,
+in launches of up to 32, up to 64; for others the matrix is unpacked to the storage type, in a
+workspace, once for each product.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from nanocupy.ops.launch_quantized import (
     uses_codes,
 )
 from nanocupy.ops.launch_quantized_stream import FILE as STREAM_FILE
-from nanocupy.ops.launch_quantized_stream import MAX_ROWS as STREAM_ROWS
-from nanocupy.ops.launch_quantized_stream import StreamLaunch, plan_stream, uses_stream
+from nanocupy.ops.launch_quantized_stream import (
+    MAX_BATCH,
+    StreamLaunch,
+    part_rows,
+    plan_stream,
+    stream_rows,
+    uses_stream,
+)
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.packed_matrix import PackedMatrix
 
@@ -36,6 +42,7 @@ _PACK_WARPS = 8
 # Planned once: a model has few shapes, and steps that are no graphs ask for the same again.
 _plan = functools.cache(plan_quantized)
 _stream_plan = functools.cache(plan_stream)
+_stream_rows = functools.cache(stream_rows)
 _STREAM_ENTRIES = {
     "quantized_linear": "quantized_stream_linear",
     "quantized_linear_add": "quantized_stream_linear_add",
@@ -113,11 +120,10 @@ class QuantizedProducts(CudaLauncher):
         x = self._ordered(x, weight)
         # The residual's type matters to one of them; the others share a module where they can.
         wide = folds_norm or entry == "quantized_linear_add"
-        for part in self._launch_parts(len(x)):
-            self._quantized_part(
-                entry, weight, x[part], () if norm is None else (norm[0], _f32(norm[1])),
-                (bias,), out[part], norm=folds_norm, wide=wide,
-            )  # fmt: skip
+        before = () if norm is None else (norm[0], _f32(norm[1]))
+        self._quantized_parts(
+            entry, weight, x, before, (bias,), out, norm=folds_norm, wide=wide
+        )  # fmt: skip
 
     def _quantized_logits(
         self, x: Array, rows: Array, norm_weight: Array, eps: float, weight: PackedMatrix,
@@ -135,11 +141,9 @@ class QuantizedProducts(CudaLauncher):
         normed = self._workspace("head_rows", num_rows, x.shape[1])
         self._norm_rows(x, rows, norm_weight, eps, normed)
         normed = self._ordered(normed, weight)
-        for part in self._launch_parts(num_rows):
-            self._quantized_part(
-                "quantized_logits", weight, normed[part], (None, *norm), (), out[part],
-                norm=False, wide=False,
-            )  # fmt: skip
+        self._quantized_parts(
+            "quantized_logits", weight, normed, (None, *norm), (), out, norm=False, wide=False
+        )  # fmt: skip
 
     def _quantized_plan(
         self, weight: PackedMatrix, num_rows: int, out: Array, norm: bool
@@ -153,16 +157,57 @@ class QuantizedProducts(CudaLauncher):
         )  # fmt: skip
 
     def _folds_norm(self, weight: PackedMatrix, num_rows: int, out: Array) -> bool:
-        """Whether a product of rms_norm(x) computes that itself; up to 64 rows it is one launch."""
-        if uses_stream(min(num_rows, STREAM_ROWS), self._stream_tuning):
+        """Whether a product of rms_norm(x) computes that itself, which is then one launch."""
+        if self._stream_rows(weight, num_rows):
             return False
         return self._quantized_plan(weight, num_rows, out, True).folds_norm
 
-    def _launch_parts(self, num_rows: int) -> list[slice]:
-        most = launch_tokens(self._traits.max_shared_bytes)
-        if uses_stream(min(num_rows, STREAM_ROWS), self._stream_tuning):
-            most = STREAM_ROWS
-        return [slice(first, min(first + most, num_rows)) for first in range(0, num_rows, most)]
+    def _stream_rows(self, weight: PackedMatrix, num_rows: int) -> int:
+        """The most tokens of a launch, where codes stream past inputs in shared memory; else 0."""
+        if not uses_stream(min(num_rows, MAX_BATCH), self._stream_tuning):
+            return 0
+        return _stream_rows(
+            weight.format, weight.shape[1], clusters=self._traits.compute_capability >= (9, 0),
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._stream_tuning,
+        )  # fmt: skip
+
+    def _quantized_parts(
+        self, entry: str, weight: PackedMatrix, x: Array, before: tuple[Any, ...],
+        after: tuple[Any, ...], out: Array, *, norm: bool, wide: bool,
+    ) -> None:  # fmt: skip
+        """All launches of a product; the arguments as `_quantized_part` has them."""
+        num_rows = len(x)
+        most = self._stream_rows(weight, num_rows)
+        each = part_rows(num_rows, most) if most else launch_tokens(self._traits.max_shared_bytes)
+        for first in range(0, num_rows, each):
+            part = slice(first, min(first + each, num_rows))
+            if most:
+                self._stream_part(
+                    entry, weight, x[part], after, out[part], min(each, num_rows), wide=wide
+                )
+            else:
+                self._quantized_part(
+                    entry, weight, x[part], before, after, out[part], norm=norm, wide=wide
+                )
+
+    def _stream_part(
+        self, entry: str, weight: PackedMatrix, x: Array, after: tuple[Any, ...], out: Array,
+        planned_rows: int, *, wide: bool,
+    ) -> None:  # fmt: skip
+        """One launch of up to `planned_rows` tokens, whose plan it takes."""
+        num_rows, num_outputs = out.shape
+        plan: StreamLaunch = _stream_plan(
+            weight.format, num_outputs, weight.shape[1], planned_rows,
+            self._traits.num_multiprocessors, pairs=weight.pairs,
+            clusters=self._traits.compute_capability >= (9, 0),
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._stream_tuning,
+        )  # fmt: skip
+        shape = LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster)
+        self._launch(
+            STREAM_FILE, _STREAM_ENTRIES[entry], shape, x, weight.packed, _f32(weight.unit),
+            *after, out, _i32(num_rows), _i32(num_outputs), _i32(weight.shape[1]),
+            **(self._row_types if wide else self._types), **plan.macros,
+        )  # fmt: skip
 
     def _quantized_part(
         self, entry: str, weight: PackedMatrix, x: Array, before: tuple[Any, ...],
@@ -172,20 +217,6 @@ class QuantizedProducts(CudaLauncher):
         out; norm: it normalises x; wide: it reads or writes the residual stream."""
         num_rows, num_outputs = out.shape
         types = self._row_types if wide else self._types
-        if uses_stream(num_rows, self._stream_tuning):
-            stream: StreamLaunch = _stream_plan(
-                weight.format, num_outputs, weight.shape[1], num_rows,
-                self._traits.num_multiprocessors, pairs=weight.pairs,
-                clusters=self._traits.compute_capability >= (9, 0),
-                max_shared_bytes=self._traits.max_shared_bytes, tuning=self._stream_tuning,
-            )  # fmt: skip
-            shape = LaunchShape(stream.grid, stream.block, stream.shared_bytes, stream.cluster)
-            self._launch(
-                STREAM_FILE, _STREAM_ENTRIES[entry], shape, x, weight.packed, _f32(weight.unit),
-                *after, out, _i32(num_rows), _i32(num_outputs), _i32(weight.shape[1]),
-                **types, **stream.macros,
-            )  # fmt: skip
-            return
         plan = self._quantized_plan(weight, num_rows, out, norm)
         self._launch(
             FILE, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes),

@@ -1,4 +1,4 @@
-"""How products of 9 to 64 tokens with packed codes are launched: tiles, clusters, rings, macros.
+"""How products of 9 to 32 tokens with packed codes are launched: tiles, clusters, rings, macros.
 
 Pure Python, from shapes and what the card has; knows no arrays and no device. The numbers mirror
 kernels_cu/quantized_stream_parts.cuh and skinny_parts.cuh, and a test holds them together.
@@ -14,39 +14,48 @@ from nanocupy.ops.launch_skinny import INBOX_HEAD, SPLITS
 
 FILE = "quantized_stream.cu"
 MIN_ROWS = 9  # tokens; fewer are for quantized.cu
-TOKENS = (16, 32, 64)  # a build's room; batches are rounded up
+TOKENS = (16, 32)  # a build's room; batches are rounded up
 MAX_ROWS = TOKENS[-1]  # tokens of a launch
-OUT_TILES = (32, 48, 64, 96, 112, 128, 192, 224, 256)  # rows of weights of a block
-_TALLEST_OF_BYTES = 128  # rows: of 8-bit codes, more leave the ring too few stages
-_ALONE_WARPS = 5  # along the rows, from which on a chunk of the inputs is a step
-# Registers of a multiprocessor, and some that may be spilled; of a thread beside sums and inputs.
-_MOST_REGISTERS, _OTHER_REGISTERS = 70_000, 40
+MAX_BATCH = 64  # tokens, in several launches
+_MAX_WARPS = 16
+_WARPS_K = (1, 2, 4, 8)
+_MOST_STRIPS = 4  # of a warp
+_MOST_STAGES = 8
+_REGISTERS = 512  # of a lane of a multiprocessor's quarter, which has every fourth warp
+# Of a thread, beside sums, operands and inputs: without some that may be spilled, and with them.
+_OTHER_REGISTERS, _SPARED_REGISTERS = 24, 16
 
-# Of an H100, roughly, as only their ratios matter. launch_skinny.py says what they are and what was
-# measured; of codes, nothing was.
-_INPUT_COST = 0.5
-_NOMINAL_TOKENS = 32  # the plan does not depend on the batch, nor do a token's sums
-_MERGE_COST = 12 << 10  # of a cluster's sums, beside these themselves
-_ALONE_READ, _ALONE_COST = 500 << 10, 1.08
-_UNEVEN_READ, _UNEVEN_SPLITS, _UNEVEN_COST = 200 << 10, 4, 1.25
-_MANY_TURNS = 3
+# Clocks of an H100, roughly, as only their ratios matter: nothing of this form was measured.
+_READ_RATE = 13  # bytes of a multiprocessor's share of memory, a clock
+_READ_LATENCY = 1200
+_INPUT_RATE = 40  # bytes a clock from L2; some of them come while products are under way
+_CHUNK_START, _CHUNK_STRIP = 400, 300  # what a chunk takes a warp alone, and with each strip
+_HIDDEN = 0.7  # how much of that other warps hide
+_TURN = 1500  # of a launch, and until the first inputs come
+_MERGE, _MERGE_RATE = 1000, 14.5  # of a cluster's sums; bytes a clock to other blocks
+_EIGHT = 1.06  # clusters of 8 are not placed together everywhere
+_ALONE_RATE = 64
 
 
 @dataclass(frozen=True)
 class StreamTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
-    min_rows: tokens from which these products are taken (above MAX_ROWS: never). out_tile, splits:
-    rows of weights of a block, blocks that share their inputs. strips: of 16 rows, of a warp.
-    stages: of the ring, at most. shared_kb: of a block where two are to fit on a multiprocessor of
-    an H100, so that the next kernel's codes come while one runs.
+    min_rows: tokens from which these products are taken (above MAX_BATCH: never). out_tile, splits:
+    rows of weights of a block, blocks that share their inputs. warps_k: warps of a block that do.
+    strips: of 16 rows, that a warp works on at once; warp_strips: in all. warps: of a block, at
+    most. stages: of the ring, at most. shared_kb: of a block where two are to fit on a
+    multiprocessor of an H100, so that the next kernel's codes come while one runs.
     """
 
     min_rows: int = MIN_ROWS
     out_tile: int | None = None
     splits: int | None = None
+    warps_k: int | None = None
     strips: int | None = None
-    stages: int = 8
+    warp_strips: int | None = None
+    warps: int = _MAX_WARPS
+    stages: int = _MOST_STAGES
     shared_kb: int = 113
 
 
@@ -65,8 +74,31 @@ class StreamLaunch:
 
 
 def uses_stream(rows: int, tuning: StreamTuning = DEFAULT_TUNING) -> bool:
-    """Whether a product of `rows` tokens, which multiplies codes, is for these kernels."""
-    return tuning.min_rows <= rows <= MAX_ROWS
+    """Whether a product of `rows` tokens, which multiplies codes, is for these kernels, where they
+    have room for a launch (`stream_rows`)."""
+    return tuning.min_rows <= rows <= MAX_BATCH
+
+
+def stream_rows(
+    packed: PackedFormat,
+    num_inputs: int,
+    *,
+    clusters: bool = True,
+    max_shared_bytes: int = 227 << 10,
+    tuning: StreamTuning = DEFAULT_TUNING,
+) -> int:
+    """The most tokens of a launch for which a block of a card has room; 0: not even the fewest."""
+    shape = _Shape(packed, 8 * STRIP, num_inputs, 1)
+    for tokens in reversed(TOKENS):
+        if any(shape.parts(tokens, clusters, max_shared_bytes, tuning)):
+            return tokens
+    return 0
+
+
+def part_rows(rows: int, most: int) -> int:
+    """Tokens of each launch of a batch of `rows` but the last, which may have fewer: as few
+    launches of up to `most` as can be, of one length. The plan for so many is for all of them."""
+    return -(-rows // -(-rows // most))
 
 
 def plan_stream(
@@ -86,7 +118,7 @@ def plan_stream(
 
     pairs: quantized_stream_swiglu, whose weights have twice num_outputs rows; clusters: the card
     has them; max_shared_bytes: what a block can have. num_outputs 0 gives a grid of 0: nothing is
-    to be launched. Raises ValueError for what the kernels do not take.
+    to be launched. Raises ValueError for what the kernels do not take, or have no room for.
     """
     if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_inputs % 8 or num_outputs < 0:
         raise ValueError(
@@ -96,73 +128,88 @@ def plan_stream(
     tokens = next(n for n in TOKENS if n >= rows)
     weight_rows = -(-num_outputs // 8) * 16 if pairs else num_outputs
     shape = _Shape(packed, weight_rows, num_inputs, num_multiprocessors)
-    part = shape.best_part(clusters, max_shared_bytes, tuning)
-    tile, splits = part.tile, part.splits
-    num_tiles = -(-weight_rows // tile)
-    strips = _strips(tile, tuning)
-    warps_n = tile // STRIP // strips
-    block = 32 * warps_n * part.warps_k
-    # Of a lane: a group's sums and those so far, half a register a token each, and inputs.
-    registers = strips * tokens + min(tokens, 32) // 2 + _OTHER_REGISTERS
-    alone = 2 * block * registers > _MOST_REGISTERS
-    most = max_shared_bytes if alone else min(max_shared_bytes, tuning.shared_kb << 10)
-    most = max(most, part.bytes(2, tokens))
-    wanted = max(2, min(tuning.stages, part.steps))
-    stages = next(n for n in range(wanted, 1, -1) if n == 2 or part.bytes(n, tokens) <= most)
+    parts = list(shape.parts(tokens, clusters, max_shared_bytes, tuning))
+    if not parts:
+        raise ValueError(
+            f"{max_shared_bytes} bytes of shared memory hold no part of {num_inputs} inputs of "
+            f"{rows} tokens"
+        )
+    part = min(parts, key=lambda part: (shape.clocks(part), part.tile, part.splits, part.warps))
     macros = packed.macros | {
-        "TOKENS": tokens, "OUT_TILE": tile, "WARPS_N": warps_n, "WARPS_K": part.warps_k,
-        "STAGES": stages, "MIN_BLOCKS": 1 if alone else 2,
+        "TOKENS": tokens, "OUT_TILE": part.tile, "WARPS_N": part.warps_n, "WARPS_K": part.warps_k,
+        "STRIPS": part.strips, "STAGES": part.stages, "MIN_BLOCKS": part.resident,
     }  # fmt: skip
-    return StreamLaunch(macros, (num_tiles * splits,), block, part.bytes(stages, tokens), splits)
-
-
-def _strips(tile: int, tuning: StreamTuning) -> int:
-    """Of 16 rows, of a warp: two where that leaves warps enough."""
-    strips = tile // STRIP
-    if tuning.strips and strips % tuning.strips == 0:
-        return tuning.strips
-    return 2 if strips % 2 == 0 and strips > 8 else 1
+    blocks = shape.num_tiles(part) * part.splits
+    return StreamLaunch(macros, (blocks,), 32 * part.warps, part.bytes, part.splits)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a block has of a matrix. warps_k: warps that share a step's inputs, 128 each, which does
-    not depend on the batch, as sums depend on it."""
+    """What a block has of a matrix. passes: of a warp along its inputs, of `strips` strips each;
+    stages: of the ring; resident: such blocks of a multiprocessor."""
 
     packed: PackedFormat
     num_inputs: int
-    tile: int
+    tokens: int
     splits: int
+    warps_n: int
+    warps_k: int
+    strips: int
+    passes: int
+    stages: int = 2
+    resident: int = 1
 
     @property
-    def warps_k(self) -> int:
-        return 1 if self.tile // STRIP >= _ALONE_WARPS else 2
+    def tile(self) -> int:
+        return STRIP * self.warps_n * self.strips * self.passes
 
     @property
-    def steps(self) -> int:
+    def warps(self) -> int:
+        return self.warps_n * self.warps_k
+
+    @property
+    def chunks(self) -> int:
         """Of the block with most."""
-        return -(-self.all_steps // self.splits)
+        return -(-self.num_inputs // (CHUNK * self.splits))
 
     @property
-    def all_steps(self) -> int:
-        return -(-self.num_inputs // (CHUNK * self.warps_k))
+    def visits(self) -> int:
+        """Of the warp with most: chunks of STRIPS strips."""
+        return -(-self.chunks // self.warps_k) * self.passes
 
     @property
-    def read(self) -> float:
-        """The cost of what a block reads, in bytes of codes."""
-        codes = self.tile * self.packed.chunk_bytes / (STRIP * CHUNK)
-        inputs = self.steps * CHUNK * self.warps_k
-        return inputs * (codes + _INPUT_COST * 2 * _NOMINAL_TOKENS)
+    def slot_bytes(self) -> int:
+        """Of a stage of all rings."""
+        return self.warps * self.strips * self.packed.chunk_bytes
 
-    def bytes(self, stages: int, tokens: int) -> int:
-        """Shared memory of a block: the ring, where sums meet afterwards."""
-        lead = 1 if self.packed.kind == "int4" else 0
-        group_sums = lead * 2 * self.warps_k * (CHUNK // self.packed.group) * tokens * 4
-        inputs = (stages + lead) * 2 * CHUNK * self.warps_k * tokens
-        codes = stages * self.tile // STRIP * self.warps_k * self.packed.chunk_bytes
-        slots = -(-tokens // 2 // self.splits)
-        inbox = 8 * self.tile * self.warps_k * self.splits * slots
-        return INBOX_HEAD + max(inbox, group_sums + inputs + codes)
+    @property
+    def input_bytes(self) -> int:
+        return self.chunks * 2 * CHUNK * self.tokens
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of inputs and, with int4, their sums."""
+        groups = CHUNK // self.packed.group if self.packed.kind == "int4" else 0
+        return self.input_bytes + self.chunks * groups * self.tokens * 4
+
+    @property
+    def inbox_bytes(self) -> int:
+        slots = -(-self.tokens // 2 // self.splits)
+        return 8 * self.tile * self.warps_k * self.splits * slots
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of a block: inputs and rings, where sums meet afterwards."""
+        rings = self.fixed_bytes + self.stages * self.slot_bytes
+        return INBOX_HEAD + max(self.inbox_bytes, rings)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, about: sums of a group and those so far, operands of codes, inputs, and what
+        more of it short groups of int4 keep."""
+        sums = (self.passes + 1) * self.strips * self.tokens // 2
+        of_groups = 8 if self.packed.kind == "int4" and self.packed.group < CHUNK else 0
+        return sums + 12 * self.strips + self.tokens // 2 + of_groups + _OTHER_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -174,44 +221,81 @@ class _Shape:
     num_inputs: int
     num_multiprocessors: int
 
-    def best_part(self, clusters: bool, max_shared_bytes: int, tuning: StreamTuning) -> _Part:
-        """The parts for which the multiprocessor with most to read has least; the number of tokens
-        plays no part."""
-        found = [
-            part
-            for part in self._parts(clusters, tuning)
-            if part.bytes(2, MAX_ROWS) <= max_shared_bytes
-        ]
-        if not found:
-            raise ValueError(f"{max_shared_bytes} bytes of shared memory hold no ring of two steps")
-        return min(found, key=lambda part: (self._cost(part), part.tile, part.splits))
+    def num_tiles(self, part: _Part) -> int:
+        return -(-self.weight_rows // part.tile)
 
-    def _parts(self, clusters: bool, tuning: StreamTuning) -> Iterator[_Part]:
+    def parts(
+        self, tokens: int, clusters: bool, max_shared_bytes: int, tuning: StreamTuning
+    ) -> Iterator[_Part]:
+        """All that have room."""
+        all_chunks = -(-self.num_inputs // CHUNK)
+        splits = [tuning.splits] if tuning.splits else SPLITS if clusters else (1,)
+        for split in sorted({max(s for s in SPLITS if s <= min(n, all_chunks)) for n in splits}):
+            for warps_k in [tuning.warps_k] if tuning.warps_k else _WARPS_K:
+                if warps_k > 1 and not tuning.warps_k and warps_k * split > all_chunks:
+                    continue
+                for strips, passes, warps_n in self._warps(warps_k, tuning):
+                    part = _Part(
+                        self.packed, self.num_inputs, tokens, split, warps_n, warps_k, strips,
+                        passes,
+                    )  # fmt: skip
+                    found = _with_ring(part, max_shared_bytes, tuning)
+                    if found:
+                        yield found
+
+    def _warps(self, warps_k: int, tuning: StreamTuning) -> Iterator[tuple[int, int, int]]:
+        """(strips at once, passes, warps along the rows)."""
+        for strips in [tuning.strips] if tuning.strips else (1, 2):
+            for passes in range(1, _MOST_STRIPS // strips + 1):
+                if tuning.warp_strips and strips * passes != tuning.warp_strips:
+                    continue
+                for warps_n in range(1, tuning.warps // warps_k + 1):
+                    tile = STRIP * warps_n * strips * passes
+                    if tuning.out_tile in (None, tile):
+                        yield strips, passes, warps_n
+
+    def clocks(self, part: _Part) -> float:
+        """Until the multiprocessor with most to do is done."""
+        blocks = self.num_tiles(part) * part.splits
+        places = self.num_multiprocessors
+        if part.splits > 2:  # such clusters do not find all multiprocessors free
+            places = max(part.splits, places // 16 * 16)
+        if part.splits == 2:
+            places = max(2, places // 2 * 2)
+        at_once = max(1, min(part.resident, -(-blocks // places)))
+        turns = -(-blocks // (places * at_once))
+        codes = at_once * part.tile // STRIP * part.chunks * self.packed.chunk_bytes
+        ahead = at_once * (part.stages - 0.5) * part.slot_bytes
+        read = codes / min(_READ_RATE, ahead / _READ_LATENCY)
+        # Instructions for a chunk of a strip; and for inputs, which strips at once share.
         few_bits = self.packed.kind == "int4"
-        tiles = [tile for tile in OUT_TILES if few_bits or tile <= _TALLEST_OF_BYTES]
-        for tile in [tuning.out_tile] if tuning.out_tile else tiles:
-            for splits in [tuning.splits] if tuning.splits else SPLITS if clusters else (1,):
-                part = _Part(self.packed, self.num_inputs, tile, splits)
-                if splits > part.all_steps:  # a block without a step
-                    part = replace(part, splits=max(s for s in SPLITS if s <= part.all_steps))
-                if tuning.splits or self._may_split(part):
-                    yield part
+        groups = CHUNK // self.packed.group
+        of_sums = groups * part.tokens // (1 if few_bits else 2)
+        each = part.tokens + of_sums + (75 if few_bits else 130)
+        visit = part.strips * each + part.tokens * 6 // 10 + 15
+        issue = -(-at_once * part.warps // 4) * part.visits * visit
+        latency = part.visits * (_CHUNK_START + _CHUNK_STRIP * part.strips)
+        work = max(read, 1.3 * issue, latency) + (1 - _HIDDEN) * latency
+        inputs = at_once * part.input_bytes / _INPUT_RATE
+        sums = at_once * 4 * part.tokens * part.tile * part.warps_k
+        merge = _MERGE + sums / _MERGE_RATE if part.splits > 1 else sums / _ALONE_RATE
+        return turns * (work + inputs + merge + _TURN) * (_EIGHT if part.splits == 8 else 1.0)
 
-    def _blocks(self, part: _Part) -> int:
-        return -(-self.weight_rows // part.tile) * part.splits
 
-    def _may_split(self, part: _Part) -> bool:
-        """As in launch_skinny.py: clusters do not take turns."""
-        share = self._blocks(part) / self.num_multiprocessors
-        several = part.splits < SPLITS[-1] and (1.75 <= share <= 2 or share >= _MANY_TURNS)
-        return part.splits == 1 or share <= 1 or several
-
-    def _cost(self, part: _Part) -> float:
-        turns = -(-self._blocks(part) // self.num_multiprocessors)
-        read = part.read
-        if part.splits == 1:  # those that take turns are two at a time
-            return turns * read * (_ALONE_COST if turns == 1 and read > _ALONE_READ else 1.0)
-        if part.splits >= _UNEVEN_SPLITS and read > _UNEVEN_READ:
-            read *= _UNEVEN_COST
-        sums = 4 * _NOMINAL_TOKENS * part.tile * part.warps_k
-        return turns * (read + _INPUT_COST * sums + _MERGE_COST)
+def _with_ring(part: _Part, max_shared_bytes: int, tuning: StreamTuning) -> _Part | None:
+    """With as many stages as there is room for, and place for a second block where that leaves
+    three; None where there is no room for two."""
+    if -(-part.warps // 4) * part.registers > _REGISTERS:
+        return None
+    wanted = max(2, min(tuning.stages, part.visits))
+    of_two = min(max_shared_bytes, tuning.shared_kb << 10)
+    for resident, most in ((2, of_two), (1, max_shared_bytes)):
+        registers = part.registers + _SPARED_REGISTERS
+        if resident == 2 and -(-2 * part.warps // 4) * registers > _REGISTERS:
+            continue
+        room = most - INBOX_HEAD - part.fixed_bytes
+        stages = min(wanted, room // part.slot_bytes)
+        found = replace(part, stages=stages, resident=resident)
+        if stages >= min(wanted, 3 if resident == 2 else 2) and found.bytes <= most:
+            return found
+    return None

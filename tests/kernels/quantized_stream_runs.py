@@ -1,4 +1,4 @@
-"""Runs products of 9 to 64 tokens with packed codes: launch, arguments, and what must come out."""
+"""Runs products of 9 to 32 tokens with packed codes: launch, arguments, and what must come out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENTRIES = {
     "lm_head": "quantized_stream_logits",
 }
 # Tiles of few rows, so that there are several, and a ring that goes round.
-SMALL = StreamTuning(out_tile=96, splits=1, stages=2)
+SMALL = StreamTuning(out_tile=96, splits=1, warps_k=1, strips=2, warp_strips=2, stages=2)
 
 
 def launch_op(

@@ -1,4 +1,4 @@
-"""Bugs planted in the products of 9 to 64 tokens with packed codes: each must be found by a call
+"""Bugs planted in the products of 9 to 32 tokens with packed codes: each must be found by a call
 that passes without it."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 HEADERS = ("quantized_stream.cuh", "quantized_stream_parts.cuh")
 SPLIT = replace(SMALL, splits=4)
-TWO_CHUNKS = replace(SMALL, out_tile=64)
-TALL = replace(SMALL, out_tile=192)
+TWO_WARPS = replace(SMALL, out_tile=64, warps_k=2)  # that share the inputs
+TWO_PASSES = replace(SMALL, out_tile=128, warp_strips=4)
 
 
 @dataclass(frozen=True)
@@ -42,41 +42,54 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
-        "a step that is not waited for",
-        "cp_async_wait<STAGES - 2>();",
-        "cp_async_wait<STAGES - 1>();",
+        "chunks not waited for",
+        "if (turn >= EARLY_STAGES) cp_async_wait<STAGES - 1>();",
+        "if (turn >= EARLY_STAGES) cp_async_wait<STAGES>();",
     ),
     Mutant(
-        "the first step not waited for",
-        "if (step == 0) {\n            cp_async_wait<STAGES - 1>();",
-        "if (step == 0) {\n            cp_async_wait<STAGES>();",
+        "the first chunks behind the inputs not waited for",
+        "if (turn >= EARLY_STAGES) cp_async_wait<STAGES - 1>();",
+        "if (turn >= EARLY_STAGES + 1) cp_async_wait<STAGES - 1>();",
         kind="int8",
+        inputs=256,
+        tuning=replace(SMALL, stages=4),
     ),
     Mutant(
-        "the first inputs not waited for",
-        "if (INPUT_LEAD) {\n        cp_async_wait<STAGES - 1>();",
-        "if (INPUT_LEAD) {\n        cp_async_wait<STAGES>();",
+        "chunks of the second strips not waited for",
+        "++turn) {\n            cp_async_wait<STAGES - 1>();",
+        "++turn) {\n            cp_async_wait<STAGES>();",
+        kind="int8",
+        tuning=TWO_PASSES,
     ),
-    Mutant("the first inputs of other threads", "block_sync();  // the first inputs are there", ""),
     Mutant(
-        "no barrier before a step",
-        "block_sync();  // the step is there, and nobody reads the one before any more",
+        "a part of the inputs not waited for",
+        "INPUT_PARTS - 1 - part + STAGES",
+        "INPUT_PARTS - part + STAGES",
+    ),
+    Mutant(
+        "parts counted without the chunks between them",
+        "wait_for_groups<MOST - 1>(count);",
+        "cp_async_wait<MOST - 1>();",
+    ),
+    Mutant("inputs of other threads", "block_sync();  // this part of the inputs is there", ""),
+    Mutant("sums of inputs of other warps", "block_sync();  // and its sums", ""),
+    Mutant(
+        "a part's inputs that end early",
+        "min(first + part_turns * WARPS_K, num_chunks)",
+        "min(first + part_turns * WARPS_K, num_chunks - 1)",
+    ),
+    Mutant(
+        "a group of copies too few where a warp has no chunk",
+        "cp_async_commit();\n            }\n        }",
+        "}\n        }",
+        inputs=128 * 9,
+        tuning=TWO_WARPS,
+    ),
+    Mutant(
+        "sums where others still read the inputs",
+        "block_sync();                          // nobody reads the inputs any more",
         "",
-    ),
-    Mutant(
-        "inputs no further ahead than codes",
-        "constexpr int INPUT_LEAD = WEIGHT_KIND == 1 ? 1 : 0;",
-        "constexpr int INPUT_LEAD = 0;",
-    ),
-    Mutant(
-        "sums of inputs stored over those in use",
-        "own_group_sums + (step + 1) % 2 * GROUP_SUMS",
-        "own_group_sums + step % 2 * GROUP_SUMS",
-    ),
-    Mutant(
-        "sums where others still read the ring",
-        "block_sync();                         // nobody reads the ring any more",
-        "",
+        tuning=TWO_PASSES,
     ),
     Mutant(
         "the other blocks not waited for",
@@ -90,65 +103,88 @@ MUTANTS = [
         "merge.send(own);\n        block_sync();",
         "merge.send(own);",
     ),
-    Mutant("no unit", "StepProduct::scale(own, codes.unit);", ""),
+    Mutant("no unit", "ChunkProduct::scale(own, codes.unit);", ""),
     Mutant(
         "a chunk beyond the inputs multiplied",
-        "if (WARPS_K == 1 || step < codes_of.num_steps) {",
-        "{",
+        "if (turn < own_turns) {",
+        "if (turn < num_turns) {",
         inputs=384,
-        tuning=TWO_CHUNKS,
+        tuning=TWO_WARPS,
     ),
     Mutant(
-        "a chunk for all warps of a step",
-        "min(num_steps, (num_chunks - chunk + WARPS_K - 1) / WARPS_K);",
-        "min(num_steps, (num_chunks - share.first_step * WARPS_K + WARPS_K - 1) / WARPS_K);",
+        "as many chunks for all warps",
+        "(share.num_steps - WarpSums::warp_k() + WARPS_K - 1) / WARPS_K;",
+        "(share.num_steps + WARPS_K - 1) / WARPS_K;",
         inputs=384,
-        tuning=TWO_CHUNKS,
+        tuning=TWO_WARPS,
     ),
     Mutant(
-        "codes of the first steps in every block",
-        "chunk = share.first_step * WARPS_K + WarpSums::warp_k();",
+        "codes of the first chunks in every block",
+        "chunk = share.first_step + WarpSums::warp_k();",
         "chunk = WarpSums::warp_k();",
         tuning=SPLIT,
     ),
     Mutant(
-        "inputs of the first steps in every block",
-        "input = (first_step + step) * K_STEP + piece * 8;",
-        "input = step * K_STEP + piece * 8;",
+        "inputs of the first chunks in every block",
+        "input = (share.first_step + chunk) * CHUNK + piece * 8;",
+        "input = chunk * CHUNK + piece * 8;",
         tuning=SPLIT,
     ),
     Mutant(
-        "codes to where others are read",
-        "step + STAGES - 1, slot_before<STAGES, STEP_CODE_BYTES>(codes_place)",
-        "step + STAGES - 1, codes_place",
-    ),
-    Mutant(
-        "inputs to where others are read",
-        "slot_before<INPUT_SLOTS, INPUT_BYTES>(inputs_place)",
-        "inputs_place",
-    ),
-    Mutant(
         "a ring that does not go round",
-        "return place == (SLOTS - 1) * SLOT_BYTES ? 0 : place + SLOT_BYTES;",
-        "return place == SLOTS * SLOT_BYTES ? 0 : place + SLOT_BYTES;",
+        "place = place == WARP_RING_BYTES - SLOT_BYTES ? 0 : place + SLOT_BYTES;",
+        "place = place == WARP_RING_BYTES ? 0 : place + SLOT_BYTES;",
+    ),
+    Mutant("the same chunk again", "from += WARPS_K * CHUNK_BYTES;", ""),
+    Mutant(
+        "every chunk for every warp",
+        "from += WARPS_K * CHUNK_BYTES;",
+        "from += CHUNK_BYTES;",
+        tuning=TWO_WARPS,
+    ),
+    Mutant(
+        "the inputs of a warp's first chunk for all",
+        "own_inputs += WARPS_K * INPUT_BYTES;",
+        "",
+    ),
+    Mutant(
+        "the sums of a warp's first chunk for all",
+        "own_group_sums += WARPS_K * GROUP_SUMS;",
+        "",
+    ),
+    Mutant(
+        "the second pass goes on along the inputs",
+        "        own_inputs = first_inputs;\n",
+        "",
+        kind="int8",
+        tuning=TWO_PASSES,
+    ),
+    Mutant(
+        "the second pass goes on along the sums",
+        "        own_group_sums = first_sums;\n",
+        "",
+        tuning=TWO_PASSES,
+    ),
+    Mutant("the second pass adds to the first", "pass * STRIPS,", "0,", tuning=TWO_PASSES),
+    Mutant(
+        "the second pass with the first strips",
+        "static_cast<int64_t>(STRIPS) * strip_bytes -",
+        "static_cast<int64_t>(0) -",
+        tuning=TWO_PASSES,
     ),
     Mutant(
         "strips of the first tile",
         "share.first_tile * (OUT_TILE / STRIP) +",
         "",
     ),
-    Mutant(
-        "the second strip is the first",
-        "source += strip_bytes;",
-        "",
-        tuning=TALL,
-    ),
+    Mutant("the second strip is the first", "source += strip_bytes;", ""),
     Mutant("a strip beyond the matrix copied", "if (s < num_strips) {", "{", outputs=100),
     Mutant(
-        "every chunk for every warp of a step",
-        "from + step * (WARPS_K * CHUNK_BYTES);",
-        "from + step * CHUNK_BYTES;",
-        tuning=TWO_CHUNKS,
+        "strips beyond the matrix in a second pass copied",
+        "num_strips -= STRIPS;",
+        "",
+        outputs=232,
+        tuning=TWO_PASSES,
     ),
     Mutant(
         "odd tokens not exchanged when read",
@@ -157,32 +193,19 @@ MUTANTS = [
     ),
     Mutant(
         "inputs beyond the matrix",
-        "own < matrix.num_rows && input < matrix.num_inputs;",
-        "own < matrix.num_rows;",
+        "token < matrix.num_rows && input < matrix.num_inputs;",
+        "token < matrix.num_rows;",
         inputs=1440 + 32,
     ),
     Mutant(
         "tokens beyond the batch",
-        "own < matrix.num_rows && input < matrix.num_inputs;",
+        "token < matrix.num_rows && input < matrix.num_inputs;",
         "input < matrix.num_inputs;",
     ),
     Mutant(
-        "the first turn's token for all",
-        "offset += TURN_TOKENS * matrix.num_inputs;",
-        "",
-    ),
-    Mutant(
         "sums of the first tokens alone",
-        "turn * WARPS_N + WarpSums::warp_n();",
-        "WarpSums::warp_n();",
-        rows=50,
-        tuning=TWO_CHUNKS,
-    ),
-    Mutant(
-        "sums of the first chunk's groups",
-        "to += WarpSums::warp_k() * (GROUPS * TOKENS) +",
-        "to +=",
-        tuning=TWO_CHUNKS,
+        "i % TOKEN_TILES,\n",
+        "0,\n",
     ),
     Mutant("half of a group summed", "p < (g + 1) * PARTS; ++p", "p < (g + 1) * PARTS; p += 2"),
     Mutant(
@@ -210,15 +233,9 @@ MUTANTS = [
         kind="int8",
     ),
     Mutant(
-        "later tokens times the first inputs",
-        "inputs_of(inputs, other, q, first + n);",
-        "inputs_of(inputs, other, q, n);",
-        rows=50,
-    ),
-    Mutant(
-        "copies not waited for when few are left",
-        "            cp_async_commit();\n        }\n        const int next_inputs",
-        "        }\n        const int next_inputs",
+        "chunks copied over before all lanes have read them",
+        "warp_sync();  // all lanes have read it",
+        "",
     ),
 ]
 

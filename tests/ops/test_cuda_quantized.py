@@ -82,17 +82,17 @@ def test_few_rows_multiply_codes_with_the_norm_folded_in(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ENTRIES)
-def test_more_rows_take_a_norm_before_and_one_launch(op: str) -> None:
+def test_more_rows_take_a_norm_before_and_a_launch_for_each_32(op: str) -> None:
     norm = [] if op == "linear_add" else ["rms_norm_rows"]
-    for rows, kind in ((9, "int4"), (17, "int8"), (64, "int4")):
-        assert launched(op, rows, kind=kind) == [*norm, STREAM_ENTRIES[op]]
+    for rows, kind, count in ((9, "int4", 1), (17, "int8", 1), (33, "int8", 2), (64, "int4", 2)):
+        assert launched(op, rows, kind=kind) == [*norm, *[STREAM_ENTRIES[op]] * count]
 
 
 @pytest.mark.parametrize("op", ENTRIES)
 def test_many_rows_unpack_the_matrix_first(op: str) -> None:
     names = launched(op, 65)
     if op == "lm_head":  # whatever their number
-        assert names == ["rms_norm_rows", STREAM_ENTRIES[op], ENTRIES[op]]
+        assert names == ["rms_norm_rows", *[STREAM_ENTRIES[op]] * 3]
     else:
         assert names[0] == "dequantize_rows"
         assert not {ENTRIES[op], STREAM_ENTRIES[op]} & set(names)
