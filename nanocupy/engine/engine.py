@@ -355,12 +355,25 @@ class LLMEngine:
         return logprobs.get(request), of_prompt
 
     def _fail(self, given: Iterable[tuple[Request, int]]) -> None:
-        """End those for which the model gave no numbers, and no others."""
+        """End those for which the model gave no numbers, and no others; who read what others had
+        computed first tries without, as numbers that are none spread to all of a step's tokens of
+        one sequence, those before the cause too."""
         for request, token_id in given:
-            if token_id == FAILED_TOKEN and request.state is not RequestState.FINISHED:
+            has_failed = token_id == FAILED_TOKEN and request.state is not RequestState.FINISHED
+            if has_failed and not self._retry(request):
                 self._finish(request, "error")
                 name, index = request.request_id, request.sample_index
                 self._outputs.append(StepOutput(name, FAILED_TOKEN, "error", index))
+
+    def _retry(self, request: Request) -> bool:
+        other = self.scheduler.retry(request)
+        if other is None:
+            return False
+        if self.speculator is not None:
+            self.speculator.forget(request)
+        samples = self._requests[request.request_id]
+        samples[samples.index(request)] = other
+        return True
 
     def _finish(self, request: Request, reason: str) -> None:
         assert request.state is not RequestState.FINISHED
