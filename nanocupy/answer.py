@@ -18,14 +18,19 @@ from nanocupy.sampling_params import SamplingParams
 from nanocupy.tokenizer import Tokenizer, stream_decoder
 
 
-def no_numbers(where: str, dtype: str, residual_dtype: str) -> CheckpointError:
+def no_numbers(where: str, dtype: str, residual_dtype: str, lm_head_dtype: str) -> CheckpointError:
     """What is raised where no token can be told. where: the request, or nothing; the types are
-    those of activations and of the residual stream."""
+    those of activations, of the residual stream and of the LM head."""
     if dtype == "float16":
         wider = ", or residual_dtype float32" if residual_dtype == "float16" else ""
         why = (
             "its values are beyond float16 (65504), or its weights are damaged; take dtype "
             f"bfloat16{wider}"
+        )
+    elif lm_head_dtype == "float16":
+        why = (
+            "the LM head's inputs are beyond float16 (65504), or weights are damaged; take "
+            "lm_head_dtype bfloat16"
         )
     else:
         why = (

@@ -16,6 +16,10 @@ from nanocupy.kv_types import kv_row_bytes
 Architecture = Literal["llama", "qwen2", "qwen3"]
 RopeScalingKind = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 
+# The tensors around the layers; of a tied model the first two are one. The norm belongs to the LM
+# head's product.
+EMBEDDING, LM_HEAD, HEAD_NORM = "embed.weight", "lm_head.weight", "final_norm.weight"
+
 # Upper bounds of any dimension read from a file: generous for decades, and small enough that no
 # product of two of them overflows 64 bits.
 MAX_DIMENSION = 1 << 28
@@ -160,7 +164,7 @@ class ModelConfig:
         checkpoint readers.
         """
         hidden, inter = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, hidden)}
         for i in range(self.num_layers):
             p = f"layers.{i}."
             shapes[p + "attn_norm.weight"] = (hidden,)
@@ -183,9 +187,9 @@ class ModelConfig:
                 shapes[f"{p}{part}.weight"] = (rows, cols)
                 if self.has_mlp_bias:
                     shapes[f"{p}{part}.bias"] = (rows,)
-        shapes["final_norm.weight"] = (hidden,)
+        shapes[HEAD_NORM] = (hidden,)
         if not self.tied_lm_head:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+            shapes[LM_HEAD] = (self.vocab_size, hidden)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,6 +50,12 @@ class CudaError(NanocupyError):
 
 def beyond_float16(name: str) -> ConfigError:
     """What is raised where the tensor `name`, to be kept in float16, has larger values."""
-    owns = {"embed.weight": "embed_dtype", "lm_head.weight": "lm_head_dtype"}
-    setting = owns.get(name, "dtype")
-    return ConfigError(f"tensor {name} has values beyond float16 (65504); take {setting} bfloat16")
+    from nanocupy.config import EMBEDDING, HEAD_NORM, LM_HEAD
+
+    owns = {
+        EMBEDDING: "embed_dtype bfloat16, and lm_head_dtype too where the LM head is the embedding",
+        LM_HEAD: "lm_head_dtype bfloat16",
+        HEAD_NORM: "lm_head_dtype bfloat16",
+    }
+    mend = owns.get(name, "dtype bfloat16")
+    return ConfigError(f"tensor {name} has values beyond float16 (65504); take {mend}")

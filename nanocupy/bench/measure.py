@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanocupy.config import ModelConfig
+from nanocupy.config import EMBEDDING, LM_HEAD, ModelConfig
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
@@ -155,7 +155,7 @@ def weight_bytes(engine: LLMEngine, itemsize: int) -> int:
     if not kept:
         counts = weight_counts(engine.config)
         return (counts.body + counts.head) * itemsize
-    rows_alone = {"embed.weight"} if "lm_head.weight" in kept else set()
+    rows_alone = {EMBEDDING} if LM_HEAD in kept else set()
     return sum(weight.nbytes for name, weight in kept.items() if name not in rows_alone)
 
 

@@ -17,6 +17,7 @@ from nanocupy.bench.measure import (
     Measurement,
     itemsize_of,
     kv_token_bytes,
+    weight_bytes,
     weight_counts,
 )
 from nanocupy.config import ModelConfig
@@ -140,7 +141,7 @@ def throughput(
         counts = tuple(b - a for a, b in zip(before, _counts(engine), strict=True))
         report(done, total)
     assert done == total, "a request ended early"
-    sizes = itemsize_of(dtype), kv_token_bytes(engine)
+    sizes = weight_bytes(engine, itemsize_of(dtype)), kv_token_bytes(engine)
     num_bytes, num_flops = _floor(engine.config, requests, *sizes, counts[0])
     return Throughput(
         Measurement(
@@ -166,13 +167,13 @@ def _counts(engine: LLMEngine) -> tuple[int, int]:
 def _floor(
     config: ModelConfig,
     requests: list[tuple[list[int], int]],
-    itemsize: int,
+    step_bytes: int,
     token_bytes: int,
     num_steps: int,
 ) -> tuple[int, int]:
-    """Bytes and operations of the workload in so many steps: every step reads the weights, every
-    generated token but the first its keys and values; a prompt reads them once, as it is written.
-    """
+    """Bytes and operations of the workload in so many steps: every step reads the weights,
+    step_bytes, every generated token but the first its keys and values; a prompt reads them once,
+    as it is written."""
     weights = weight_counts(config)
     positions = pairs = num_tokens = num_sampled = 0
     for ids, output in requests:
@@ -181,6 +182,6 @@ def _floor(
         pairs += length * (length + 1) // 2
         num_tokens += length
         num_sampled += output
-    num_bytes = num_steps * (weights.body + weights.head) * itemsize + positions * token_bytes
+    num_bytes = num_steps * step_bytes + positions * token_bytes
     num_flops = 2 * (weights.body * num_tokens + weights.head * num_sampled)
     return num_bytes, num_flops + 4 * config.num_layers * config.q_size * pairs

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from nanocupy.checkpoint.quantized_checks import scale_problem
@@ -22,6 +23,12 @@ from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
+
+FLOAT_DTYPES = {  # storage types of floating point, by the names of settings and files
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclass(frozen=True)

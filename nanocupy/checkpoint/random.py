@@ -6,21 +6,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
-from nanocupy.checkpoint.base import Checkpoint, TensorInfo
+from nanocupy.checkpoint.base import FLOAT_DTYPES, Checkpoint, TensorInfo
 from nanocupy.config import ModelConfig
 from nanocupy.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
-
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class RandomCheckpoint(Checkpoint):
@@ -37,7 +30,7 @@ class RandomCheckpoint(Checkpoint):
         self.path = Path(f"{config.name or config.architecture} (random weights)")
         self.config = config
         self.seed = seed
-        self.dtype = DTYPES[dtype]
+        self.dtype = FLOAT_DTYPES[dtype]
         self.tensors = {
             name: TensorInfo(name, dims, dtype, math.prod(dims) * self.dtype.itemsize)
             for name, dims in config.tensor_shapes().items()

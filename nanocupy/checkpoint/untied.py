@@ -9,12 +9,11 @@ import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, GroupedInt8
 from nanocupy.checkpoint.random import RandomCheckpoint
+from nanocupy.config import EMBEDDING, LM_HEAD
 from nanocupy.quantized import QuantizedForm, QuantizedMatrix
 
 if TYPE_CHECKING:
     from nanocupy.tokenizer.base import Tokenizer
-
-EMBEDDING, LM_HEAD = "embed.weight", "lm_head.weight"
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

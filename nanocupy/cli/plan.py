@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _SHOWN = (
     "dtype", "residual_dtype", "embed_dtype", "lm_head_dtype", "weight_format", "kv_cache_dtype",
-    "max_context", "max_num_seqs", "chunk_size", "gpu_memory_utilization",
+    "max_context", "max_num_seqs", "chunk_size", "block_size", "gpu_memory_utilization",
+    "whole_steps", "two_streams",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def plan(
     if config.device == "cpu":
         raise ConfigError("device is cpu; a plan is of a GPU's memory")
     card = _card(arch, memory_gb)
+    card = replace(card, traits=replace(card.traits, whole_steps=config.whole_steps))
     from nanocupy.progress import say
 
     report = describe_plan(_checkpoint(model, shape), config, card)
@@ -83,6 +85,7 @@ class Card:
 def describe_plan(checkpoint: Checkpoint, config: EngineConfig, card: Card) -> dict[str, Any]:
     """The plan, JSON-able, with notes for the user. Raises CapacityError where the model does not
     fit, ConfigError for what the card does not take."""
+    from nanocupy.config import EMBEDDING, LM_HEAD
     from nanocupy.cuda.arena import ArenaPlan
     from nanocupy.engine.backend import device_model, model_context
     from nanocupy.engine.device_plan import buffer_specs, plan_limits
@@ -94,14 +97,17 @@ def describe_plan(checkpoint: Checkpoint, config: EngineConfig, card: Card) -> d
         max_step_tokens=config.max_step_tokens, block_size=config.block_size,
     )  # fmt: skip
     arena = ArenaPlan(buffer_specs(checkpoint.config, card, settings, limits))
-    names = ("embed.weight", "lm_head.weight")
+    kinds = {name: stored.kind for name, stored in settings.quantized.items()}
     return {
         "card": card.name,
         "free_bytes": card.num_free_bytes,
         "dtype": settings.dtype,
         "residual_dtype": settings.residual_dtype,
         "cache_dtype": settings.cache_dtype,
-        **{f"{n.split('.')[0]}_dtype": settings.weight_dtype(n) for n in names},
+        **{
+            f"{name.split('.')[0]}_dtype": kinds.get(name) or settings.weight_dtype(name)
+            for name in (EMBEDDING, LM_HEAD)
+        },
         "quantized_weights": len(settings.quantized),
         "bytes_by_owner": arena.bytes_by_owner(),
         "total_bytes": arena.total_bytes,

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nanocupy.checkpoint.base import Checkpoint
-from nanocupy.checkpoint.untied import EMBEDDING, LM_HEAD, untied
-from nanocupy.config import ModelConfig
+from nanocupy.checkpoint.untied import untied
+from nanocupy.config import EMBEDDING, HEAD_NORM, LM_HEAD, ModelConfig
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.engine import LLMEngine, scheduler_settings
 from nanocupy.engine.runner import Runner, RunnerLimits
@@ -193,7 +193,6 @@ def cpu_runner(
     from nanocupy.engine.numpy_runner import NumpyRunner
     from nanocupy.engine.weight_formats import quantized_reader
     from nanocupy.model.load import load_numpy_weights
-    from nanocupy.model.weights import HEAD_NORM
 
     for name in ("dtype", "residual_dtype"):
         if getattr(config, name) not in ("auto", "float32"):

@@ -208,7 +208,8 @@ class EngineConfig:
     use_graphs: bool = _setting(
         bool, True, "GPU: replay steps as captured CUDA graphs")
     whole_steps: bool = _setting(
-        bool, True, "GPU: decode steps of few sequences as one launch, where there is one")
+        bool, True,
+        "GPU: decode steps of 1 or 2 sequences as one launch, on compute capability 9.0")
     two_streams: bool = _setting(
         bool, False, "GPU: compute prompts beside decodes, on a stream of their own")
     run_ahead: bool = _setting(

@@ -28,6 +28,7 @@ from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, query_buckets, workspace_plan
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
+from nanocupy.ops.launch_decode_step import table_words
 from nanocupy.ops.launch_wide import TOKENS
 from nanocupy.ops.packed_matrix import PackedMatrix
 
@@ -107,7 +108,9 @@ def kernel_variants(
             rows, vector = Outline(num, 1), Outline(num)
             batch = {"angles": rows, "slots": vector, "kv_lens": vector, "block_tables": rows}
             buffers = {"x": rows, "logits": rows, "key_cache": Outline(1, 1, 1)}
-            ops.decode_step(Outline(1, 14), row, row, batch, buffers, 0.0, 0.0)
+            ops.decode_step(
+                Outline(1, table_words(sizes.layer_format)), row, row, batch, buffers, 0.0, 0.0
+            )
             if not ops.step_has_head:
                 run_head(num)
             continue

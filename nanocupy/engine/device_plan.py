@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from nanocupy.checkpoint.untied import EMBEDDING, LM_HEAD
-from nanocupy.config import ModelConfig
+from nanocupy.config import EMBEDDING, HEAD_NORM, LM_HEAD, ModelConfig
 from nanocupy.cuda.arena import ArenaPlan, BufferSpec
 from nanocupy.cuda.device import Device
 from nanocupy.engine.binding import step_dims
@@ -23,7 +22,7 @@ from nanocupy.kv_types import SCALE_DTYPE, is_quantized
 from nanocupy.model.forward import Buffer, OpCall, decoder_forward
 from nanocupy.model.quantize import is_layer_matrix
 from nanocupy.model.rope import rope_parameters
-from nanocupy.model.weights import HEAD_NORM, Weight, weight_layout
+from nanocupy.model.weights import Weight, weight_layout
 from nanocupy.ops.cuda_sizes import DeviceTraits, OpSizes, step_launch, workspace_plan
 from nanocupy.ops.launch_decode_step import table_words
 from nanocupy.progress import human_bytes

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint
-from nanocupy.config import ModelConfig
+from nanocupy.config import LM_HEAD, ModelConfig
 from nanocupy.cuda.arena import ArenaPlan
 from nanocupy.cuda.device import Device
 from nanocupy.cuda.step_stamps import StepStamps
@@ -68,7 +68,7 @@ class DeviceRunner(Runner):
         self.settings = settings
         self._device = device
         self.device = device.name
-        self.dtypes = settings.dtype, settings.residual_dtype
+        self.dtypes = settings.dtype, settings.residual_dtype, settings.weight_dtype(LM_HEAD)
         self.plan = ArenaPlan(buffer_specs(config, device, settings, limits))
         view = device.allocate(self.plan).view
         rope = rope_parameters(config)

@@ -10,6 +10,7 @@ them, and its own before the next, since what comes next follows from how many w
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
@@ -336,11 +337,15 @@ class LLMEngine:
     def _take_logprobs(
         self, schedule: Schedule, result: list[int] | StepResult
     ) -> dict[Request, TokenLogprob | None]:
-        """Those of the step's tokens; the prompts' are kept with their requests."""
+        """Those of the step's tokens; the prompts' are kept with their requests, which end where
+        these are no numbers."""
         if not isinstance(result, StepResult):
             return {}
         for request, found in result.prompt_logprobs.items():
             request.prompt_logprobs += found
+            is_running = request.state is not RequestState.FINISHED
+            if is_running and any(math.isnan(token.logprob) for token in found):
+                self._finish_failed(request)
         if not result.logprobs:
             return {}
         return dict(zip(schedule.row_requests, result.logprobs, strict=True))
@@ -355,12 +360,25 @@ class LLMEngine:
         return logprobs.get(request), of_prompt
 
     def _fail(self, given: Iterable[tuple[Request, int]]) -> None:
-        """End those for which the model gave no numbers, and no others."""
+        """End those for which the model gave no numbers, and no others; who read what others had
+        computed first tries without, as numbers that are none spread to all of a step's tokens of
+        one sequence, those before the cause too."""
         for request, token_id in given:
-            if token_id == FAILED_TOKEN and request.state is not RequestState.FINISHED:
-                self._finish(request, "error")
-                name, index = request.request_id, request.sample_index
-                self._outputs.append(StepOutput(name, FAILED_TOKEN, "error", index))
+            if token_id != FAILED_TOKEN or request.state is RequestState.FINISHED:
+                continue
+            other = self.scheduler.retry(request)
+            if other is None:
+                self._finish_failed(request)
+                continue
+            if self.speculator is not None:
+                self.speculator.forget(request)
+            samples = self._requests[request.request_id]
+            samples[samples.index(request)] = other
+
+    def _finish_failed(self, request: Request) -> None:
+        self._finish(request, "error")
+        name, index = request.request_id, request.sample_index
+        self._outputs.append(StepOutput(name, FAILED_TOKEN, "error", index))
 
     def _finish(self, request: Request, reason: str) -> None:
         assert request.state is not RequestState.FINISHED

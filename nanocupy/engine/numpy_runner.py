@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from nanocupy.config import ModelConfig
+from nanocupy.config import HEAD_NORM, ModelConfig
 from nanocupy.engine.batch import (
     ForwardBatch,
     PenaltyBatch,
@@ -60,7 +60,7 @@ class NumpyRunner(Runner):
         self.weights = weights
         self.ops = NumpyOps(dtype)
         self.dtype = np.dtype(dtype)
-        self.dtypes = self.dtype.name, self.dtype.name
+        self.dtypes = self.dtype.name, self.dtype.name, weights[HEAD_NORM].dtype.name
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
         # The dtypes of the cache's parts, by their roles; codes that are no int8 are bits.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from nanocupy.engine.results import TokenLogprob
@@ -101,6 +101,12 @@ class Request:
     block_hashes: list[int] = field(default_factory=list)
     num_cached_blocks: int = 0
     cache_parent: int | None = None
+    # Blocks that it has taken from there since it began; not computed by itself.
+    taken_block_ids: list[int] = field(default_factory=list)
+    # It failed once, with blocks of others, and shares nothing now. suspects: those of them that
+    # can still be found, and the numbers of their entries.
+    is_retry: bool = False
+    suspects: tuple[tuple[int, int], ...] = ()
     # Log-probabilities of the prompt's tokens from the second on, as far as there are any.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     # Of the parameters, as every step asks for it:
@@ -125,6 +131,30 @@ class Request:
         self.needs_token_ids = p.counts_tokens or self.wants_logprobs
         # Whether it may take penalties, a bias or banned ids.
         self.changes_logits = p.has_penalties or p.min_tokens > 0
+
+    def again(self, suspects: tuple[tuple[int, int], ...]) -> Request:
+        """Another request in this one's place, which computes all of its tokens anew; steps in
+        flight know only this one."""
+        other = replace(
+            self,
+            leader=None,
+            state=RequestState.WAITING,
+            output_ids=list(self.output_ids),
+            num_computed_tokens=0,
+            block_ids=[],
+            host_block_ids=[],
+            block_hashes=[],
+            num_cached_blocks=0,
+            cache_parent=None,
+            taken_block_ids=[],
+            is_retry=True,
+            suspects=suspects,
+            prompt_logprobs=list(self.prompt_logprobs),
+            _counts=Counter(),
+            _num_counted=0,
+        )
+        other.needs_token_ids = self.needs_token_ids
+        return other
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -162,6 +192,8 @@ class Request:
     @property
     def needs_whole_prompt(self) -> bool:
         """Whether none of the prompt may be left out, though the cache had it."""
+        if self.is_retry:
+            return True
         num_wanted = 0 if self.num_prompt_logprobs is None else self.num_prompt_tokens - 1
         return len(self.prompt_logprobs) < num_wanted
 

@@ -46,7 +46,9 @@ class StepOutput(NamedTuple):
     """One new token of one sample of a request.
 
     finish_reason    "stop" (end of text or a stop id: token_id is that id), "length", "error" (the
-                     model gave no numbers: token_id is FAILED_TOKEN), or None while it goes on
+                     model gave no numbers for it, or for a token of a prompt whose
+                     log-probabilities were asked for: token_id is FAILED_TOKEN), or None while it
+                     goes on
     logprobs         of this token, where the request asks for them
     prompt_logprobs  with the first token, where the request asks for them: of each token of the
                      prompt but the first

@@ -51,8 +51,8 @@ class Runner(ABC):
     config: ModelConfig
     limits: RunnerLimits
     device: str  # a name for people: "cpu", "NVIDIA H100"
-    # Types of activations and of the residual stream.
-    dtypes: tuple[str, str] = ("float32", "float32")
+    # Types of activations, of the residual stream, and of the LM head.
+    dtypes: tuple[str, str, str] = ("float32", "float32", "float32")
 
     observer: StepObserver | None  # sees every op call of a step while it is set
     # Whether a step can be launched while the ids of the one before are not read: the runner puts

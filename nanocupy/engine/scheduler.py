@@ -186,12 +186,24 @@ class Scheduler:
             self.memory.forget(request)
         elif request.state is RequestState.RUNNING:
             self.memory.store(request)
+            if request.is_retry and request.output_ids:
+                self.memory.condemn(request)
         if request.state is RequestState.RUNNING:
             self.running.unseat(request)
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
         self._in_flight.drop(request)
+
+    def retry(self, request: Request) -> Request | None:
+        """Where a request that failed read blocks of others, these may be why: another begins in
+        its place, without them. None where there is nothing to try, or it was tried."""
+        if request.is_retry or not request.taken_block_ids:
+            return None
+        other = request.again(self.memory.suspects(request))
+        self.finish(request, failed=True)
+        self.waiting.push(other)
+        return other
 
     def _finished(self, plan: StepPlan) -> Schedule:
         """The plan as a step."""
@@ -273,7 +285,9 @@ class Scheduler:
         )
         plan.budget -= num_tokens
         cache, size = self.memory.cache, self.memory.pool.block_size
-        if cache is not None and num_tokens >= WORTH_WAITING_TOKENS and self.waiting:
+        if cache is None or request.is_retry:
+            return
+        if num_tokens >= WORTH_WAITING_TOKENS and self.waiting:
             first, last = start // size, (start + num_tokens) // size
             plan.filling.update(cache.block_hash(request, i) for i in range(first, last))
 
@@ -346,7 +360,7 @@ class Scheduler:
 
     def _is_being_filled(self, request: Request, plan: StepPlan) -> bool:
         cache, size = self.memory.cache, self.memory.pool.block_size
-        if cache is None or not plan.filling:
+        if cache is None or not plan.filling or request.needs_whole_prompt:
             return False
         first, last = len(request.block_ids), (request.num_known_tokens - 1) // size
         wanted = first + -(-WORTH_WAITING_TOKENS // size)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nanocupy.checkpoint.base import Checkpoint, dequantized
+from nanocupy.config import LM_HEAD
 from nanocupy.errors import CheckpointError
 from nanocupy.model.quantize import group_size_for, is_layer_matrix
 from nanocupy.model.weights import Weight, weight_layout
 from nanocupy.ops.launch_quantized import PackedFormat, packed_format
 from nanocupy.quantized import KINDS, QuantizedMatrix, quantize, stacked
 
-LM_HEAD = "lm_head.weight"
 _FLOATS = ("float32", "float16", "bfloat16")
 _EACH_KIND = "int8, int4 or fp8"
 _NO_CODES = "codes are multiplied in 16 bits alone, on compute capability 8.0 and above"

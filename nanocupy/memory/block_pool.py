@@ -87,6 +87,12 @@ class BlockPool:
             else:
                 self._free.append(block_id)
 
+    def forgotten(self, block_id: int) -> None:
+        """The prefix cache remembers the block no longer; nobody need hold it."""
+        if block_id in self._remembered:
+            del self._remembered[block_id]
+            self._free.append(block_id)
+
     def check_integrity(self, tables: Iterable[Sequence[int]] | None = None) -> None:
         """Assert that every block but the null block is free, remembered or held, exactly once;
         with `tables`, all block tables there are, that the holders of each block are those."""

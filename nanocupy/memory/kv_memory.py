@@ -42,6 +42,8 @@ class KVMemory:
 
     def detach(self, request: Request) -> None:
         """Undo `attach`."""
+        taken = request.taken_block_ids
+        del taken[len(taken) - len(request.block_ids) :]
         self._give_back(request)
 
     def count_hit(self, request: Request, num_tokens: int) -> None:
@@ -69,14 +71,27 @@ class KVMemory:
 
     def store(self, request: Request) -> None:
         """Remember the request's full blocks, as far as they are computed and known."""
-        if self.cache is not None:
+        if self.cache is not None and not request.is_retry:
             self.cache.store(request)
 
     def forget(self, request: Request) -> None:
-        """Have nobody find what only this request holds."""
-        for block_id in request.block_ids if self.cache is not None else ():
-            if block_id in self.cache and self.pool.num_holders(block_id) == 1:
+        """Have nobody find what this request has computed. Who holds it already keeps it."""
+        if self.cache is not None:
+            for block_id in set(request.block_ids).difference(request.taken_block_ids):
+                if block_id in self.cache:
+                    self.cache.forget(block_id)
+
+    def suspects(self, request: Request) -> tuple[tuple[int, int], ...]:
+        """What the request took from the prefix cache and is still there: blocks and entries."""
+        return () if self.cache is None else self.cache.entries(request.taken_block_ids)
+
+    def condemn(self, request: Request) -> None:
+        """The request got tokens without its suspects, and none with them: have nobody find them.
+        Blocks that nobody holds are free."""
+        for block_id, number in request.suspects if self.cache is not None else ():
+            if self.cache.entries([block_id]) == ((block_id, number),):
                 self.cache.forget(block_id)
+                self.pool.forgotten(block_id)
 
     def swap_out(self, request: Request) -> list[BlockPair] | None:
         """Exchange the request's blocks for blocks of the host. Returns the copies to make, or
@@ -100,6 +115,7 @@ class KVMemory:
 
     def drop(self, request: Request) -> None:
         """Give all blocks of the request back, those of the host too."""
+        request.taken_block_ids.clear()
         self._give_back(request)
         self.host_pool.free(request.host_block_ids)
         request.host_block_ids = []
@@ -121,6 +137,7 @@ class KVMemory:
         assert self.cache is not None
         self.pool.share(block_ids)
         self.cache.take(request, block_ids)
+        request.taken_block_ids += block_ids
         request.block_ids += block_ids
 
     def _give_back(self, request: Request) -> None:

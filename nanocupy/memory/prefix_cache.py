@@ -9,7 +9,7 @@ who holds which block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nanocupy.engine.request import Request
@@ -96,8 +96,14 @@ class PrefixCache:
             request.cache_parent = self._store_one(request, index)
         request.num_cached_blocks = num_full
 
+    def entries(self, block_ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
+        """(block, number of its entry) of those that have one; contents differ where numbers do."""
+        by_block = self._by_block
+        return tuple((b, by_block[b].number) for b in block_ids if b in by_block)
+
     def forget(self, block_id: int) -> None:
-        """The block will be overwritten."""
+        """The block will be overwritten, or holds what nobody should use. What continues it is not
+        found either from now on, as its parent's number is no entry's."""
         del self._by_hash[self._by_block.pop(block_id).hash]
 
     def reset(self, request: Request) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanocupy.config import ModelConfig
+from nanocupy.config import EMBEDDING, HEAD_NORM, LM_HEAD, ModelConfig
 from nanocupy.model.rope import RopeParameters
 
 
@@ -94,7 +94,7 @@ def decoder_forward(
     def call(op: str, layer: int | None = None, **arguments: Any) -> None:
         calls.append(OpCall(op, layer, arguments))
 
-    call("embed", token_ids=token_ids, table=WeightRef("embed.weight"), out=x)
+    call("embed", token_ids=token_ids, table=WeightRef(EMBEDDING), out=x)
     call(
         "rope_table", positions=positions, rope_lens=rope_lens, inv_freq=Buffer(
             "inv_freq", (head_size // 2,), "float32"), ntk_factor=rope.ntk_factor,
@@ -140,9 +140,9 @@ def decoder_forward(
             "linear_add", i, x=activated, weight=weight("down"),
             bias=bias("down", config.has_mlp_bias), residual=x,
         )  # fmt: skip
-    head = WeightRef("embed.weight" if config.tied_lm_head else "lm_head.weight")
+    head = WeightRef(EMBEDDING if config.tied_lm_head else LM_HEAD)
     call(
-        "lm_head", x=x, rows=sample_rows, norm_weight=WeightRef("final_norm.weight"), eps=eps,
+        "lm_head", x=x, rows=sample_rows, norm_weight=WeightRef(HEAD_NORM), eps=eps,
         weight=head, out=logits,
     )  # fmt: skip
     return calls

@@ -10,8 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from nanocupy.checkpoint.base import Checkpoint, dequantized
-from nanocupy.checkpoint.random import DTYPES
+from nanocupy.checkpoint.base import FLOAT_DTYPES, Checkpoint, dequantized
 from nanocupy.errors import CapacityError, beyond_float16
 from nanocupy.model.weights import Weight, weight_layout
 from nanocupy.quantized import QuantizedMatrix
@@ -36,7 +35,7 @@ def load_numpy_weights(
     layout = list(weight_layout(checkpoint.config))
 
     def dtype_of(weight: Weight) -> np.dtype:
-        return DTYPES[dtypes[weight.name]] if weight.name in dtypes else np.dtype(dtype)
+        return FLOAT_DTYPES[dtypes[weight.name]] if weight.name in dtypes else np.dtype(dtype)
 
     def read(source: str) -> np.ndarray:
         return dequantized(checkpoint.read(source))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from nanocupy.config import ModelConfig
 
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-HEAD_NORM = "final_norm.weight"  # belongs to the LM head's product, and has the type of its weights
 
 
 @dataclass(frozen=True)

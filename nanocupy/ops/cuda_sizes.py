@@ -114,7 +114,6 @@ def step_launch(
 ) -> whole.DecodeStepLaunch | None:
     """The launch that does a whole decode step; None where the ops go one by one."""
     types = {sizes.dtype, sizes.residual_dtype, sizes.cache_dtype}
-    types.add(sizes.lm_head_dtype or sizes.dtype)
     if traits.compute_capability < (9, 0) or traits.force_plain or not traits.whole_steps:
         return None
     if len(types) > 1 or ITEMSIZES[sizes.dtype] != 2 or num_seqs > whole.BEST_SEQUENCES:
@@ -129,8 +128,9 @@ def step_launch(
 
 
 def step_has_head(sizes: OpSizes) -> bool:
-    """Whether a whole step's launch goes on to the logits: all weights are of 16 bits."""
-    return sizes.layer_format is None and not sizes.coded_head
+    """Whether a whole step's launch goes on to the logits: all weights are of its one type."""
+    head_dtype = sizes.lm_head_dtype or sizes.dtype
+    return sizes.layer_format is None and not sizes.coded_head and head_dtype == sizes.dtype
 
 
 def query_buckets(max_queries: int) -> list[int]:

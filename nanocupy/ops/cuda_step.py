@@ -1,5 +1,5 @@
-"""A decode step as one launch, on a GPU that can do it: all layers and, with weights of 16 bits,
-the logits."""
+"""A decode step as one launch, on a GPU that can do it: all layers and, with weights of its own
+16 bits, the logits."""
 
 from __future__ import annotations
 

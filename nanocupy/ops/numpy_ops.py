@@ -161,6 +161,8 @@ class NumpyOps(Ops):
         grouped = grouped.transpose(1, 2, 0, 3) * self.compute.type(scale)  # [G, H/G, Tq, d]
         first = kv_len - num_queries  # position of the first query
         tile = max(1, MAX_SCORE_ELEMENTS // (num_heads * kv_len))
+        if not np.isfinite(values[:, first:]).all():
+            tile = 1  # 0 * NaN is NaN: who comes before it must not have it in its product
         for start in range(0, num_queries, tile):
             queries = grouped[:, :, start : start + tile]
             num = queries.shape[2]

@@ -84,6 +84,21 @@ def test_throughput_counts_what_it_did() -> None:
     assert found.result.num_bytes == kv_bytes + found.num_steps * weight_bytes
 
 
+@pytest.mark.parametrize("head", ["float32", "bfloat16"])
+def test_a_head_of_another_type_counts_as_it_is_kept(head: str) -> None:
+    config = CONFIG.with_(tied_lm_head=False)
+    dtypes = {"lm_head.weight": head, "final_norm.weight": head}
+    weights = load_numpy_weights(TinyCheckpoint(config), dtypes=dtypes)
+    engine = LLMEngine(config, NumpyRunner(config, weights, RunnerLimits(200, 4, 512, 64, 4)))
+    # Both have the same prompts, and so the same bytes of keys and values.
+    workload = Workload(2, 3, 5)
+    plain = throughput(make_engine(), "tiny", "float32", workload)
+    found = throughput(engine, "tiny", "float32", workload)
+    assert found.num_steps == plain.num_steps
+    less = (config.vocab_size + 1) * config.hidden_size * (4 - (4 if head == "float32" else 2))
+    assert plain.result.num_bytes - found.result.num_bytes == found.num_steps * less
+
+
 def test_preemptions_are_counted() -> None:
     found = throughput(make_engine(num_blocks=12), "tiny", "float32", Workload(4, 12, 20), 1)
     assert found.num_preemptions > 0

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanocupy import cli
 from nanocupy.bench.shapes import SHAPES
+from nanocupy.cli.console import binary_bytes
+from nanocupy.cli.plan import Card, describe_plan
+from nanocupy.cuda.cards import common_cards
+from nanocupy.engine.backend import device_model
+from nanocupy.engine.config import EngineConfig
+from nanocupy.engine.device_runner import DeviceRunner
+from nanocupy.engine.runner import RunnerLimits
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
+from tests.shim.device import ShimDevice
 
 CARD = ("--arch", "sm_90a", "--memory", "80")
 LLAMA = SHAPES["llama-3.1-8b"]
@@ -62,7 +71,62 @@ def test_of_a_file_as_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path
     out = capsys.readouterr().out
     assert out.startswith("sm_90a, 74.51 GiB free")
     assert "the cache holds 1,536 tokens in bfloat16, for 16 sequences of up to 96\n" in out
-    assert [line.split()[0] for line in out.splitlines() if "MiB" in line or "KiB" in line]
+    report = planned(capsys, "-m", str(tmp_path / "tiny.nano"))
+    rows = [line.split() for line in out.splitlines()[1:]]
+    found = {
+        " ".join(row[:-2]): " ".join(row[-2:]) for row in rows if row[-1:] in (["KiB"], ["MiB"])
+    }
+    owners = report["bytes_by_owner"] | {"in all": report["total_bytes"]}
+    assert found == {owner: binary_bytes(num_bytes) for owner, num_bytes in owners.items()}
+
+
+SETTINGS = [
+    (), ("--no-whole-steps",), ("--two-streams",), ("--lm-head-dtype", "float32"),
+    ("--weight-format", "int8"), ("--kv-cache-dtype", "int8"), ("--block-size", "8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", SETTINGS, ids=" ".join)
+def test_it_is_the_plan_that_a_start_makes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: tuple[str, ...]
+) -> None:
+    sizes = {"head_size": 64, "hidden_size": 128, "intermediate_size": 256}
+    config = tiny_config(num_heads=2, num_kv_heads=1, max_context=96, **sizes)
+    checkpoint = TinyCheckpoint(config)
+    write_nanoinfer2(checkpoint, tmp_path / "tiny.nano")
+    found = planned(capsys, "-m", str(tmp_path / "tiny.nano"), *argv)
+    names = {a[2:].replace("-", "_"): b for a, b in zip(argv[::2], argv[1::2], strict=False)}
+    flags = {"--no-whole-steps": {"whole_steps": False}, "--two-streams": {"two_streams": True}}
+    if argv and argv[0] in flags:
+        names = flags[argv[0]]
+    settings = EngineConfig(**{n: int(v) if n == "block_size" else v for n, v in names.items()})
+    card = common_cards((9, 0))[-1]
+    traits = replace(card, whole_steps=settings.whole_steps)
+    model, of_device, _ = device_model(checkpoint, settings, traits)
+    limits = RunnerLimits(
+        found["cache_blocks"] + 1, settings.block_size, 96, settings.max_step_tokens,
+        settings.max_num_seqs,
+    )  # fmt: skip
+    runner = DeviceRunner(model.config, ShimDevice(traits), limits, of_device)
+    assert found["bytes_by_owner"] == runner.bytes_by_owner()
+    assert found["total_bytes"] == runner.plan.total_bytes
+
+
+def test_whole_steps_and_their_room(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--shape", "qwen3-0.6b"]
+    whole, ops = planned(capsys, *argv), planned(capsys, *argv, "--no-whole-steps")
+    for owner in ("workspaces", "batch"):
+        assert whole["bytes_by_owner"][owner] > ops["bytes_by_owner"][owner]
+
+
+def test_a_head_in_codes_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.engine.test_quantized_weights import QuantizedCheckpoint
+
+    for head, wanted in (("auto", "int8"), ("float16", "float16")):
+        card = Card("a card", common_cards((9, 0))[-1], 80 << 30)
+        settings = EngineConfig(dtype="bfloat16", lm_head_dtype=head)
+        checkpoint = QuantizedCheckpoint({"lm_head": ("int8", 32)})
+        assert describe_plan(checkpoint, settings, card)["lm_head_dtype"] == wanted
 
 
 @pytest.mark.parametrize(

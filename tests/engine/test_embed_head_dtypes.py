@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nanocupy.checkpoint.random import DTYPES, RandomCheckpoint
+from nanocupy.checkpoint.base import FLOAT_DTYPES
+from nanocupy.checkpoint.random import RandomCheckpoint
 from nanocupy.checkpoint.untied import untied
 from nanocupy.engine.backend import device_model, device_settings, make_runner
 from nanocupy.engine.config import EngineConfig
@@ -47,7 +48,7 @@ def by_hand(checkpoint, embed: str, head: str) -> NumpyRunner:
 
     def rounded(name: str, dtype: str) -> None:
         if dtype != "auto":
-            weights[name] = weights[name].astype(DTYPES[dtype]).astype(np.float32)
+            weights[name] = weights[name].astype(FLOAT_DTYPES[dtype]).astype(np.float32)
 
     rounded("embed.weight", embed)
     rounded("lm_head.weight", head)
@@ -173,10 +174,10 @@ def test_a_head_in_codes_stays_so_unless_a_type_is_asked_for() -> None:
         assert ("lm_head.weight" in settings.quantized) == stays
 
 
-def test_a_step_is_one_launch_only_with_a_head_of_its_type() -> None:
+def test_a_step_is_one_launch_only_with_a_residual_stream_of_its_type() -> None:
     card = replace(MODERN, compute_capability=(9, 0), max_shared_bytes=227 << 10)
     for changes, is_one in (
-        ({}, True), ({"embed_dtype": "float32"}, True), ({"lm_head_dtype": "float32"}, False)
+        ({}, True), ({"embed_dtype": "float32"}, True), ({"residual_dtype": "float32"}, False)
     ):  # fmt: skip
         config = EngineConfig(dtype="bfloat16", **changes)
         model = TinyCheckpoint(tiny_config(head_size=64, hidden_size=64), seed=3)
@@ -184,22 +185,60 @@ def test_a_step_is_one_launch_only_with_a_head_of_its_type() -> None:
         assert (step_launch(runner_sizes, card, 1) is not None) == is_one
 
 
+@needs_compiler
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["float32", "float16"])
+def test_behind_the_one_launch_a_head_of_another_type(head: str, tied: bool) -> None:
+    """Tokens and logits are those of the ops one by one."""
+    config = tiny_config(head_size=64, hidden_size=64, tied_lm_head=tied)
+    found = []
+    for whole in (True, False):
+        card = replace(MODERN, max_shared_bytes=227 << 10, whole_steps=whole)
+        settings = EngineConfig(dtype="bfloat16", lm_head_dtype=head)
+        runner = on_the_shim(TinyCheckpoint(config, seed=3), settings, card)
+        prompts = {str(i): (0, [3 + i, 5, 7], GREEDY.with_(max_tokens=5)) for i in range(2)}
+        tokens = generate(runner, prompts, run_ahead=True)
+        launched = runner._device.kernels.launched
+        assert ("decode_step" in launched) == whole
+        found.append((tokens, np.array(runner._main.logits(2))))
+    (tokens, got), (wanted_tokens, wanted) = found
+    assert tokens == wanted_tokens
+    assert abs(got - wanted).max() < 0.02 * wanted.std()
+
+
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("shim", marks=needs_compiler)])
 @pytest.mark.parametrize(
-    ("tensor", "setting"), [("embed.weight", "embed_dtype"), ("lm_head.weight", "lm_head_dtype")]
+    ("tensor", "setting"),
+    [
+        ("embed.weight", "embed_dtype"),
+        ("lm_head.weight", "lm_head_dtype"),
+        ("final_norm.weight", "lm_head_dtype"),
+    ],
 )
 def test_values_beyond_float16_are_named(backend: str, tensor: str, setting: str) -> None:
     checkpoint = TinyCheckpoint(CONFIG, seed=3)
     checkpoint.arrays[tensor] = checkpoint.arrays[tensor].copy()
-    checkpoint.arrays[tensor][1, 2] = 7e4
+    checkpoint.arrays[tensor].flat[2] = 7e4
     config = EngineConfig(device="auto", **{setting: "float16"})
-    message = rf"^tensor {tensor} has values beyond float16 \(65504\); take {setting} bfloat16$"
+    message = rf"^tensor {tensor} has values beyond float16 \(65504\); take {setting} bfloat16"
     if backend == "cpu":
         make, config = make_runner, config.with_(device="cpu")
     else:
         make, config = on_the_shim, config.with_(dtype="bfloat16")
     with pytest.raises(ConfigError, match=message):
         make(checkpoint, config)
+    make(checkpoint, config.with_(**{setting: "bfloat16"}))
+
+
+@needs_compiler
+def test_a_tied_matrix_beyond_float16_takes_two_settings_which_the_line_names() -> None:
+    checkpoint = TinyCheckpoint(TIED, seed=3)
+    checkpoint.arrays["embed.weight"] = checkpoint.arrays["embed.weight"].copy()
+    checkpoint.arrays["embed.weight"][1, 2] = 7e4
+    with pytest.raises(ConfigError, match="take embed_dtype bfloat16, and lm_head_dtype too where"):
+        on_the_shim(checkpoint, EngineConfig(dtype="float16"))
+    both = {"embed_dtype": "bfloat16", "lm_head_dtype": "bfloat16"}
+    on_the_shim(checkpoint, EngineConfig(dtype="float16", **both))
 
 
 def test_auto_follows_dtype() -> None:

@@ -14,6 +14,7 @@ from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.results import StepOutput
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.errors import CheckpointError, RequestError
+from nanocupy.evaluation import score_text
 from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from nanocupy.model.load import load_numpy_weights
 from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
@@ -248,3 +249,45 @@ def test_progress(llm, monkeypatch):
         assert len(llm.generate(["a"] * prompts, params, progress=progress)) == prompts
         shown.append("answers" in stderr.getvalue())
     assert shown == [True, False, False, True, False]
+
+
+# ------------------------------------------------------------------------------ of prompts
+
+
+def spoil_head(monkeypatch, runner, token_id: int) -> None:
+    """No numbers in the logits of the rows of this token, and in no others."""
+    lm_head = type(runner.ops).lm_head
+
+    def spoilt(self, x, **arguments):
+        x = x.copy()
+        x[runner._memory["token_ids"].reshape(-1)[: len(x)] == token_id] = np.inf
+        lm_head(self, x=x, **arguments)
+
+    monkeypatch.setattr(type(runner.ops), "lm_head", spoilt)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("chunk", [64, 4])
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+def test_a_prompt_of_which_one_row_has_no_numbers(monkeypatch, run_ahead, chunk):
+    engine = make_engine(run_ahead=run_ahead, chunk=chunk)
+    spoil_head(monkeypatch, engine.runner, 46)
+    prompt = [1, 2, 46, 3, 4, 5, 6, 7, 8, 9, 10]
+    engine.add_request("asks", prompt, GREEDY.with_(prompt_logprobs=1, n=2))
+    engine.add_request("does not", prompt, GREEDY)
+    outputs = run(engine)
+    assert len(outputs["does not"]) == 9
+    assert outputs["asks"].count(StepOutput("asks", -1, "error", 0)) == 1
+    others = [o for o in outputs["asks"] if o.sample_index]  # which nobody asks for the prompt's
+    assert [o.token_id for o in others] == [o.token_id for o in outputs["does not"]]
+    assert len(others) == len(outputs["asks"]) - 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_text_of_which_one_row_has_no_numbers_has_no_score(llm, monkeypatch):
+    ids = [1, 2, 7, 3, 4, 5, 6, 8, 9]
+    assert np.isfinite(score_text(llm, ids, 6, 3).perplexity)
+    spoil_head(monkeypatch, llm._engine.runner, 7)
+    for window in (20, 6):
+        with pytest.raises(CheckpointError, match="the model computes NaN or infinite logits"):
+            score_text(llm, ids, window, 3)

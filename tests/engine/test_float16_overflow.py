@@ -93,6 +93,22 @@ def test_who_overflows_ends_and_nobody_else(where: str, temperature: float) -> N
     assert error.endswith("take dtype bfloat16, or residual_dtype float32")
 
 
+def test_a_head_in_float16_under_bfloat16() -> None:
+    """What its norm gives is beyond float16, and nothing else is."""
+    settings = DeviceSettings("bfloat16", "bfloat16", "bfloat16", lm_head_dtype="float16")
+    runner = DeviceRunner(CONFIG, ShimDevice(MODERN), RunnerLimits(80, 4, 96, 32, 6), settings)
+    checkpoint = TinyCheckpoint(CONFIG, seed=3)
+    norm = checkpoint.arrays["final_norm.weight"]
+    checkpoint.arrays["final_norm.weight"] = np.full_like(norm, 6e4)
+    runner.upload_weights(checkpoint)
+    engine = LLMEngine(CONFIG, runner)
+    engine.add_request("it", [1, 2, 3], GREEDY)
+    with np.errstate(all="ignore"):
+        (output,) = engine.step()
+    assert output.finish_reason == "error"
+    assert str(no_numbers("", *runner.dtypes)).endswith("; take lm_head_dtype bfloat16")
+
+
 @pytest.mark.parametrize(
     ("where", "dtype", "residual", "mends"),
     [

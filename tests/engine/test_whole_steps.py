@@ -141,3 +141,43 @@ def test_what_is_compiled_beforehand(name, whole) -> None:
     assert len(steps) == (2 if whole and name in ONE_FORM else 0)
     for macros in steps:
         assert ("WEIGHT_KIND" in macros) == (name != "16 bits and a head of int8")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "head_dtype"),
+    [
+        ({}, None),
+        ({}, "float32"),
+        (ONE_FORM["int4 and a head of int8"], None),
+        (ONE_FORM["16 bits and a head of int8"], None),
+    ],
+    ids=["floats", "a head of float32", "codes", "a head of codes"],
+)
+def test_what_runs_was_compiled_beforehand(kinds, head_dtype) -> None:
+    """Whatever 1, 2 and 11 sequences launch, loading included, is one of the variants."""
+    config = tiny_config(**SIZES | {"head_size": 64})
+    checkpoint = QuantizedCheckpoint(kinds, config=config)
+    formats, _ = plan_weight_formats(checkpoint, "auto")
+    settings = DeviceSettings(
+        "bfloat16", "bfloat16", "bfloat16", quantized=formats, lm_head_dtype=head_dtype
+    )
+    device = ShimDevice(DeviceTraits(*CARD))
+    wanted, get = set(), device.kernels.get
+
+    def noted(file: str, entry: str, **macros: int):
+        wanted.add((file, tuple(sorted(macros.items()))))
+        return get(file, entry, **macros)
+
+    device.kernels.get = noted
+    runner = DeviceRunner(config, device, LIMITS, settings)
+    runner.upload_weights(checkpoint)
+    for count in (1, 2, 11):
+        engine = LLMEngine(config, runner, run_ahead=True, prefix_cache=False)
+        for number in range(count):
+            ids = [3 + number] * (5 + number)
+            engine.add_request(str(number), ids, GREEDY.with_(max_tokens=4))
+        while engine.has_unfinished:
+            engine.step()
+    assert "decode_step" in device.kernels.launched
+    variants = kernel_variants(config, settings, LIMITS, device.traits, every_size=True)
+    assert wanted - {(file, tuple(sorted(macros.items()))) for file, macros in variants} == set()
