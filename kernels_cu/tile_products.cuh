@@ -1,5 +1,5 @@
 // What products of tiles need of compute capability 9.0a beyond hopper.cuh: boxes of matrices, also for
-// two blocks at once, and products of 96 columns. The host has twins, and of what else of hopper.cuh
+// several blocks at once, copies between blocks, and products of 96 columns. The host has twins, and of what else of hopper.cuh
 // such products use.
 //
 // HAS_TILE_PRODUCTS   1 where a build can use them; else nothing below exists.
@@ -41,6 +41,19 @@ __device__ __forceinline__ void copy_box_to_ranks(
 __device__ __forceinline__ void mbarrier_arrive_at_rank(const uint64_t* own, int rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at_rank(own, rank))
                  : "memory");
+}
+
+// Start to copy bytes of this block's shared memory to the place that block `rank` of the cluster has
+// where this one has `to`: both aligned to 16, and so is their number. They count on the barrier that it
+// has where this one has `barrier`; until then neither block may end, nor the source change. What threads
+// have written there needs a shared_to_async_fence by each of them, before.
+__device__ __forceinline__ void copy_to_rank(
+    const void* to, const void* from, int num_bytes, const uint64_t* barrier, int rank) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(address_at_rank(to, rank)),
+        "r"(shared_address(from)), "r"(num_bytes), "r"(address_at_rank(barrier, rank))
+        : "memory");
 }
 
 #define WGMMA_48(d, i) WGMMA_32(d, i), WGMMA_16(d, i + 8)

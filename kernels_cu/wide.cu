@@ -12,14 +12,14 @@
 //   K / 64 up; clusters of SHARERS * splits, up to 8, along x
 // block 128 * (OUT_TILE / 64) * (1 up to 128 TOKENS, else 2) + 64
 // shared 2048 + the larger of weight_stages * 128 * OUT_TILE + input_stages * 128 * TOKENS, and
-//   4 * TOKENS * (OUT_TILE + 4)
+//   4 * TOKENS * OUT_TILE * (2 - 1 / splits)
 // inputs   a map of x scalar_t [num_rows, K], 1 to TOKENS rows, with a box [TOKENS / SHARERS,
 //   64]
 // weights  a map of weight scalar_t [R, K] with a box [OUT_TILE, 64]; both swizzled by 128 bytes
 // bias     scalar_t [R], or null
 // out      scalar_t [num_rows, R], no part of the inputs
 // weight_stages, input_stages: steps of 64 inputs in the rings, from 2 (1 where a block has one) to 16
-// K a multiple of 8, R of 2; bias and out aligned to 8 bytes; 16-bit types; all from 1. x may come from
+// K and R multiples of 8; bias and out aligned to 16 bytes; 16-bit types; all from 1. x may come from
 // the kernel before, weights and bias may not.
 // REF: numpy_ops.norm_linear
 // COST: (R * K + R) * sizeof(scalar_t) bytes, and 2 * num_rows * R * K flops

@@ -8,16 +8,16 @@
 // kernel: with launches that overlap its ring is full before the kernel in front has ended. Another
 // brings the inputs, through a ring of their own, as these come from near and must wait for that
 // kernel. Where there are fewer tiles than multiprocessors a cluster shares the inputs of a tile:
-// each of its blocks takes a part of the steps. And with SHARERS, two blocks of a cluster have the same
-// steps of tiles side by side, each brings half of the tokens, and the copy engine gives it to both:
-// half as many reads of L2.
+// each of its blocks takes a part of the steps. And with SHARERS, so many blocks of a cluster have the
+// same steps of tiles side by side, each brings a part of the tokens, and the copy engine gives it to all
+// of them: fewer reads of L2.
 //
 // A token's sums are added in an order that depends on K and on the blocks that share its inputs: not
 // on the batch, other tokens, the tile, SHARERS or TOKENS.
 //
 // TOKENS     that a block has room for: 64, 128, 192 or 256, at least the batch
 // OUT_TILE   rows of weights of a block: 64 to 256, a multiple of 64; up to 128 above 128 tokens
-// SHARERS    blocks that get the same inputs by one copy: 1, or 2
+// SHARERS    blocks that get the same inputs by one copy: 1, 2 or 4
 #pragma once
 
 #include "tile_products.cuh"
@@ -43,7 +43,7 @@ constexpr int BLOCK_THREADS = COMPUTE_THREADS + 64;        // and two warps that
 constexpr int RESIDENT_BLOCKS = WARPGROUPS <= 2 ? 2 : 1;   // whose registers a multiprocessor holds
 
 static_assert(TOKENS % 64 == 0 && TOKENS <= 256 && OUT_TILE % 64 == 0 && WARPGROUPS <= 4, "TOKENS");
-static_assert(SHARERS == 1 || SHARERS == 2, "SHARERS");
+static_assert(SHARERS == 1 || SHARERS == 2 || SHARERS == 4, "SHARERS");
 
 #if WIDE_BUILD
 
@@ -56,7 +56,7 @@ constexpr int HEAD_BYTES = 1024;       // before the rings
 
 // At the start of shared memory. Full: the copies landed; free: all warps that multiply are done.
 struct WideBarriers {
-    uint64_t inbox;  // of a cluster: first, as what it receives has offsets from it
+    uint64_t inbox;  // of a cluster: sums of the other splits have come
     uint64_t weights_full[MOST_STAGES], weights_free[MOST_STAGES];
     uint64_t inputs_full[MOST_STAGES], inputs_free[MOST_STAGES];
 };
@@ -129,7 +129,7 @@ struct WideSteps {
             const int k = (first_step + step) * K_STEP;
             if constexpr (SHARERS == 1) {
                 copy_box(to, matrix.inputs, full, k, 0);
-            } else {  // the other part comes from the other block, before or after
+            } else {  // the other parts come from the other blocks, before or after
                 copy_box_to_ranks(
                     to + share * (INPUT_BYTES / SHARERS), matrix.inputs, full,
                     ((1 << SHARERS) - 1) << (split * SHARERS), k, share * (TOKENS / SHARERS));
@@ -207,7 +207,7 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
     steps.split = split;
     steps.share = share;
     const WideMerge merge = {
-        log2_splits, split, share, (matrix.num_rows + 7) / 8, &steps.bars->inbox};
+        log2_splits, split, share, (matrix.num_rows + 7) / 8, steps.weights, &steps.bars->inbox};
 
     if (lane_id() == 0) {
         if (warp == WARPGROUPS * 4) prefetch_tensor_map(matrix.weights);
@@ -219,8 +219,9 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
             mbarrier_init(steps.bars->inputs_full + i, 1);
             mbarrier_init(steps.bars->inputs_free + i, WARPGROUPS * 4 * SHARERS);
         }
+        if (warp == 0) mbarrier_init(merge.inbox, 1);
         mbarrier_init_fence();
-        if (warp == 0 && merge.splits() > 1) make_inbox(merge.inbox, merge.expected_bytes());
+        if (warp == 0) mbarrier_arrive_expecting(merge.inbox, merge.expected_bytes());
     }
     block_sync();
     if (SHARERS > 1) cluster_arrive();  // to all its blocks' barriers being made
@@ -238,35 +239,42 @@ __device__ __forceinline__ void run_wide(const WideMatrix& matrix, const Epilogu
             }
             warp_sync();
         }
-        if (ranks > 1) {  // whose barrier every thread comes to
+#pragma unroll 1
+        for (int i = 0; i < (ranks > 1) + (merge.splits() > 1); ++i) {  // where every thread comes to
             cluster_arrive();
             cluster_wait();
         }
-        if (merge.splits() > 1) wait_for_inbox(merge.inbox);
         return;
     }
 
     // ---------------------------------------------------------------- warpgroups that multiply
     float sums[PART_TOKENS / 8][4];
     const int row_part = warp / 4 / TOKEN_PARTS, token_part = warp / 4 % TOKEN_PARTS;
-    const WideFinish<PAIRS, Epilogue> finish(
-        merge, epilogue, tile, matrix.num_rows, matrix.num_outputs);
     if (SHARERS > 1) cluster_wait();
     grid_dependency_wait();
     steps.multiply(row_part, token_part, sums);
-    // The rings become the place of sums when nobody reads them any more, in a cluster in any of its
-    // blocks. All copies have landed: each was waited for.
+    // The rings become the place of sums when nobody reads them any more: of its own a block's, of
+    // those of others a cluster's. All copies have landed: each was waited for.
     warp_sync();
+    if (ranks > 1) cluster_arrive();
+    barrier_sync(1, COMPUTE_THREADS);
+    const WideFinish<PAIRS, Epilogue> finish(
+        merge, epilogue, tile, matrix.num_rows, matrix.num_outputs);
+    const int rows = row_part * 4 + warp % 4, first_group = token_part * (PART_TOKENS / 8);
+    merge.lay_out(rows, first_group, sums);
     if (ranks > 1) {
-        cluster_arrive();
+        shared_to_async_fence();
+        warp_sync();
         cluster_wait();
-    } else {
-        barrier_sync(1, COMPUTE_THREADS);
+        if (lane_id() == 0) merge.send(rows, first_group);
+        warp_sync();
     }
-    merge.send(row_part * 64 + warp % 4 * 16, token_part * (PART_TOKENS / 8), sums);
     finish.run();
-    // Nobody leaves before all have stored into its block's memory what they will.
-    if (merge.splits() > 1) wait_for_inbox(merge.inbox);
+    // Nobody leaves before all have received what they will, also from its memory.
+    if (merge.splits() > 1) {
+        warp_sync();
+        cluster_wait();
+    }
 }
 
 #endif  // WIDE_BUILD

@@ -6,152 +6,198 @@
 #include "wide_epilogues.cuh"
 
 // The sums of all splits of a tile on their way to who finishes them: group g of 8 tokens is finished by
-// split g % splits, as its group g / splits. They lie as pairs of tokens, behind the barriers:
-// float2 [splits, slots, 4, PAIR_STRIDE].
+// split g % splits, as its group g / splits. First they are laid out by who finishes them, then each warp
+// has its part of them copied there, as one piece for each of the other splits. A block's memory,
+// behind the barriers:
+//   float [splits to, OUT_TILE / 16, slots, 2, 8, 8]        its own sums
+//   float [splits - 1 from, OUT_TILE / 16, slots, 2, 8, 8]  what the other splits send it
+// that is for each 16 rows and each group of tokens two halves of 8 rows, tokens in the order 0, 2, 4, 6,
+// 1, 3, 5, 7, and the rows of one: no bank is asked twice, by writes or by reads.
 struct WideMerge {
-    // Pairs of one row of weights and the next pair of tokens lie in other banks.
-    static constexpr int PAIR_STRIDE = OUT_TILE + 4;
+    static constexpr int GROUP_BYTES = 16 * 8 * 4;   // of 16 rows and 8 tokens
+    static constexpr int HALF_BYTES = 8 * 8 * 4;
+    static constexpr int SUMS_BYTES = OUT_TILE * TOKENS * 4;
 
     int log2_splits, split;  // blocks of the tile, and which this is
     int share;               // of the cluster's tiles
     int num_groups;          // that have a token
-    uint64_t* inbox;
+    unsigned char* sums;
+    uint64_t* inbox;         // counts what the other splits send
 
     __device__ __forceinline__ int splits() const { return 1 << log2_splits; }
     // Groups that a split has room for; there are as many as splits, or a multiple.
     __device__ __forceinline__ int slots() const { return TOKENS / 8 >> log2_splits; }
-    __device__ __forceinline__ int own_groups() const {
-        return (num_groups - split + splits() - 1) >> log2_splits;
+    // Of the groups before `group`, how many `to` finishes.
+    __device__ __forceinline__ int slot_of(int group, int to) const {
+        return (group - to + splits() - 1) >> log2_splits;
     }
     __device__ __forceinline__ uint32_t expected_bytes() const {
-        return (own_groups() << log2_splits) * 4 * OUT_TILE * 8;
+        return (splits() - 1) * slot_of(num_groups, split) * (OUT_TILE / 16) * GROUP_BYTES;
     }
-    // Of pair `pair` of a split's own groups, from split `source`, at row `row`: bytes behind inbox.
-    __device__ __forceinline__ int place(int source, int pair, int row) const {
-        return HEAD_BYTES + ((source * slots() * 4 + pair) * PAIR_STRIDE + row) * 8;
+    // Of 16 rows and a group of tokens: bytes behind those of a split.
+    __device__ __forceinline__ int place(int rows, int slot) const {
+        return (rows * slots() + slot) * GROUP_BYTES;
+    }
+    // Own sums that `to` finishes.
+    __device__ __forceinline__ unsigned char* own(int to) const {
+        return sums + to * (SUMS_BYTES >> log2_splits);
+    }
+    // Where `to` receives sums of split `from`, another.
+    __device__ __forceinline__ unsigned char* received(int from, int to) const {
+        return own(splits() + from - (from > to));
     }
 
-    // By a warp: of 16 rows from first_row on and all tokens from group first_group on.
-    __device__ __forceinline__ void send(
-        int first_row, int first_group, const float (&sums)[PART_TOKENS / 8][4]) const {
-        const int row = first_row + lane_id() / 4, pair = lane_id() % 4;
-        if (log2_splits == 0) {  // a block alone: there is room for every group
-            float* to = reinterpret_cast<float*>(
-                reinterpret_cast<char*>(inbox) + place(0, first_group * 4 + pair, row));
-#pragma unroll
-            for (int n = 0; n < PART_TOKENS / 8; ++n) {
-                const float upper[2] = {sums[n][0], sums[n][1]}, lower[2] = {sums[n][2], sums[n][3]};
-                store_floats<float, 2>(to + n * 4 * PAIR_STRIDE * 2, upper);
-                store_floats<float, 2>(to + (n * 4 * PAIR_STRIDE + 8) * 2, lower);
-            }
-            return;
-        }
-        const int own = place(split, pair, row);
+    // By a warp: of 16 rows and all tokens from group first_group on, to the block's memory.
+    __device__ __forceinline__ void lay_out(
+        int rows, int first_group, const float (&values)[PART_TOKENS / 8][4]) const {
+        const int word = lane_id() % 4 * 8 + lane_id() / 4;
+        float* const to = reinterpret_cast<float*>(sums + place(rows, 0)) + word;
+        const int to_next = SUMS_BYTES / 4 >> log2_splits;
 #pragma unroll
         for (int n = 0; n < PART_TOKENS / 8; ++n) {
             const int group = first_group + n;
             if (group < num_groups) {
-                const int rank = (group & (splits() - 1)) * SHARERS + share;
-                const RemoteInbox to = inbox_of_rank(inbox, rank);
-                const int offset = own + (group >> log2_splits) * (4 * PAIR_STRIDE * 8);
-                send_pair(to, offset, sums[n][0], sums[n][1]);
-                send_pair(to, offset + 8 * 8, sums[n][2], sums[n][3]);
+                float* const at = to + (group & (splits() - 1)) * to_next +
+                                  (group >> log2_splits) * (GROUP_BYTES / 4);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) at[i * 32] = values[n][i];
+            }
+        }
+    }
+
+    // By one thread of the warp, when all of it have laid out and made that seen by copies, and all
+    // blocks have left their rings.
+    __device__ __forceinline__ void send(int rows, int first_group) const {
+        const int end_group = min(first_group + PART_TOKENS / 8, num_groups);
+#pragma unroll 1
+        for (int i = 1; i < splits(); ++i) {
+            const int to = (split + i) & (splits() - 1);  // not all to the same at once
+            const int first = slot_of(first_group, to), count = slot_of(end_group, to) - first;
+            if (count > 0) {
+                copy_to_rank(
+                    received(split, to) + place(rows, first), own(to) + place(rows, first),
+                    count * GROUP_BYTES, inbox, to * SHARERS + share);
             }
         }
     }
 };
 
-// What a thread finishes: two outputs side by side, always the same, of every STEP-th pair of the
-// block's tokens. AT_ONCE pairs are worked on together; what the first ones are added to is asked
+// What a thread finishes: eight outputs side by side, always the same, of every so many-th token that
+// the block finishes. AT_ONCE tokens are worked on together; what the first ones are added to is asked
 // for while the sums of other blocks are on their way.
 template <bool PAIRS, typename Epilogue>
 struct WideFinish {
     static constexpr int OUTPUTS = PAIRS ? OUT_TILE / 2 : OUT_TILE;  // of a tile
-    static constexpr int STEP = COMPUTE_THREADS / (OUTPUTS / 2);     // whole groups
-    static constexpr int AT_ONCE = PAIRS ? 2 : 4;
-    static constexpr int STEP_BYTES = STEP * WideMerge::PAIR_STRIDE * 8;
-    static_assert(COMPUTE_THREADS % (OUTPUTS / 2) == 0 && STEP % 4 == 0, "outputs of a thread");
+    static constexpr int ROWS = OUTPUTS / 16;                        // of sixteen
+    static constexpr int STEP = COMPUTE_THREADS / 8 / ROWS / 2;      // groups of tokens
+    static constexpr int AT_ONCE = PAIRS || sizeof(residual_t) > 2 ? 2 : 4;  // registers
+    static_assert(COMPUTE_THREADS / 8 % (ROWS * 2) == 0, "outputs of a thread");
 
     const WideMerge& merge;
     Epilogue epilogue;
-    int row, output, num_rows, num_outputs;
+    int half, rows, output, num_rows, num_outputs;
 
-    // Reads biases, which no kernel writes.
+    // Asks for biases, which are there by when sums are. Eight threads have 16 outputs of four tokens.
     __device__ __forceinline__ WideFinish(
         const WideMerge& merge, const Epilogue& given, int tile, int num_rows, int num_outputs)
         : merge(merge), epilogue(given), num_rows(num_rows), num_outputs(num_outputs) {
-        row = threadIdx.x % (OUTPUTS / 2) * 2;
-        output = tile * OUTPUTS + row;
+        half = threadIdx.x % 2;
+        rows = threadIdx.x / 8 % ROWS;
+        output = tile * OUTPUTS + rows * 16 + half * 8;
         if (output < num_outputs) epilogue.begin(output);
     }
 
-    // Adds to sums[2 * i + j] those of row i and token j that lie at `from`.
-    static __device__ __forceinline__ void add(const char* from, float (&sums)[4]) {
-        float part[4];
-        load_floats<float, 4>(reinterpret_cast<const float*>(from), part);
+    // Adds eight sums of a token at `from`: the other four first in the other half, as their banks are
+    // those of the first four there.
+    __device__ __forceinline__ void add(
+        const unsigned char* from, float (&sums)[SIDE_BY_SIDE]) const {
+        float first[4], second[4];
+        load_floats<float, 4>(reinterpret_cast<const float*>(from + half * 16), first);
+        load_floats<float, 4>(reinterpret_cast<const float*>(from + (half ^ 1) * 16), second);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] += part[i];
+        for (int i = 0; i < 4; ++i) {
+            sums[i] += first[i];
+            sums[4 + i] += second[i];
+        }
+    }
+    __device__ __forceinline__ void in_order(float (&sums)[SIDE_BY_SIDE]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float first = sums[i];
+            sums[i] = half ? sums[4 + i] : first;
+            sums[4 + i] = half ? first : sums[4 + i];
+        }
     }
 
-    // Of pairs of tokens `tokens` apart, whose sums from split 0 lie at `from`; results from place
-    // `at` of the output on.
+    __device__ __forceinline__ int64_t output_of(int token) const {
+        return static_cast<int64_t>(token) * num_outputs + output;
+    }
+    __device__ __forceinline__ void fetch(
+        int token, int tokens, typename Epilogue::Addend (&addends)[AT_ONCE]) const {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (token + i * tokens < num_rows) {
+                epilogue.fetch(output_of(token + i * tokens), addends[i]);
+            }
+        }
+    }
+
+    // Of AT_ONCE tokens `tokens` apart, whose sums lie at `offset` of those of a split.
     __device__ __forceinline__ void finish(
-        int token, int tokens, const char* from, int64_t at,
-        const typename Epilogue::Addend (&addends)[AT_ONCE][2]) const {
-        float sums[AT_ONCE][4], seconds[AT_ONCE][4];
+        int token, int tokens, int offset,
+        const typename Epilogue::Addend (&addends)[AT_ONCE]) const {
+        float sums[AT_ONCE][SIDE_BY_SIDE], seconds[AT_ONCE][SIDE_BY_SIDE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[i][j] = seconds[i][j] = 0.0f;
+            for (int j = 0; j < SIDE_BY_SIDE; ++j) sums[i][j] = seconds[i][j] = 0.0f;
         }
 #pragma unroll 1
         for (int source = 0; source < merge.splits(); ++source) {
+            const unsigned char* const from =
+                offset + (source == merge.split ? merge.own(source)
+                                                : merge.received(source, merge.split));
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
                 if (token + i * tokens >= num_rows) continue;
-                add(from + i * STEP_BYTES, sums[i]);
-                if constexpr (PAIRS) add(from + i * STEP_BYTES + OUTPUTS * 8, seconds[i]);
+                const unsigned char* const at = from + i * STEP * WideMerge::GROUP_BYTES;
+                add(at, sums[i]);
+                if constexpr (PAIRS) add(at + merge.place(ROWS, 0), seconds[i]);
             }
-            from += merge.place(1, 0, 0) - merge.place(0, 0, 0);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int further = i * tokens + j;
-                if (token + further >= num_rows) continue;
-                const float own[2] = {sums[i][j], sums[i][2 + j]};
-                const float second[2] = {seconds[i][j], seconds[i][2 + j]};
-                epilogue.store(
-                    at + static_cast<int64_t>(further) * num_outputs, own, second, addends[i][j]);
-            }
+            if (token + i * tokens >= num_rows) continue;
+            in_order(sums[i]);
+            in_order(seconds[i]);
+            epilogue.store(output_of(token + i * tokens), sums[i], seconds[i], addends[i]);
         }
     }
 
-    // By all threads that multiply.
+    // By all threads that multiply; those of a cluster have come to its barrier once more after it.
     __device__ __forceinline__ void run() const {
-        if (merge.log2_splits == 0) barrier_sync(1, COMPUTE_THREADS);
-        if (output >= num_outputs) return;
-        const int pair = threadIdx.x / (OUTPUTS / 2), tokens = STEP * 2 << merge.log2_splits;
-        const char* from = reinterpret_cast<const char*>(merge.inbox) + merge.place(0, pair, row);
-        int token = ((pair / 4 << merge.log2_splits) + merge.split) * 8 + pair % 4 * 2;
+        // Token 2 * pair + odd of group `slot` of the block's.
+        const int pair = threadIdx.x / 2 % 4, unit = threadIdx.x / 8 / ROWS;
+        const int odd = unit % 2, slot = unit / 2;
+        const int tokens = STEP * 8 << merge.log2_splits;
+        int token = (slot << merge.log2_splits | merge.split) * 8 + pair * 2 + odd;
+        int offset = merge.place(rows, slot) + half * WideMerge::HALF_BYTES + (pair + odd * 4) * 32;
+        if (output >= num_outputs) token = num_rows;
+
+        typename Epilogue::Addend addends[AT_ONCE];
+        fetch(token, tokens, addends);
+        barrier_sync(1, COMPUTE_THREADS);  // own sums are laid out
+        if (merge.log2_splits > 0) {
+            mbarrier_wait(merge.inbox, 0);
+            warp_sync();
+            cluster_arrive();  // nothing more comes, so others may end
+        }
 #pragma unroll 1
-        for (; token < num_rows; token += AT_ONCE * tokens, from += AT_ONCE * STEP_BYTES) {
-            const int64_t at = static_cast<int64_t>(token) * num_outputs + output;
-            typename Epilogue::Addend addends[AT_ONCE][2];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int further = i * tokens + j;
-                    if (token + further < num_rows) {
-                        epilogue.fetch(
-                            at + static_cast<int64_t>(further) * num_outputs, addends[i][j]);
-                    }
-                }
-            }
-            if (merge.log2_splits > 0) wait_for_inbox(merge.inbox);
-            finish(token, tokens, from, at, addends);
+        while (token < num_rows) {
+            finish(token, tokens, offset, addends);
+            token += AT_ONCE * tokens;
+            offset += AT_ONCE * STEP * WideMerge::GROUP_BYTES;
+            fetch(token, tokens, addends);
         }
     }
 };

@@ -1,8 +1,8 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
 A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
-all but the norm, on 9.0a up to 256 rows; still more take cuBLAS between a norm before and what
-follows. The rounding points are the same. A quantised weight is multiplied as it is
+all but the norm, where these are the faster on 9.0a up to 256 rows; still more take cuBLAS between a
+norm before and what follows. The rounding points are the same. A quantised weight is multiplied as it is
 (`cuda_quantized`) or, for larger batches, unpacked to the storage type first.
 """
 
@@ -42,9 +42,10 @@ class ProductOps(QuantizedProducts):
                 self._quantized("quantized_linear", x, norm, weight, bias, out)
                 return
             weight = self._unpacked(weight)
-        if self._is_skinny(x):
+        wide = self._is_wide(x, out)
+        if self._is_skinny(x) and not wide:
             self._skinny_normed("skinny_linear", x, norm_weight, eps, weight, bias, out)
-        elif 0 < num_rows <= MAX_ROWS:
+        elif 0 < num_rows <= MAX_ROWS and not wide:
             self._gemv(
                 "norm_linear_rows", num_rows, *weight.shape, x, norm_weight, _f32(eps), weight,
                 bias, out,
@@ -52,7 +53,7 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            if self._is_wide(x, out):
+            if wide:
                 self._wide("wide_linear", normed, weight, bias, out)
             else:
                 self._product_with_bias(normed, weight, bias, out)
@@ -64,13 +65,13 @@ class ProductOps(QuantizedProducts):
                 self._quantized("quantized_linear_add", x, None, weight, bias, residual)
                 return
             weight = self._unpacked(weight)
-        if self._is_skinny(x):
+        if self._is_wide(x, residual):
+            self._wide("wide_linear_add", x, weight, bias, residual)
+        elif self._is_skinny(x):
             plan = self._skinny_plan(x, residual)
             self._skinny("skinny_linear_add", plan, x, weight, bias, residual)
         elif 0 < num_rows <= MAX_ROWS:
             self._gemv("linear_add_rows", num_rows, *weight.shape, x, weight, bias, residual)
-        elif self._is_wide(x, residual):
-            self._wide("wide_linear_add", x, weight, bias, residual)
         elif num_rows and bias is None:
             self._matmul(x, weight, residual, 1.0)
         elif num_rows:
@@ -90,9 +91,10 @@ class ProductOps(QuantizedProducts):
                 self._quantized("quantized_swiglu", x, norm, weight, bias, out)
                 return
             weight = self._unpacked(weight)
-        if self._is_skinny(x):
+        wide = self._is_wide(x, out, pairs=True)
+        if self._is_skinny(x) and not wide:
             self._skinny_normed("skinny_swiglu", x, norm_weight, eps, weight, bias, out)
-        elif 0 < num_rows <= MAX_ROWS:
+        elif 0 < num_rows <= MAX_ROWS and not wide:
             self._gemv(
                 "norm_swiglu_rows", num_rows, width, x.shape[1], x, norm_weight, _f32(eps),
                 weight, bias, out, pairs=True,
@@ -100,7 +102,7 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("normed", *x.shape)
             self._norm_rows(x, None, norm_weight, eps, normed)
-            if self._is_wide(x, out):
+            if wide:
                 self._wide("wide_swiglu", normed, weight, bias, out)
                 return
             gate_up = self._workspace("gate_up", num_rows, 2 * width)
@@ -118,7 +120,9 @@ class ProductOps(QuantizedProducts):
                 return
             weight = self._unpacked(weight)
         dtype = self._head_dtype
-        if 0 < num_rows <= MAX_ROWS and not self._is_skinny(x[:num_rows], dtype):
+        wide = self._is_wide(x[:num_rows], out, dtype=dtype)
+        skinny = not wide and self._is_skinny(x[:num_rows], dtype)
+        if 0 < num_rows <= MAX_ROWS and not wide and not skinny:
             self._gemv(
                 "lm_head_rows", num_rows, *weight.shape, x, rows, norm_weight, _f32(eps), weight,
                 out, dtype=dtype,
@@ -126,10 +130,10 @@ class ProductOps(QuantizedProducts):
         elif num_rows:
             normed = self._workspace("head_rows", num_rows, x.shape[1])
             self._norm_rows(x, rows, norm_weight, eps, normed, dtype)
-            if self._is_skinny(normed, dtype):
+            if skinny:
                 plan = self._skinny_plan(normed, out)
                 self._skinny("skinny_logits", plan, normed, weight, out, dtype=dtype)
-            elif dtype == self._sizes.dtype and self._is_wide(normed, out):
+            elif wide:
                 self._wide("wide_logits", normed, weight, out)
             else:
                 self._matmul(normed, weight, out, 0.0)
@@ -196,10 +200,15 @@ class ProductOps(QuantizedProducts):
             x, *args, _i32(num_rows), _i32(num_outputs), _i32(num_inputs), **types, **plan.macros,
         )  # fmt: skip
 
-    def _is_wide(self, x: Array, out: Array) -> bool:
+    def _is_wide(
+        self, x: Array, out: Array, *, pairs: bool = False, dtype: str | None = None
+    ) -> bool:
+        """pairs: of gate and up; dtype: of x and the weights, if not the storage type."""
         (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+        if dtype not in (None, self._sizes.dtype):
+            return False
         return uses_wide(
-            num_rows, num_outputs, num_inputs, ITEMSIZES[self._sizes.dtype],
+            num_rows, num_outputs, num_inputs, ITEMSIZES[self._sizes.dtype], pairs=pairs,
             wgmma=self._traits.wgmma and not self._traits.force_plain, tuning=self._wide_tuning,
         )  # fmt: skip
 

@@ -1,25 +1,27 @@
-"""How the products of 33 to 256 tokens are launched on compute capability 9.0a: tiles, clusters,
+"""How the products of up to 256 tokens are launched on compute capability 9.0a: which, tiles, clusters,
 rings, boxes of the copy engine, macros.
 
-Pure Python, from shapes and what the card has; knows no arrays and no device. The numbers mirror
-kernels_cu/wide.cuh, and a test holds the two together.
+Pure Python, from shapes and what the card has; knows no arrays and no device. What a launch costs is
+guessed in `wide_cost`. The numbers mirror kernels_cu/wide.cuh, and a test holds the two together.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from nanocupy.ops.wide_cost import WideShape, warpgroups
+
 FILE = "wide.cu"
-MIN_ROWS = 33  # tokens; fewer go to skinny.cu
-MAX_ROWS = 256  # more go to cuBLAS
+MAX_ROWS = 256  # tokens; more go to cuBLAS
 TOKENS = (64, 128, 192, 256)  # a build's room; batches are rounded up
 OUT_TILES = (64, 128, 192, 256)  # rows of weights of a block
 SPLITS = (1, 2, 4, 8)  # blocks of a cluster: up to 8 are placed together on every card
+SHARERS = (1, 2, 4)
 K_STEP = 64
 MOST_STAGES = 16
 HEAD_BYTES = 1024
 _ALIGNMENT = 1024  # of the rings; what comes before may begin anywhere
-_PAIR_PADDING = 4  # pairs of tokens lie this many rows further apart than a tile has
 _MOST_WARPGROUPS = 4
 _TWO_BLOCKS = 2  # warpgroups up to which registers hold two blocks on a multiprocessor
 # Shared memory of a block of which two fit, so that the next kernel's weights come while one runs,
@@ -28,28 +30,40 @@ _TWO_KB, _ALONE_KB = 112, 224
 # Clusters of 4 and more are spread less evenly where two of their blocks fit on a multiprocessor,
 # as was seen in skinny.cu: those with much to read, in bytes of weights, get one each.
 _UNEVEN_READ, _UNEVEN_SPLITS = 200 << 10, 4
+# Splits do not depend on the batch, nor do a token's sums: they are those that are best for both.
+_NOMINAL_TOKENS = (64, 128)
 
-# Of an H100, roughly, in bytes a cycle of a multiprocessor: from memory while all read, from L2
-# (weights that came from memory pass through it too), between blocks of a cluster. Tensor cores
-# multiply 2048 pairs a cycle.
-_MEMORY_RATE, _L2_RATE, _CLUSTER_RATE, _PRODUCTS = 13.0, 28.0, 14.5, 2048.0
-_BLOCK_CYCLES = 2500.0  # of a block beside its copies: its start, the first copy, the last store
-_MERGE_CYCLES = 500.0  # of a cluster's barrier and the last sums on their way
-_NOMINAL_TOKENS = 128  # splits do not depend on the batch, nor do a token's sums
-_MANY_TURNS = 3  # after which it does not matter where the last blocks end
+
+@dataclass(frozen=True)
+class WideRange:
+    """Products that are taken: of weights of least_mb to most_mb (10^6 bytes) and min_rows to max_rows
+    tokens."""
+
+    least_mb: float = 0.0
+    most_mb: float = math.inf
+    min_rows: int = 1
+    max_rows: int = MAX_ROWS
+
+
+# Where they were the faster way on an H100, in microseconds beside a norm and cuBLAS: a layer of
+# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up of
+# Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
+# matrices (34 to 117 MB) took longer. Up to 32 tokens, and again since sums go between blocks as bulk
+# copies, nothing has been measured.
+FASTER = (WideRange(0, 16, 33, 64), WideRange(200, math.inf, 33, 128))
 
 
 @dataclass(frozen=True)
 class WideTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
-    max_rows: tokens up to which these products are taken (below MIN_ROWS: never). out_tile, splits:
-    rows of weights of a block, blocks that share its inputs. shared_kb: of a block, unless two
-    steps need more. input_stages: steps of inputs in their ring.
-    sharers: blocks, 1 or 2, that get the same inputs by one copy, where a cluster has room for it.
+    ranges: what is taken, if it can be. out_tile, splits: rows of weights of a block, blocks that
+    share its inputs. shared_kb: of a block, unless two steps or the sums need more. input_stages:
+    steps of inputs in their ring. sharers: blocks, 1, 2 or 4, that get the same inputs by one copy,
+    where a cluster has room for it.
     """
 
-    max_rows: int = MAX_ROWS
+    ranges: tuple[WideRange, ...] = FASTER
     out_tile: int | None = None
     splits: int | None = None
     shared_kb: int | None = None
@@ -58,6 +72,8 @@ class WideTuning:
 
 
 DEFAULT_TUNING = WideTuning()
+ALWAYS = WideTuning(ranges=(WideRange(),))  # whatever can be
+NEVER = WideTuning(ranges=())
 
 
 @dataclass(frozen=True)
@@ -87,18 +103,26 @@ def uses_wide(
     num_inputs: int,
     weight_bytes: int,
     *,
+    pairs: bool = False,
     wgmma: bool,
     tuning: WideTuning = DEFAULT_TUNING,
 ) -> bool:
-    """Whether a product is for these kernels: 16-bit weights whose rows are whole 16 bytes, and an
-    even number of outputs. wgmma: the card has, and gets builds for, what 9.0a has."""
+    """Whether a product is for these kernels: 16-bit weights, and numbers of inputs and outputs that
+    are multiples of 8. pairs: as in plan_wide; wgmma: the card has, and gets builds for, what 9.0a
+    has."""
+    megabytes = num_outputs * (2 if pairs else 1) * num_inputs * weight_bytes / 1e6
     return (
         wgmma
-        and MIN_ROWS <= rows <= min(MAX_ROWS, tuning.max_rows)
+        and 1 <= rows <= MAX_ROWS
         and weight_bytes == 2
         and num_inputs > 0
         and num_inputs % 8 == 0
-        and num_outputs % 2 == 0
+        and num_outputs % 8 == 0
+        and any(
+            taken.least_mb <= megabytes <= taken.most_mb
+            and taken.min_rows <= rows <= taken.max_rows
+            for taken in tuning.ranges
+        )
     )
 
 
@@ -118,38 +142,39 @@ def plan_wide(
     can have. num_outputs 0 gives a grid of 0: nothing is to be launched. Raises ValueError for what
     the kernels do not take.
     """
-    if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_inputs % 8 or num_outputs % 2:
+    if not 1 <= rows <= MAX_ROWS or num_inputs < 1 or num_inputs % 8 or num_outputs % 8:
         raise ValueError(
             f"{rows} tokens, weights [{num_outputs}, {num_inputs}]: wide kernels take 1 to "
-            f"{MAX_ROWS} tokens, a multiple of 8 inputs and an even number of outputs"
+            f"{MAX_ROWS} tokens and multiples of 8 inputs and outputs"
         )
     tokens = next(n for n in TOKENS if n >= rows)
-    shape = _Shape(num_outputs * (2 if pairs else 1), num_inputs, num_multiprocessors)
-    splits = tuning.splits or shape.best(_NOMINAL_TOKENS, tuning.out_tile, None)[1]
-    splits = max(s for s in SPLITS if s <= min(splits, shape.num_steps))
-    tile, _ = shape.best(tokens, tuning.out_tile, splits)
-    # Above 128 tokens a block reads twice as many bytes of inputs as of weights.
-    sharers = tuning.sharers or (2 if tokens > 128 else 1)
-    if sharers * splits > SPLITS[-1] or shape.num_tiles(tile) == 1:
-        sharers = 1
-    warpgroups = _warpgroups(tile, tokens)
+    shape = WideShape(num_outputs * (2 if pairs else 1), num_inputs, num_multiprocessors)
+    choice = _Choice(shape, max_shared_bytes, tuning)
+    splits = choice.splits()
+    tile, sharers = choice.best(tokens, splits)[1:]
     weights, inputs = 2 * K_STEP * tile, 2 * K_STEP * tokens
     steps = -(-shape.num_steps // splits)  # of a block with most
-    spread = splits >= _UNEVEN_SPLITS and steps * weights > _UNEVEN_READ
-    kb = tuning.shared_kb or (_ALONE_KB if warpgroups > _TWO_BLOCKS or spread else _TWO_KB)
+    blocks = -(-shape.num_tiles(tile) // sharers) * sharers * splits
+    sums = _sums_bytes(tile, tokens, splits)
+    alone = (
+        warpgroups(tile, tokens) > _TWO_BLOCKS
+        or (splits >= _UNEVEN_SPLITS and steps * weights > _UNEVEN_READ)
+        or (splits == 1 and blocks <= num_multiprocessors)
+        or sums + HEAD_BYTES + _ALIGNMENT > _TWO_KB << 10
+    )
+    kb = tuning.shared_kb or (_ALONE_KB if alone else _TWO_KB)
     room = min(kb << 10, max_shared_bytes) - HEAD_BYTES - _ALIGNMENT
     stages = _stages(room, weights, inputs, steps, tuning.input_stages)
-    sums = 4 * tokens * (tile + _PAIR_PADDING)
     used = max(stages[0] * weights + stages[1] * inputs, sums)
     if used + HEAD_BYTES + _ALIGNMENT > max_shared_bytes:
         raise ValueError(
             f"{max_shared_bytes} bytes of shared memory hold no ring of two steps of {tile} rows "
-            f"of weights and {tokens} tokens"
+            f"of weights and {tokens} tokens, or not their sums"
         )
     return WideLaunch(
         macros={"TOKENS": tokens, "OUT_TILE": tile, "SHARERS": sharers},
-        grid=(-(-shape.num_tiles(tile) // sharers) * sharers * splits,),
-        block=128 * warpgroups + 64,
+        grid=(blocks,),
+        block=128 * warpgroups(tile, tokens) + 64,
         shared_bytes=used + HEAD_BYTES + _ALIGNMENT,
         cluster=splits * sharers,
         splits=splits,
@@ -160,8 +185,9 @@ def plan_wide(
     )
 
 
-def _warpgroups(tile: int, tokens: int) -> int:
-    return tile // 64 * (2 if tokens > 128 else 1)
+def _sums_bytes(tile: int, tokens: int, splits: int) -> int:
+    """Of a block's own sums, and what the other splits send it."""
+    return 4 * tile * tokens * (2 * splits - 1) // splits
 
 
 def _stages(
@@ -183,50 +209,43 @@ def _stages(
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Weights [rows, inputs] on a card, and what tiles and splits of them cost."""
+class _Choice:
+    """Of tile, splits and sharers: of least cost, of those that can be and that a tuning allows."""
 
-    weight_rows: int
-    num_inputs: int
-    num_multiprocessors: int
+    shape: WideShape
+    max_shared_bytes: int
+    tuning: WideTuning
 
-    @property
-    def num_steps(self) -> int:
-        return -(-self.num_inputs // K_STEP)
+    def splits(self) -> int:
+        most = self.shape.num_steps
+        if self.tuning.splits:
+            return max(s for s in SPLITS if s <= min(self.tuning.splits, most))
+        return min(
+            (s for s in SPLITS if s <= most),
+            key=lambda s: sum(self.best(tokens, s)[0] for tokens in _NOMINAL_TOKENS),
+        )
 
-    def num_tiles(self, tile: int) -> int:
-        return -(-self.weight_rows // tile)
+    def best(self, tokens: int, splits: int) -> tuple[float, int, int]:
+        """(cost, rows of weights of a tile, sharers)"""
+        return min(
+            (self.shape.cost(tokens, tile, splits, sharers), tile, sharers)
+            for tile in self._tiles(tokens, splits) for sharers in self._sharers(tile, splits)
+        )  # fmt: skip
 
-    def cost(self, tokens: int, tile: int, splits: int) -> float:
-        """Cycles, roughly: of the multiprocessor with most to do, or of the memory."""
-        share = self.num_tiles(tile) * splits / self.num_multiprocessors
-        turns = share if share > _MANY_TURNS else -(-share // 1)
-        inputs = -(-self.num_steps // splits) * K_STEP  # of a block
-        copied = 2 * inputs * (tile + tokens)
-        busy = turns * max(copied / _L2_RATE, inputs * tile * tokens / _PRODUCTS)
-        memory = 2 * self.weight_rows * self.num_inputs / self.num_multiprocessors / _MEMORY_RATE
-        merged = 4 * tile * tokens * (splits - 1) / splits
-        merge = merged / _CLUSTER_RATE + _MERGE_CYCLES if splits > 1 else 0.0
-        # Two blocks on a multiprocessor: one copies while the other ends, but for the last.
-        ends = turns if _warpgroups(tile, tokens) > _TWO_BLOCKS else 1
-        # What comes from L2 costs a little where it is not what all wait for.
-        return max(busy, memory) + busy / 30 + turns * merge + ends * _BLOCK_CYCLES
+    def _tiles(self, tokens: int, splits: int) -> list[int]:
+        room = self.max_shared_bytes - HEAD_BYTES - _ALIGNMENT
+        found = [
+            tile for tile in OUT_TILES
+            if tile <= (self.tuning.out_tile or OUT_TILES[-1])
+            and warpgroups(tile, tokens) <= _MOST_WARPGROUPS
+            and _sums_bytes(tile, tokens, splits) <= room
+        ] or [OUT_TILES[0]]  # fmt: skip
+        return found[-1:] if self.tuning.out_tile else found
 
-    def best(self, tokens: int, out_tile: int | None, splits: int | None) -> tuple[int, int]:
-        """(rows of weights of a tile, splits) of least cost."""
-        tiles = [
-            tile
-            for tile in ((out_tile,) if out_tile else OUT_TILES)
-            if _warpgroups(tile, tokens) <= _MOST_WARPGROUPS
-        ] or [_MOST_WARPGROUPS // 2 * 64]  # the tallest above 128 tokens
-        parts = [splits] if splits else [s for s in SPLITS if s <= self.num_steps]
-        choices = [
-            (tile, s) for tile in tiles for s in parts
-            if splits or s == 1 or self._may_split(tile, s)
-        ]  # fmt: skip
-        return min(choices, key=lambda choice: (self.cost(tokens, *choice), choice))
-
-    def _may_split(self, tile: int, splits: int) -> bool:
-        """Clusters do not take turns well, and those of 8 are not placed together everywhere."""
-        share = self.num_tiles(tile) * splits / self.num_multiprocessors
-        return share <= 1 or (splits < SPLITS[-1] and share >= _MANY_TURNS)
+    def _sharers(self, tile: int, splits: int) -> list[int]:
+        wanted = self.tuning.sharers
+        return [
+            n for n in SHARERS
+            if n == 1 or (n * splits <= SPLITS[-1] and n <= self.shape.num_tiles(tile))
+            if n <= (wanted or SHARERS[-1])
+        ][-1 if wanted else 0 :]  # fmt: skip

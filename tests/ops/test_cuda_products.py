@@ -10,7 +10,8 @@ import pytest
 
 from nanocupy.ops.cuda_sizes import OpSizes
 from nanocupy.ops.launch_skinny import SkinnyTuning
-from nanocupy.ops.launch_wide import WideTuning
+from nanocupy.ops.launch_wide import ALWAYS, WideRange, WideTuning
+from nanocupy.ops.launch_wide import NEVER as NEVER_WIDE
 from nanocupy.ops.numpy_ops import NumpyOps
 from tests.kernels.backends import TOLERANCES, assert_close
 from tests.kernels.skinny_runs import ENTRIES, make_call

@@ -32,6 +32,7 @@ struct BulkCopy {
     int column, row;
     uint32_t address;  // of `to`, by which its pieces are exchanged
     bool from_other;   // block: it may be there before its bytes are announced
+    Block* source;     // whose shared memory has `from`, a place of the running block's; or null
 };
 
 // Rows of 64 values, zeros outside the matrix, pieces of 16 bytes exchanged by the row's number.
@@ -94,7 +95,12 @@ inline void land_bulk_copies(BytesBarrier* barrier) {
         }
         if (barrier->bytes < copy.num_bytes) fail("more bytes land than were announced");
         if (copy.from) {
-            memcpy(copy.to, copy.from, copy.num_bytes);
+            const char* from = copy.from;
+            if (copy.source && copy.source->num_done) fail("the source of a copy has ended");
+            if (copy.source && copy.source != block) {
+                from = copy.source->dynamic_copy + (from - dynamic_start);
+            }
+            memcpy(copy.to, from, copy.num_bytes);
         } else {
             land_box(copy);
         }

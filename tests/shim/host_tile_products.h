@@ -1,7 +1,7 @@
 // What stands for kernels_cu/tile_products.cuh on the host, and for what its users take of hopper.cuh:
-// boxes of matrices, and products of a warpgroup whose operands lie in shared memory. As late as the device may be: a box poisons its target
-// when it starts and lands when somebody waits for its barrier, a product reads its operands when its
-// own thread waits for it.
+// boxes of matrices, copies between blocks, and products of a warpgroup whose operands lie in shared
+// memory. As late as the device may be: a box or copy poisons its target when it starts and lands when
+// somebody waits for its barrier, a product reads its operands when its own thread waits for it.
 #pragma once
 
 #define HAS_TILE_PRODUCTS (!FORCE_PLAIN)
@@ -120,6 +120,40 @@ inline void mbarrier_arrive_at_rank(uint64_t* own, int rank, CALLER) {
     if (!barrier->pending) shim::fail("line %d: more arrivals than the barrier has", line);
     --barrier->pending;
     shim::end_phase_if_complete(barrier);
+}
+
+// Whether a thread has made what it wrote seen by copies.
+static bool has_fenced[8 * 1024];
+inline bool& fenced(int lane) {
+    return has_fenced[shim::block->index.x % shim::cluster_blocks * 1024 + shim::self->warp * 32 + lane];
+}
+inline void shared_to_async_fence() { fenced(shim::self->lane) = true; }
+
+// Lands as late as any copy: what its source is then, is copied. All of the warp must have fenced.
+inline void copy_to_rank(
+    void* to, const void* from, int num_bytes, uint64_t* barrier, int rank, CALLER) {
+    if (!is_aligned_16(to) || !is_aligned_16(from) || num_bytes % 16 || num_bytes <= 0) {
+        shim::fail("line %d: a copy not in units of 16", line);
+    }
+    if (!shim::in_shared(from, num_bytes)) shim::fail("line %d: not from shared memory", line);
+    for (int lane = 0; lane < 32; ++lane) {
+        if (!fenced(lane)) shim::fail("line %d: lane %d has not fenced", line, lane);
+    }
+    const auto* made = static_cast<shim::BytesBarrier*>(shim::place_at_rank(barrier, 8, rank, line));
+    if (made->is_made != 0x5a) shim::fail("line %d: its barrier was not made", line);
+    for (int i = 0; i < num_bytes; i += 8) {
+        memset(shim::place_at_rank(static_cast<char*>(to) + i, 8, rank, line), 0xff, 8);
+    }
+    if (shim::num_bulk_copies == shim::MAX_BULK_COPIES) shim::fail("line %d: too many", line);
+    shim::BulkCopy copy = {};
+    copy.owner = shim::block_of_rank(rank);
+    copy.to = static_cast<char*>(to);
+    copy.from = static_cast<const char*>(from);
+    copy.num_bytes = num_bytes;
+    copy.barrier = reinterpret_cast<shim::BytesBarrier*>(barrier);
+    copy.from_other = true;
+    copy.source = shim::block;
+    shim::bulk_copies[shim::num_bulk_copies++] = copy;
 }
 
 inline void wgmma_fence() {}
