@@ -18,6 +18,7 @@ TOKENS = (64, 128, 192, 256)  # a build's room; batches are rounded up
 OUT_TILES = (64, 128, 192, 256)  # rows of weights of a block
 SPLITS = (1, 2, 4, 8)  # blocks of a cluster: up to 8 are placed together on every card
 SHARERS = (1, 2, 4)
+_MOST_SHARERS = 2  # that a plan takes by itself: four have not been measured
 K_STEP = 64
 MOST_STAGES = 16
 HEAD_BYTES = 1024
@@ -30,6 +31,9 @@ _TWO_KB, _ALONE_KB = 112, 224
 # Clusters of 4 and more are spread less evenly where two of their blocks fit on a multiprocessor,
 # as was seen in skinny.cu: those with much to read, in bytes of weights, get one each.
 _UNEVEN_READ, _UNEVEN_SPLITS = 200 << 10, 4
+# So does, where there is one for each multiprocessor at most, a block with more bytes of weights than
+# a ring beside another would hold: query, key and value of Qwen3-0.6B took 9.1 us and so 8.4.
+_LONG_READ = 64 << 10
 # Splits do not depend on the batch, nor do a token's sums: they are those that are best for both.
 _NOMINAL_TOKENS = (64, 128)
 
@@ -159,7 +163,7 @@ def plan_wide(
     alone = (
         warpgroups(tile, tokens) > _TWO_BLOCKS
         or (splits >= _UNEVEN_SPLITS and steps * weights > _UNEVEN_READ)
-        or (splits == 1 and blocks <= num_multiprocessors)
+        or (blocks <= num_multiprocessors and steps * weights > _LONG_READ)
         or sums + HEAD_BYTES + _ALIGNMENT > _TWO_KB << 10
     )
     kb = tuning.shared_kb or (_ALONE_KB if alone else _TWO_KB)
@@ -247,5 +251,5 @@ class _Choice:
         return [
             n for n in SHARERS
             if n == 1 or (n * splits <= SPLITS[-1] and n <= self.shape.num_tiles(tile))
-            if n <= (wanted or SHARERS[-1])
+            if n <= (wanted or _MOST_SHARERS)
         ][-1 if wanted else 0 :]  # fmt: skip
