@@ -23,9 +23,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks import bench_skinny
 from benchmarks.bench_skinny import H100, Skinny, attempt, cell
 from benchmarks.gemv_device import CODES, MODELS, Bench, Product, products_of
 from nanocupy.cuda.compiler import Compiler
+from nanocupy.ops.launch_skinny import DEFAULT_TUNING as SKINNY
 from nanocupy.ops.launch_wide import (
     ALWAYS,
     DEFAULT_TUNING,
@@ -83,7 +85,8 @@ def builds_of(
             for tuning in variants.values():
                 macros = plan_of(product, rows, tuning, card).macros
                 found[tuple(sorted(macros.items()))] = (FILE, {"SCALAR": CODES[DTYPE], **macros})
-    return list(found.values())
+    few = [rows for rows in rows_list if rows <= SKINNY.max_rows]
+    return [*found.values(), *bench_skinny.builds_of(models, few, {"": SKINNY}, card)]
 
 
 class Wide(Skinny):

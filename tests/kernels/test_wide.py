@@ -243,8 +243,9 @@ def test_products_are_taken_by_size_and_tokens() -> None:
     small, large = WideRange(1, 2, 20, 40), WideRange(2.5, 4, 30, 70)
     tuning = WideTuning(ranges=(small, large))
     for outputs, rows, wanted in (
-        (1000, 20, True), (1000, 40, True), (1000, 19, False), (1000, 41, False),
-        (496, 30, False), (1008, 30, False), (1256, 30, True), (2000, 70, True), (2008, 50, False),
+        (992, 20, True), (992, 40, True), (992, 19, False), (992, 41, False), (496, 30, False),
+        (504, 30, True), (1000, 30, False), (1240, 30, False), (1248, 30, True),
+        (1984, 70, True), (1984, 71, False), (1992, 50, False),
     ):  # fmt: skip
         # Two bytes each; with pairs twice as many rows of weights.
         assert uses_wide(rows, outputs, 504, 2, wgmma=True, tuning=tuning, pairs=True) == wanted
