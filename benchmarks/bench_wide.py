@@ -6,13 +6,13 @@
 First a table of matrices. Each column of a build is the op, its norm included, as it runs in a
 step: launches of a captured graph that may each start before the one before has ended. "cublas" is
 the product alone; "old" the op without these products: by skinny.cu up to 32 tokens, else a norm,
-cuBLAS and what follows; "=" the launch of the default. With `--sweep` every tile, number of splits and
-of sharers is run, and the fastest are shown as tile/splits/sharers, with what wide_cost.py says.
-Then layers: their four products in a row, each reading what the one before wrote, by the old way, the
-plan's builds, each product's best build of the table, and the default, which takes them just where
-launch_wide.py says so. Every build is checked against float64 on sampled outputs, and overlapped
-launches against single ones, bit by bit, before they are timed. `--compile` fills the cache of kernels
-and needs no GPU.
+cuBLAS and what follows; "=" the launch of the default. With `--sweep` every tile, number of splits
+and of sharers is run, and the fastest are shown as tile/splits/sharers, with what wide_cost.py
+says. Then layers: their four products in a row, each reading what the one before wrote, by the old
+way, the plan's builds, each product's best build of the table, and the default, which takes them
+just where launch_wide.py says so. Every build is checked against float64 on sampled outputs, and
+overlapped launches against single ones, bit by bit, before they are timed. `--compile` fills the
+cache of kernels and needs no GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""How the products of up to 256 tokens are launched on compute capability 9.0a: which, tiles, clusters,
-rings, boxes of the copy engine, macros.
+"""How the products of up to 256 tokens are launched on compute capability 9.0a: which, tiles,
+clusters, rings, boxes of the copy engine, macros.
 
-Pure Python, from shapes and what the card has; knows no arrays and no device. What a launch costs is
-guessed in `wide_cost`. The numbers mirror kernels_cu/wide.cuh, and a test holds the two together.
+Pure Python, from shapes and what the card has; knows no arrays and no device. What a launch costs
+is guessed in `wide_cost`. The numbers mirror kernels_cu/wide.cuh, and a test holds the two
+together.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _TWO_KB, _ALONE_KB = 112, 224
 # Clusters of 4 and more are spread less evenly where two of their blocks fit on a multiprocessor,
 # as was seen in skinny.cu: those with much to read, in bytes of weights, get one each.
 _UNEVEN_READ, _UNEVEN_SPLITS = 200 << 10, 4
-# So does, where there is one for each multiprocessor at most, a block with more bytes of weights than
-# a ring beside another would hold: query, key and value of Qwen3-0.6B took 9.1 us and so 8.4.
+# So does, where there is one for each multiprocessor at most, a block with more bytes of weights
+# than a ring beside another would hold: query, key and value of Qwen3-0.6B took 9.1 us and so 8.4.
 _LONG_READ = 64 << 10
 # Splits do not depend on the batch, nor do a token's sums: they are those that are best for both.
 _NOMINAL_TOKENS = (64, 128)
@@ -40,8 +41,8 @@ _NOMINAL_TOKENS = (64, 128)
 
 @dataclass(frozen=True)
 class WideRange:
-    """Products that are taken: of weights of least_mb to most_mb (10^6 bytes) and min_rows to max_rows
-    tokens."""
+    """Products that are taken: of weights of least_mb to most_mb (10^6 bytes) and min_rows to
+    max_rows tokens."""
 
     least_mb: float = 0.0
     most_mb: float = math.inf
@@ -50,9 +51,9 @@ class WideRange:
 
 
 # Where they were the faster way on an H100, in microseconds beside a norm and cuBLAS: a layer of
-# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up of
-# Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
-# matrices (34 to 117 MB) took longer. Up to 32 tokens, and again since sums go between blocks as bulk
+# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up
+# of Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
+# matrices (34 to 117 MB) took longer. Up to 32 tokens, and since sums go between blocks as bulk
 # copies, nothing has been measured.
 FASTER = (WideRange(0, 16, 33, 64), WideRange(200, math.inf, 33, 128))
 
@@ -111,9 +112,9 @@ def uses_wide(
     wgmma: bool,
     tuning: WideTuning = DEFAULT_TUNING,
 ) -> bool:
-    """Whether a product is for these kernels: 16-bit weights, and numbers of inputs and outputs that
-    are multiples of 8. pairs: as in plan_wide; wgmma: the card has, and gets builds for, what 9.0a
-    has."""
+    """Whether a product is for these kernels: in the tuning's ranges, 16-bit weights, and numbers
+    of inputs and outputs that are multiples of 8. pairs: as in plan_wide; wgmma: the card has, and
+    gets builds for, what 9.0a has."""
     megabytes = num_outputs * (2 if pairs else 1) * num_inputs * weight_bytes / 1e6
     return (
         wgmma

@@ -1,7 +1,7 @@
 """What a product of `launch_wide` takes, guessed: by which tile, splits and sharers are chosen.
 
-Rates are of an H100, taken from such products with 64 and 128 tokens; but for the merge's, which are
-a guess. Only what they say of one choice beside another matters.
+Rates are of an H100, taken from such products with 128 tokens; but for the merge's, which are a
+guess. Only what they say of one choice beside another matters.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # KB (1000 bytes) a microsecond and multiprocessor: from memory, and from L2 (weights that came from
-# memory pass through it too), while all read; what one takes in, while fewer do: 87 of 16 that did (10.7
-# us for 0.79 MB each, 15.2 for 1.18), 55 of 64. Tensor cores multiply that many pairs.
+# memory pass through it too), while all read; what one takes in, while fewer do: 87 of 16 that did
+# (10.7 us for 0.79 MB each, 15.2 for 1.18), 55 of 64. Tensor cores multiply that many pairs.
 _MEMORY_RATE, _L2_RATE, _INTAKE_RATE, _PRODUCT_RATE = 21.0, 43.0, 65.0, 3.5e6
 # Microseconds of a kernel beside its copies: its start, the first copy, the last store.
 _KERNEL_US = 1.7
@@ -23,7 +23,8 @@ _MANY_TURNS = 3  # after which it does not matter where the last blocks end
 _SHARE_US = 0.7
 # Of all multiprocessors, those that clusters of so many find, one block on each.
 _PLACED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}
-_TWO_BLOCKS = 2  # warpgroups: two such on a multiprocessor, of which one copies while the other ends
+# Warpgroups: two such blocks are on a multiprocessor, one copies while the other ends.
+_TWO_BLOCKS = 2
 
 
 def warpgroups(tile: int, tokens: int) -> int:
