@@ -1,6 +1,6 @@
 // What products of tiles need of compute capability 9.0a beyond hopper.cuh: boxes of matrices, also for
-// several blocks at once, copies between blocks, and products of 96 columns. The host has twins, and of what else of hopper.cuh
-// such products use.
+// several blocks at once, copies between blocks, and products of 96 columns. The host has twins, and
+// of what else of hopper.cuh such products use.
 //
 // HAS_TILE_PRODUCTS   1 where a build can use them; else nothing below exists.
 #pragma once

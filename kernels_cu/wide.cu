@@ -1,4 +1,4 @@
-// Products of 33 to 256 tokens on warpgroups' tensor cores, for compute capability 9.0a, with what
+// Products of up to 256 tokens on warpgroups' tensor cores, for compute capability 9.0a, with what
 // follows folded in: bias, residual, SwiGLU, float32 logits; the norm before is a kernel of its own
 // (norm.cu). The macros, TOKENS, OUT_TILE and SHARERS, stand in wide.cuh;
 // nanocupy/ops/launch_wide.py chooses them.

@@ -1,4 +1,4 @@
-// Products of 33 to 256 tokens with a matrix of weights for compute capability 9.0a: products of
+// Products of up to 256 tokens with a matrix of weights for compute capability 9.0a: products of
 // warpgroups (wgmma), whose rows are rows of weights and whose columns are tokens, on tiles that the
 // copy engine brings.
 //

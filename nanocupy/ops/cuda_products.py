@@ -1,9 +1,9 @@
 """Products on a GPU, with the norm, bias, activation and residual that belong to them.
 
 A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
-all but the norm, where these are the faster on 9.0a up to 256 rows; still more take cuBLAS between a
-norm before and what follows. The rounding points are the same. A quantised weight is multiplied as it is
-(`cuda_quantized`) or, for larger batches, unpacked to the storage type first.
+all but the norm, where these are the faster on 9.0a up to 256 rows; still more take cuBLAS between
+a norm before and what follows. The rounding points are the same. A quantised weight is multiplied
+as it is (`cuda_quantized`) or, for larger batches, unpacked to the storage type first.
 """
 
 from __future__ import annotations

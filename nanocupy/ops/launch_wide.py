@@ -1,8 +1,9 @@
-"""How the products of up to 256 tokens are launched on compute capability 9.0a: which, tiles, clusters,
-rings, boxes of the copy engine, macros.
+"""How the products of up to 256 tokens are launched on compute capability 9.0a: which, tiles,
+clusters, rings, boxes of the copy engine, macros.
 
-Pure Python, from shapes and what the card has; knows no arrays and no device. What a launch costs is
-guessed in `wide_cost`. The numbers mirror kernels_cu/wide.cuh, and a test holds the two together.
+Pure Python, from shapes and what the card has; knows no arrays and no device. What a launch costs
+is guessed in `wide_cost`. The numbers mirror kernels_cu/wide.cuh, and a test holds the two
+together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ TOKENS = (64, 128, 192, 256)  # a build's room; batches are rounded up
 OUT_TILES = (64, 128, 192, 256)  # rows of weights of a block
 SPLITS = (1, 2, 4, 8)  # blocks of a cluster: up to 8 are placed together on every card
 SHARERS = (1, 2, 4)
+_MOST_SHARERS = 2  # that a plan takes by itself: four have not been measured
 K_STEP = 64
 MOST_STAGES = 16
 HEAD_BYTES = 1024
@@ -30,14 +32,17 @@ _TWO_KB, _ALONE_KB = 112, 224
 # Clusters of 4 and more are spread less evenly where two of their blocks fit on a multiprocessor,
 # as was seen in skinny.cu: those with much to read, in bytes of weights, get one each.
 _UNEVEN_READ, _UNEVEN_SPLITS = 200 << 10, 4
+# So does, where there is one for each multiprocessor at most, a block with more bytes of weights
+# than a ring beside another would hold: query, key and value of Qwen3-0.6B took 9.1 us and so 8.4.
+_LONG_READ = 64 << 10
 # Splits do not depend on the batch, nor do a token's sums: they are those that are best for both.
 _NOMINAL_TOKENS = (64, 128)
 
 
 @dataclass(frozen=True)
 class WideRange:
-    """Products that are taken: of weights of least_mb to most_mb (10^6 bytes) and min_rows to max_rows
-    tokens."""
+    """Products that are taken: of weights of least_mb to most_mb (10^6 bytes) and min_rows to
+    max_rows tokens."""
 
     least_mb: float = 0.0
     most_mb: float = math.inf
@@ -46,9 +51,9 @@ class WideRange:
 
 
 # Where they were the faster way on an H100, in microseconds beside a norm and cuBLAS: a layer of
-# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up of
-# Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
-# matrices (34 to 117 MB) took longer. Up to 32 tokens, and again since sums go between blocks as bulk
+# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up
+# of Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
+# matrices (34 to 117 MB) took longer. Up to 32 tokens, and since sums go between blocks as bulk
 # copies, nothing has been measured.
 FASTER = (WideRange(0, 16, 33, 64), WideRange(200, math.inf, 33, 128))
 
@@ -107,9 +112,9 @@ def uses_wide(
     wgmma: bool,
     tuning: WideTuning = DEFAULT_TUNING,
 ) -> bool:
-    """Whether a product is for these kernels: 16-bit weights, and numbers of inputs and outputs that
-    are multiples of 8. pairs: as in plan_wide; wgmma: the card has, and gets builds for, what 9.0a
-    has."""
+    """Whether a product is for these kernels: in the tuning's ranges, 16-bit weights, and numbers
+    of inputs and outputs that are multiples of 8. pairs: as in plan_wide; wgmma: the card has, and
+    gets builds for, what 9.0a has."""
     megabytes = num_outputs * (2 if pairs else 1) * num_inputs * weight_bytes / 1e6
     return (
         wgmma
@@ -159,7 +164,7 @@ def plan_wide(
     alone = (
         warpgroups(tile, tokens) > _TWO_BLOCKS
         or (splits >= _UNEVEN_SPLITS and steps * weights > _UNEVEN_READ)
-        or (splits == 1 and blocks <= num_multiprocessors)
+        or (blocks <= num_multiprocessors and steps * weights > _LONG_READ)
         or sums + HEAD_BYTES + _ALIGNMENT > _TWO_KB << 10
     )
     kb = tuning.shared_kb or (_ALONE_KB if alone else _TWO_KB)
@@ -247,5 +252,5 @@ class _Choice:
         return [
             n for n in SHARERS
             if n == 1 or (n * splits <= SPLITS[-1] and n <= self.shape.num_tiles(tile))
-            if n <= (wanted or SHARERS[-1])
+            if n <= (wanted or _MOST_SHARERS)
         ][-1 if wanted else 0 :]  # fmt: skip

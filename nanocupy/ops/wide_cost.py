@@ -1,7 +1,7 @@
 """What a product of `launch_wide` takes, guessed: by which tile, splits and sharers are chosen.
 
-Rates are of an H100, taken from such products with 64 and 128 tokens; but for the merge's, which are
-a guess. Only what they say of one choice beside another matters.
+Rates are of an H100, taken from such products with 128 tokens; but for the merge's, which are a
+guess. Only what they say of one choice beside another matters.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # KB (1000 bytes) a microsecond and multiprocessor: from memory, and from L2 (weights that came from
-# memory pass through it too), while all read; what one takes in, with few at work: 16 blocks took
-# 10.7 us for 0.79 MB each and 15.2 for 1.18. Tensor cores multiply that many pairs.
-_MEMORY_RATE, _L2_RATE, _INTAKE_RATE, _PRODUCT_RATE = 21.0, 40.0, 87.0, 3.5e6
+# memory pass through it too), while all read; what one takes in, while fewer do: 87 of 16 that did
+# (10.7 us for 0.79 MB each, 15.2 for 1.18), 55 of 64. Tensor cores multiply that many pairs.
+_MEMORY_RATE, _L2_RATE, _INTAKE_RATE, _PRODUCT_RATE = 21.0, 43.0, 65.0, 3.5e6
 # Microseconds of a kernel beside its copies: its start, the first copy, the last store.
 _KERNEL_US = 1.7
 # A merge: of what a block sends to others, and of their barrier and the last on its way.
@@ -20,10 +20,11 @@ _CLUSTER_RATE, _MERGE_US = 25.0, 0.7
 _TURN_US = 1.0
 _MANY_TURNS = 3  # after which it does not matter where the last blocks end
 # Of blocks that get the same inputs and so keep step, for each but the first.
-_SHARE_US = 0.2
+_SHARE_US = 0.7
 # Of all multiprocessors, those that clusters of so many find, one block on each.
 _PLACED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}
-_TWO_BLOCKS = 2  # warpgroups: two such on a multiprocessor, of which one copies while the other ends
+# Warpgroups: two such blocks are on a multiprocessor, one copies while the other ends.
+_TWO_BLOCKS = 2
 
 
 def warpgroups(tile: int, tokens: int) -> int:
@@ -61,9 +62,9 @@ class WideShape:
         from_memory = stored / self.num_multiprocessors / _MEMORY_RATE / 1e3
         sent = 4 * tile * tokens * (splits - 1) / splits / 1e3
         merge = sent / _CLUSTER_RATE + _MERGE_US if splits > 1 else 0.0
-        ends = turns * merge + (sharers - 1) * _SHARE_US
+        ends = turns * (merge + (sharers - 1) * _SHARE_US)
         if warpgroups(tile, tokens) > _TWO_BLOCKS:
             ends += (turns - 1) * _TURN_US
         # What is not waited for costs a little too.
         parts = intake, products, from_l2, from_memory
-        return _KERNEL_US + max(parts) + sum(parts) / 30 + ends
+        return _KERNEL_US + max(parts) + sum(parts) / 100 + ends

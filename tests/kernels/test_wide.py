@@ -182,7 +182,7 @@ def test_plans_of_real_shapes(outputs: int, inputs: int, pairs: bool) -> None:
         assert tokens >= rows
         num_tiles = -(-outputs * (2 if pairs else 1) // tile)
         assert launch.grid[0] == -(-num_tiles // sharers) * launch.cluster
-        assert launch.grid[0] >= 96
+        assert launch.grid[0] >= 48
         assert launch.splits == first.splits, "sums would depend on the batch"
         assert launch.cluster == launch.splits * sharers <= 8
         steps = -(-inputs // 64)
@@ -206,7 +206,7 @@ def test_every_plan_can_be_launched() -> None:
             for inputs in (8, 64, 72, 136, 4096):
                 for splits in (None, 1, 2, 8):
                     tuning = WideTuning(out_tile=tile, splits=splits)
-                    launch = plan(300, inputs, tokens, pairs=True, tuning=tuning)
+                    launch = plan(304, inputs, tokens, pairs=True, tuning=tuning)
                     assert launch.block <= 576
                     assert launch.shared_bytes <= 227 << 10
                     steps = -(-inputs // 64)
@@ -243,8 +243,9 @@ def test_products_are_taken_by_size_and_tokens() -> None:
     small, large = WideRange(1, 2, 20, 40), WideRange(2.5, 4, 30, 70)
     tuning = WideTuning(ranges=(small, large))
     for outputs, rows, wanted in (
-        (1000, 20, True), (1000, 40, True), (1000, 19, False), (1000, 41, False),
-        (496, 30, False), (1008, 30, False), (1256, 30, True), (2000, 70, True), (2008, 50, False),
+        (992, 20, True), (992, 40, True), (992, 19, False), (992, 41, False), (496, 30, False),
+        (504, 30, True), (1000, 30, False), (1240, 30, False), (1248, 30, True),
+        (1984, 70, True), (1984, 71, False), (1992, 50, False),
     ):  # fmt: skip
         # Two bytes each; with pairs twice as many rows of weights.
         assert uses_wide(rows, outputs, 504, 2, wgmma=True, tuning=tuning, pairs=True) == wanted

@@ -1,4 +1,4 @@
-"""Runs the products of 33 to 256 tokens: launch, macros, arguments and what must come out."""
+"""Runs the products of up to 256 tokens: launch, macros, arguments and what must come out."""
 
 from __future__ import annotations
 

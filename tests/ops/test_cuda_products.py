@@ -96,32 +96,55 @@ def test_what_goes_to_cublas(op: str, rows: int, inputs: int, how: dict[str, Any
 @pytest.mark.parametrize("rows", [33, 64, 130])
 def test_still_more_rows_take_warpgroup_products(op: str, rows: int) -> None:
     norm = [] if op == "linear_add" else ["rms_norm_rows"]
-    assert launched(op, rows, 264, HOPPER, outputs=150) == [*norm, WIDE_ENTRIES[op]]
+    wanted = [*norm, WIDE_ENTRIES[op]]
+    assert launched(op, rows, 264, HOPPER, outputs=152, wide_tuning=ALWAYS) == wanted
+
+
+@pytest.mark.parametrize("op", WIDE_ENTRIES)
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_warpgroup_products_go_before_those_of_few_rows(op: str, rows: int) -> None:
+    """Where they are to be taken at all."""
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    wanted = [*norm, WIDE_ENTRIES[op]]
+    assert launched(op, rows, 264, HOPPER, outputs=152, wide_tuning=ALWAYS) == wanted
 
 
 @pytest.mark.parametrize("op", WIDE_ENTRIES)
 def test_a_wide_residual_stream_of_many_rows(op: str) -> None:
     norm = [] if op == "linear_add" else ["rms_norm_rows"]
     wanted = [*norm, WIDE_ENTRIES[op]]
-    assert launched(op, 70, 264, HOPPER, residual="float32", outputs=150) == wanted
+    how = {"residual": "float32", "outputs": 152, "wide_tuning": ALWAYS}
+    assert launched(op, 70, 264, HOPPER, **how) == wanted
+
+
+@pytest.mark.parametrize("op", WIDE_ENTRIES)
+def test_gate_and_up_count_as_both(op: str) -> None:
+    """As large a matrix as of twice the outputs."""
+    megabytes = 152 * 264 * 2 / 1e6
+    ranges = (WideRange(least_mb=1.5 * megabytes),)
+    found = launched(op, 40, 264, HOPPER, outputs=152, wide_tuning=WideTuning(ranges=ranges))
+    assert (WIDE_ENTRIES[op] in found) == (op == "norm_swiglu")
 
 
 @pytest.mark.parametrize("op", WIDE_ENTRIES)
 @pytest.mark.parametrize(
     ("rows", "inputs", "how"),
     [
-        (32, 264, {}),
         (257, 264, {}),
         (40, 260, {}),
-        (40, 264, {"outputs": 45}),
+        (40, 264, {"outputs": 44}),
         (40, 264, {"traits": MODERN}),
         (40, 264, {"traits": replace(HOPPER, force_plain=True)}),
         (40, 264, {"dtype": "float32"}),
-        (40, 264, {"wide_tuning": WideTuning(max_rows=0)}),
-        (65, 264, {"wide_tuning": WideTuning(max_rows=64)}),
+        (40, 264, {"wide_tuning": NEVER_WIDE}),
+        (65, 264, {"wide_tuning": WideTuning(ranges=(WideRange(max_rows=64),))}),
+        (8, 264, {"wide_tuning": WideTuning(ranges=(WideRange(min_rows=9),))}),
+        (40, 264, {"wide_tuning": WideTuning(ranges=(WideRange(least_mb=1),))}),
     ],
-    ids=["few", "many", "inputs", "outputs", "card", "plain", "type", "off", "fewer"],
-)
+    ids=[
+        "many", "inputs", "outputs", "card", "plain", "type", "off", "fewer", "more", "small",
+    ],
+)  # fmt: skip
 def test_what_goes_to_others(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
-    how = {"traits": HOPPER, "outputs": 46, **how}
+    how = {"traits": HOPPER, "outputs": 48, "wide_tuning": ALWAYS, **how}
     assert WIDE_ENTRIES[op] not in launched(op, rows, inputs, **how)
