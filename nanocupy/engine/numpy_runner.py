@@ -60,7 +60,6 @@ class NumpyRunner(Runner):
         self.weights = weights
         self.ops = NumpyOps(dtype)
         self.dtype = np.dtype(dtype)
-        self.dtypes = self.dtype.name, self.dtype.name, weights[HEAD_NORM].dtype.name
         self.table_width = -(-limits.max_context // limits.block_size)
         rope = rope_parameters(config)
         # The dtypes of the cache's parts, by their roles; codes that are no int8 are bits.
@@ -84,6 +83,10 @@ class NumpyRunner(Runner):
         self._last_ids: dict[Request, int] = {}  # what the last computed step sampled
         # The steps' shapes repeat (decode: always the same): their bound calls are kept.
         self._bound: dict[tuple[int, ...], list[BoundCall]] = {}
+
+    @property
+    def dtypes(self) -> tuple[str, str, str]:  # type: ignore[override]
+        return self.dtype.name, self.dtype.name, self.weights[HEAD_NORM].dtype.name
 
     def bytes_by_owner(self) -> dict[str, int]:
         owners = {"weights": sum(w.nbytes for w in self.weights.values())}

@@ -35,6 +35,8 @@ class KVMemory:
         """Let a request without blocks share those the prefix cache has for it. Returns how many
         tokens it need neither compute nor, if it is swapped out, copy back; `detach` undoes it."""
         assert not request.block_ids
+        if not request.host_block_ids:
+            request.taken_block_ids.clear()  # not before: a step in flight may still fail with them
         if self.cache is None or request.needs_whole_prompt:
             return 0
         self._share(request, self.cache.lookup(request))
@@ -115,7 +117,6 @@ class KVMemory:
 
     def drop(self, request: Request) -> None:
         """Give all blocks of the request back, those of the host too."""
-        request.taken_block_ids.clear()
         self._give_back(request)
         self.host_pool.free(request.host_block_ids)
         request.host_block_ids = []

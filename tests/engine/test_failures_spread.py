@@ -16,8 +16,10 @@ from nanocupy.engine.device_plan import DeviceSettings
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
+from nanocupy.engine.request import RequestPriority
 from nanocupy.engine.results import FAILED_TOKEN
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.schedule import SchedulerSettings
 from nanocupy.model.load import load_numpy_weights
 from tests.checkpoint.tiny import TinyCheckpoint
 from tests.engine import test_float16_overflow as overflow
@@ -167,6 +169,38 @@ def test_one_that_tries_again_can_be_aborted():
     )
     assert outputs.pop("bad") == FAILED
     assert ("error" in [reason for _, reason in outputs.get("later", [])]) is False
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("seed", range(12))
+def test_among_many_with_too_few_blocks(seed, preemption):
+    """Requests of few prefixes, some bad, come, give way, come back, and are aborted: who ends has
+    the tokens that it has alone."""
+    rng = np.random.default_rng(seed)
+    settings = SchedulerSettings(5, 16, policy="priority", preemption=preemption)
+    engine = make_engine(run_ahead=bool(seed % 2), chunk=16, blocks=40)
+    engine.configure(settings)
+    arrivals, prompts, good = [], {}, {}
+    for number in range(24):
+        tail = rng.integers(0, 46, 5).tolist()
+        name, is_bad = str(number), rng.random() < 0.3
+        prompt = [*PREFIX[: 8 * rng.integers(1, 4)], *([BAD_TOKEN] if is_bad else []), *tail]
+        level = RequestPriority(level=int(rng.integers(0, 10)))
+        step = int(rng.integers(0, 30))
+        arrivals.append((step, name, prompt, GREEDY, level))
+        prompts[name] = prompt, is_bad
+        if rng.random() < 0.2:
+            arrivals.append((step + int(rng.integers(1, 6)), name, None, None))
+        elif not is_bad:
+            good[name] = prompt
+    outputs = run(engine, sorted(arrivals, key=lambda a: a[0]))
+    for name, prompt in good.items():
+        assert outputs[name] == alone(prompt), name
+    for name, found in outputs.items():
+        if prompts[name][1]:
+            assert found == FAILED
+    counters = engine.scheduler.counters
+    assert counters.num_swapped_out + counters.num_recomputed > 0
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)

@@ -211,6 +211,62 @@ def test_graphs_give_what_eager_gives(make_device) -> None:
     assert results[0] == results[1]
 
 
+def run_many(runner, device, prompts, num_kept):
+    """24 tokens of each prompt, and of each step that was a decode of all, the logits of the first
+    ones, float32 [num_kept, V], with the number of tokens before."""
+    engine = LLMEngine(runner.config, runner)
+    for number, ids in enumerate(prompts):
+        engine.add_request(str(number), ids, GREEDY.with_(max_tokens=24))
+    outputs, logits = [[] for _ in prompts], []
+    host = device.pinned(4 * len(prompts) * runner.config.vocab_size).view(np.float32)
+    host = host.reshape(len(prompts), -1)
+    while engine.has_unfinished:
+        given = engine.step()
+        for output in given:
+            outputs[int(output.request_id)].append(output.token_id)
+        places = runner._decoding.state.places[: len(prompts)]
+        if len(given) == len(prompts) and None not in places:
+            device.to_host(host, runner._main.logits(len(prompts)))
+            device.synchronize("reading the logits")
+            order = np.argsort([int(request.request_id) for request in places])
+            logits.append((len(outputs[0]) - 1, host[order[:num_kept]]))
+    return outputs, logits
+
+
+def test_many_sequences_in_bfloat16(make_device, record_error) -> None:
+    """In batches of 40 and of 200: by graphs as without, and the same logits in either."""
+    config = SHAPES["qwen3-0.6b"].with_(num_layers=4, vocab_size=8192)
+    checkpoint = RandomCheckpoint(config, "bfloat16", seed=1)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, config.vocab_size, 3 + n % 37).tolist() for n in range(200)]
+    found = {}
+    for use_graphs in (True, False):
+        device = make_device(use_graphs=use_graphs)
+        runner = device_runner(
+            device, checkpoint, DeviceSettings(), num_seqs=200, max_context=128, in_cache=200,
+            chunk=8192,  # all prompts in one step
+        )  # fmt: skip
+        for count in (40, 200):
+            found[use_graphs, count] = run_many(runner, device, prompts[:count], 40)
+        assert (device.graphs.counters.replayed > 20) == use_graphs
+    for count in (40, 200):
+        assert found[True, count][0] == found[False, count][0]
+        assert {len(tokens) for tokens in found[True, count][0]} == {24}
+    (few, few_logits), (many, many_logits) = found[True, 40], found[True, 200]
+    assert len(few_logits) == len(many_logits) == 23
+    num_compared = 0
+    for (num_tokens, a), (same, b) in zip(few_logits, many_logits, strict=True):
+        assert num_tokens == same
+        # Those whose texts are the same so far: a near tie may fall either way.
+        rows = [n for n in range(40) if few[n][:num_tokens] == many[n][:num_tokens]]
+        num_compared += len(rows)
+        error = a[rows].astype(np.float64) - b[rows]
+        of_row = np.sqrt(np.mean(error**2, -1) / np.mean(b[rows].astype(np.float64) ** 2, -1))
+        record_error("logits in batches", "bfloat16", of_row.max(initial=0))
+        assert of_row.max(initial=0) < TOLERANCES["bfloat16"]
+    assert num_compared > 100
+
+
 def test_older_cards_paths_agree(make_device) -> None:
     checkpoint = RandomCheckpoint(SHAPES["qwen2.5-0.5b"].with_(num_layers=4), "float32", seed=1)
     ids = np.random.default_rng(0).integers(0, 1000, 100)

@@ -113,6 +113,26 @@ def test_a_map_is_made_once_for_an_address_and_shape() -> None:
     assert made[3] == ((2, 2, 1, 8, 64), (1, 2, 1, 8, 64))
 
 
+def test_a_map_of_a_matrix_is_of_its_shape_and_box() -> None:
+    """At one address may lie inputs of any number of tokens, and tiles differ in height."""
+    made: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def make(array: _Placed, box: tuple[int, ...], what: str) -> int:
+        made.append((array.shape, box))
+        return len(made)
+
+    maps, matrix = TensorMaps(make), np.zeros((48, 128))
+    wanted = [
+        ((48, 128), (64, 64)), ((48, 128), (16, 64)), ((40, 128), (64, 64)), ((24, 256), (64, 64)),
+    ]  # fmt: skip
+    for _ in range(2):  # all are kept
+        for number, (shape, box) in enumerate(wanted, 1):
+            placed = _Placed(matrix.reshape(-1)[: shape[0] * shape[1]].reshape(shape), 64)
+            assert maps.matrix(placed, box) == number
+    assert made == wanted
+    assert maps.matrix(_Placed(matrix, 1 << 20), (64, 64)) == 5
+
+
 class _Launches:
     """Kernels and tensor maps that only say what was asked of them."""
 

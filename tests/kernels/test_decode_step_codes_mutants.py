@@ -145,7 +145,6 @@ MUTANTS = [
         "sums of the other group",
         "0 : unit % 2 * GROUP_WARPS",
         "0 : 0",
-        "two, norms of q and k",
     ),
     Mutant(
         "the unit of another matrix",
