@@ -196,9 +196,7 @@ def main() -> None:
     unknown = sorted(set(models) - set(MODELS))
     if unknown or not all(1 <= rows <= 256 for rows in rows_list):
         parser.error(f"no such shape or batch: {', '.join(unknown) or args.rows}")
-    variants = {
-        name: t for name, t in VARIANTS.items() if name == "default" or args.only in name
-    }
+    variants = {name: t for name, t in VARIANTS.items() if name == "default" or args.only in name}
     if args.sweep:
         variants = SWEEP
     if args.layer_only:

@@ -50,12 +50,16 @@ class WideRange:
     max_rows: int = MAX_ROWS
 
 
-# Where they were the faster way on an H100, in microseconds beside a norm and cuBLAS: a layer of
-# Qwen3-0.6B (4 to 13 MB a matrix) 28.2 to 31.1 for 64 tokens, but 39.2 to 35.7 for 128; gate and up
-# of Llama-3.1-8B (235 MB) 91.3 to 96.7 and its LM head (1051 MB) 382 to 417 for 128, but its other
-# matrices (34 to 117 MB) took longer. Up to 32 tokens, and since sums go between blocks as bulk
-# copies, nothing has been measured.
-FASTER = (WideRange(0, 16, 33, 64), WideRange(200, math.inf, 33, 128))
+# Where they were the faster way on an H100, in microseconds of a layer's products and norms, beside
+# the faster of skinny.cu and cuBLAS: Qwen3-0.6B 24.4 to 31.4 for 32 tokens and 26.6 to 31.2 for 64,
+# Llama-3.2-1B 53.6 to 61.2 and 57.3 to 64.4, Llama-3.1-8B 164 to 174 and 168 to 177. For 128 tokens
+# gate and up (67 MB of Llama-3.2-1B 30.0 to 34.5, 235 MB of Llama-3.1-8B 91.5 to 97.1) and LM heads
+# (386 to 415), but other matrices took up to 5 us longer; more tokens were not measured since.
+FASTER = (
+    WideRange(min_rows=17, max_rows=64),
+    WideRange(60, 100, 65, 128),
+    WideRange(200, math.inf, 65, 128),
+)
 
 
 @dataclass(frozen=True)
