@@ -49,7 +49,9 @@ class LLM:
                  use), or owner/name on a hub
     config       the engine's settings; None = all defaults
     progress     show a bar on stderr while a model is fetched or loaded
-    Guesses (`speculate`, `draft_model`) change how fast tokens come, never which.
+    Guesses (`speculate`, `draft_model`) change how fast tokens come and not which, up to the last
+    bits of the logits: on a GPU a step of several rows adds up in another order, so near ties may
+    fall otherwise.
     Other keywords are settings of EngineConfig (device="cpu", max_num_seqs=4), which win over
     `config`, or go to `open_checkpoint` (a legacy file's tokenizer_path, say).
     Raises a NanocupyError that says what is wrong.

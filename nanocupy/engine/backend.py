@@ -19,6 +19,7 @@ from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.errors import ConfigError
 from nanocupy.kv_types import QUANTIZED
 from nanocupy.progress import byte_progress, say
+from nanocupy.strict_json import shown
 
 if TYPE_CHECKING:
     from nanocupy.cuda.device import CudaDevice
@@ -169,6 +170,11 @@ def make_engine(
     """
     from nanocupy.engine.draft_backend import make_speculator
 
+    if config.proposer == "draft" and draft is None:
+        raise ConfigError(
+            f"draft_model is {shown(config.draft_model)}, but this command opens no draft model; "
+            "leave it out, or use bench speculative --draft-shape"
+        )
     runner = make_runner(checkpoint, config, draft=draft, progress=progress)
     engine = LLMEngine(
         checkpoint.config,

@@ -58,8 +58,10 @@ class DecodeState:
         self._place_of: dict[int, int] = {}
         self._num_blocks = [0] * max_num_seqs  # of each place's table, as the device has it
         self._fresh: set[int] = set()  # places whose table is another request's
-        # Preemptions of each place's request: one that comes back has other blocks.
+        # Preemptions of each place's request: who comes back has other blocks. And its rewinds:
+        # the token that the device has at a position may then be another than stands there.
         self._num_preemptions = [0] * max_num_seqs
+        self._num_rewinds = [0] * max_num_seqs
 
     def view(self, array: Any, name: str, num_places: int) -> Any:
         """The field `name` of the first places, in `array` (this state's words, here or on the
@@ -101,6 +103,7 @@ class DecodeState:
         changed: list[tuple[int, int]] = []
         for key in self._place_of.keys() - wanted:
             changed += self._free(self._place_of.pop(key))
+        rewound: list[int] = []
         holes = [i for i in range(len(requests)) if self.places[i] is None]
         # Places beyond the batch move into holes, so that a batch fills the first places.
         for key, place in list(self._place_of.items()):
@@ -116,10 +119,13 @@ class DecodeState:
             if self._num_preemptions[place] != request.num_preemptions:
                 self._num_preemptions[place] = request.num_preemptions
                 self._fresh.add(place)
+            if self._num_rewinds[place] != request.num_rewinds:
+                self._num_rewinds[place] = request.num_rewinds
+                rewound.append(place)
         new = self._wanted_words(requests, penalty_slots or {})
         # The device has the token of a sequence that it has itself moved on to this position.
         moved = self.view(self.words, "positions", len(requests)) == new["positions"]
-        moved[list(self._fresh)] = False
+        moved[[*self._fresh, *rewound]] = False
         for name in _FIELDS:
             width = _FIELDS[name][0]
             start = self._offsets[name]
@@ -182,6 +188,7 @@ class DecodeState:
                 or positions[place] != request.num_computed_tokens
                 or self._num_blocks[place] != len(request.block_ids)
                 or self._num_preemptions[place] != request.num_preemptions
+                or self._num_rewinds[place] != request.num_rewinds
             ):
                 return False
         return True

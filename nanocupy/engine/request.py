@@ -96,6 +96,9 @@ class Request:
     arrival_step: int = 0
     arrival_time: float = 0.0  # seconds on the scheduler's clock
     num_preemptions: int = 0
+    # How often tokens that it had were taken back and others put in their places: what a device has
+    # as its last token may then be another, at the same position.
+    num_rewinds: int = 0
     # Kept by the prefix cache: hashes of full blocks, as far as computed; how many leading blocks
     # are in the cache or were refused by it; the entry of the last of those.
     block_hashes: list[int] = field(default_factory=list)

@@ -99,6 +99,9 @@ class DraftModelProposer(Proposer):
             self._memory.drop(mirror)
             self._unfit.add(request)
             return None
+        # A guess is sampled before it is computed: of all right but the last, that one's position
+        # is the next to be computed, as the runner has it, but with another token.
+        mirror.num_rewinds += first < len(mirror.output_ids)
         mirror.output_ids[first:] = new_ids
         mirror.num_tokens = mirror.num_known_tokens
         num_right = request.num_prompt_tokens + first

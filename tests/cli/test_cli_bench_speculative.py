@@ -81,6 +81,16 @@ def test_refusals(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["decode", "prefill --tokens 8", "throughput"])
+def test_other_benches_open_no_draft_model(what, capsys):
+    argv = ["bench", *what.split(), "--device", "cpu", "--draft-model", "small.nano"]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "draft_model is 'small.nano', but this command opens no draft model; leave it out" in err
+
+
 def test_a_coin_decides():
     toss = ForcedAcceptance(0.7)
     counts = [toss((0,) * 50, (1,) * 51) for _ in range(4000)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from nanocupy.engine.device_plan import draft_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
+from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.model.load import load_numpy_weights
@@ -134,6 +136,45 @@ def test_a_draft_model_beside_it():
         proposer.check_integrity()
         assert speculator.counters.num_proposed > 10
         assert least <= speculator.counters.acceptance <= most
+
+
+def test_a_draft_model_goes_on_from_what_came():
+    """However many of its guesses were right, the last among them or not, the next ones are those
+    of a proposer that has never seen the request."""
+    of_draft = draft_limits(LIMITS)
+    weights = load_numpy_weights(TinyCheckpoint(CONFIGS["llama"], seed=3))
+    fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, of_draft), 48)
+    proposer = DraftModelProposer(make_runner("llama", ShimDevice(), of_draft), 48)
+    rng = random.Random(0)
+    outputs = {number: [7] for number in range(3)}
+
+    def request(number: int) -> Request:
+        params = GREEDY.with_(max_tokens=80, temperature=0.7 if number == 2 else 0.0)
+        return Request(str(number), [3 + number, 4, 5, 9], params, 1, 96)
+
+    def brought(requests: dict[int, Request]) -> dict[Request, int]:
+        for number, one in requests.items():
+            one.output_ids = list(outputs[number])
+            one.num_tokens = one.num_known_tokens
+        return dict.fromkeys(requests.values(), 4)
+
+    lasting = {number: request(number) for number in outputs}
+    for turn in range(12):
+        new = {number: request(number) for number in outputs}
+        # Some are left out at times, so that batches change.
+        asked = [number for number in outputs if turn % 4 or number != turn // 4]
+        got = proposer.propose(brought({number: lasting[number] for number in asked}))
+        wanted = fresh.propose(brought({number: new[number] for number in asked}))
+        for number in asked:
+            guesses = list(wanted[new[number]])
+            assert list(got[lasting[number]]) == guesses, (turn, number)
+            fresh.forget(new[number])
+            num_right = 3 if turn % 2 else rng.randrange(5)
+            outputs[number] += guesses[:num_right]
+            if num_right < 4:
+                outputs[number].append((guesses[num_right] + rng.randrange(1, 48)) % 48)
+            else:
+                outputs[number].append(rng.randrange(48))
 
 
 @pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
