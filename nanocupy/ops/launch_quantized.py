@@ -61,7 +61,7 @@ class QuantizedTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
     max_rows: tokens up to which codes are multiplied as they are, MAX_TOKENS in a launch; more
-    take the matrix in 16 bits and cuBLAS. strips: of 16 rows that a warp works on at once.
+    take the matrix in 16 bits. strips: of 16 rows that a warp works on at once.
     ring_kb: of codes on their way, a block, at most. shared_kb: of a block of up to 8 tokens: two
     such fit on a multiprocessor of an H100, so that the next kernel's codes come while one runs.
     resident_blocks: whose registers a multiprocessor must hold. fold_norm: the norm of up to 8
