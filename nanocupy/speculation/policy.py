@@ -4,7 +4,9 @@ A step of B sequences with R drafts takes T(B, R) seconds and gives B tokens and
 are right. T is measured; how often a request's drafts are right is tracked for each request. Drafts
 are taken in the number that gives the most tokens a second, if that is more than without. A request
 whose drafts do not pay pauses, each time for longer, and is then tried again; a batch too large for
-any drafts is left alone for a while. Pure Python: no clock, no arrays.
+any drafts is left alone for a while. A new request is expected to do as others did lately. Where
+that does not pay and better ones might, a few steps have drafts all the same now and then: else
+nobody would ever know. Pure Python: no clock, no arrays.
 """
 
 from __future__ import annotations
@@ -53,9 +55,10 @@ class DraftPolicy:
 
 @dataclass
 class _Record:
-    """What is known of a request's drafts: how many were looked at and right, older ones counting
-    less; and its pause, in tokens."""
+    """What is known of a request's drafts: the share of right ones expected before any was looked
+    at; how many were looked at and right, older ones counting less; and its pause, in tokens."""
 
+    expected: float
     num_tried: float = 0.0
     num_right: float = 0.0
     resume_at: int = 0
@@ -70,7 +73,12 @@ class AdaptiveDrafts(DraftPolicy):
     # What a step with drafts takes beside one without, before any is measured; such a step is made
     # with few drafts.
     FIRST_GUESS, FIRST_DRAFTS = 1.25, 2
-    HOPE = 0.5  # of drafts to be right, where nothing speaks against it
+    HOPE = 0.5  # of drafts to be right, where nothing speaks against it, and after a pause
+    MOST_EXPECTED = 0.75  # so that one whose drafts are never right is found out
+    DECAY_OF_ALL = 0.98  # as DECAY, for what a new request is expected to do
+    # Steps with FIRST_DRAFTS each, where nothing is expected to pay; then none for so many steps,
+    # twice as many each time, until drafts have paid.
+    PROBE_STEPS, PROBE_PAUSE, LONGEST_PROBE_PAUSE = 3, 64, 2048
     BEST = 0.9  # share of right drafts that no batch is expected to exceed
     LEVELS = 32  # of how often drafts are right
     DECAY = 0.85  # what earlier drafts count when newer ones are told
@@ -78,6 +86,7 @@ class AdaptiveDrafts(DraftPolicy):
     LONGEST_PAUSE = 512  # tokens
     # For which a batch is left alone, twice as long each time.
     CLOSED_STEPS, MOST_CLOSED_STEPS = 256, 8192
+    PAID_STEPS = 256  # with drafts, after which that begins anew
     # So seldom steps without drafts are made, so that their time stays known, and so many.
     REFRESH_STEPS, REFRESH_LENGTH = 512, 5
 
@@ -89,7 +98,11 @@ class AdaptiveDrafts(DraftPolicy):
         self._records: dict[Request, _Record] = {}
         self._num_asked = 0  # steps in which drafts were thought of
         self._closed: dict[int, tuple[int, int]] = {}  # by bucket: until when, for how long
+        self._num_paid: Counter[int] = Counter()  # by bucket: steps with drafts since it was closed
         self._num_drafted = 0  # steps with drafts since the last refresh
+        self._of_all = _Record(self.HOPE)  # all requests together
+        self._num_probes = 0  # steps that this probe has left
+        self._probe_at, self._probe_pause = 0, self.PROBE_PAUSE  # in steps
 
     def is_open(self, num_running: int) -> bool:
         self._num_asked += 1
@@ -121,15 +134,19 @@ class AdaptiveDrafts(DraftPolicy):
         wanted = self._best(Counter(levels), num_running, plain)
         if wanted is not None:
             self._num_drafted += 1
+            self._probe_pause = self.PROBE_PAUSE
+            self._count_paid(bucket(num_running))
             chosen = zip(requests, levels, strict=True)
             return {request: wanted[level] for request, level in chosen if wanted[level]}
         best = Counter({int(self.LEVELS * self.BEST): len(requests)})
         if self._best(best, num_running, plain) is None:
             self._close(num_running)
+        elif self._probes():
+            count = min(self.FIRST_DRAFTS, self.max_drafts)
+            return dict.fromkeys(requests[: max(1, self._max_rows // count)], count)
         else:
-            for request, level in zip(requests, levels, strict=True):
-                if level < self.LEVELS * self.HOPE:
-                    self._pause(request)
+            for request in requests:
+                self._pause(request)
         return {}
 
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
@@ -137,8 +154,10 @@ class AdaptiveDrafts(DraftPolicy):
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
         record = self._record(request)
-        record.num_tried = record.num_tried * self.DECAY + max(min(num_right + 1, num_drafts), 0.5)
-        record.num_right = record.num_right * self.DECAY + num_right
+        num_tried = max(min(num_right + 1, num_drafts), 0.5)
+        for known, decay in ((record, self.DECAY), (self._of_all, self.DECAY_OF_ALL)):
+            known.num_tried = known.num_tried * decay + num_tried
+            known.num_right = known.num_right * decay + num_right
         if self._share(record) > self.HOPE:
             record.next_pause = _Record.next_pause
 
@@ -148,12 +167,16 @@ class AdaptiveDrafts(DraftPolicy):
     def _record(self, request: Request) -> _Record:
         record = self._records.get(request)
         if record is None:
-            record = self._records[request] = _Record()
+            record = self._records[request] = _Record(self._expected())
         return record
+
+    def _expected(self) -> float:
+        """The share of a request of which nothing is known, by what others did lately."""
+        return min(self.MOST_EXPECTED, self._share(self._of_all))
 
     def _share(self, record: _Record) -> float:
         """How likely a draft is right where those before it are."""
-        return (record.num_right + self.HOPE) / (record.num_tried + 1)
+        return (record.num_right + record.expected) / (record.num_tried + 1)
 
     def _best(
         self, levels: Mapping[int, int], num_running: int, plain_s: float
@@ -181,11 +204,17 @@ class AdaptiveDrafts(DraftPolicy):
                 best, best_rate = counts, rate
         return best
 
+    def _count_paid(self, batch: int) -> None:
+        self._num_paid[batch] += 1
+        if self._num_paid[batch] >= self.PAID_STEPS:
+            self._closed.pop(batch, None)
+
     def _close(self, num_running: int) -> None:
         """Leave batches of this size alone for a while; then their times are measured anew."""
         _, length = self._closed.get(bucket(num_running), (0, 0))
         length = min(2 * length or self.CLOSED_STEPS, self.MOST_CLOSED_STEPS)
         self._closed[bucket(num_running)] = self._num_asked + length, length
+        self._num_paid[bucket(num_running)] = 0
 
     def _count(self, share: float, most: int) -> int:
         """Drafts of a request, the last of which is still right often enough."""
@@ -195,9 +224,21 @@ class AdaptiveDrafts(DraftPolicy):
             chance *= share
         return count
 
+    def _probes(self) -> bool:
+        """Whether a step has drafts though they are not expected to pay."""
+        if self._num_probes <= 0 and self._num_asked >= self._probe_at:
+            self._num_probes = self.PROBE_STEPS
+            self._probe_at = self._num_asked + self._probe_pause
+            self._probe_pause = min(2 * self._probe_pause, self.LONGEST_PROBE_PAUSE)
+        self._num_probes -= 1
+        return self._num_probes >= 0
+
     def _pause(self, request: Request) -> None:
-        """Leave the request alone for a while; then it is tried with new hope."""
+        """Leave the request alone for a while; then it is tried with new hope, if it did no better
+        than that."""
         record = self._record(request)
         record.resume_at = request.num_tokens + record.next_pause
         record.next_pause = min(2 * record.next_pause, self.LONGEST_PAUSE)
-        record.num_tried = record.num_right = 0.0
+        if self._share(record) < self.HOPE:
+            record.expected = max(self.HOPE, self._expected())
+            record.num_tried = record.num_right = 0.0
