@@ -125,6 +125,7 @@ VARIANTS = (
             ),
         ),
     ),
+    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
     Variants(
         "embed.cu",
         ("embed_rows",),
@@ -134,7 +135,6 @@ VARIANTS = (
             {"SCALAR": FLOAT32, "RESIDUAL": BFLOAT16},
         ),
     ),
-    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
     Variants(
         "gemv.cu",
         ("norm_linear_rows", "linear_add_rows", "norm_swiglu_rows", "lm_head_rows"),
