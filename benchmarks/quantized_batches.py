@@ -5,9 +5,8 @@ launches of a captured graph that may each start before the one before has ended
 better of skinny.cu and of a norm, cuBLAS and what follows, without warpgroups' products; "before"
 are the kernels of up to 8 tokens; both take 32 a launch. Then the four products of a layer and
 their norms in a row, each reading what the one before wrote. Matrices take turns over more than L2
-holds. Every build is
-checked against float64 on sampled outputs, and a layer's overlapped launches against single ones,
-bit by bit.
+holds. Every build is checked against float64 on sampled outputs, and a layer's overlapped launches
+against single ones, bit by bit.
 """
 
 from __future__ import annotations
