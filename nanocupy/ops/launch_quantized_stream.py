@@ -26,7 +26,7 @@ _REGISTERS = 512  # of a lane of a multiprocessor's quarter, which has every fou
 _OTHER_REGISTERS, _SPARED_REGISTERS = 24, 16
 
 # Clocks of an H100, guessed, as only their ratios matter. They are too low, most of all for
-# clusters of 4 and 8: a layer of Llama-3.1-8B in int4 takes 123 us for 32 tokens, where they say 65.
+# clusters of 4 and 8: a layer of Llama-3.1-8B in int4 takes 123 us for 32 tokens, they say 65.
 _READ_RATE = 13  # bytes of a multiprocessor's share of memory, a clock
 _READ_LATENCY = 1200
 _INPUT_RATE = 40  # bytes a clock from L2; some of them come while products are under way
