@@ -14,10 +14,11 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 INSTALL := PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --disable-pip-version-check
 VOCABULARIES := tests/requirements-vocabularies.txt
 WORKERS ?= auto
+TOOL ?= memcheck
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format test-gpu gpu-hash bench clean
+.PHONY: help venv demo test lint format test-gpu sanitize gpu-hash bench clean
 
 help:
 	@echo "make demo       fetch SmolLM2-135M-Instruct (93 MB) and have it answer a question"
@@ -25,6 +26,7 @@ help:
 	@echo "make lint       run ruff"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make test-gpu   run the tests that need a CUDA device"
+	@echo "make sanitize   run the kernels' GPU tests under compute-sanitizer (TOOL=memcheck)"
 	@echo "make gpu-hash   print the hash of every source the GPU path depends on"
 	@echo "make bench      measure decode on the CPU beside transformers"
 	@echo "make venv       only make .venv"
@@ -58,6 +60,12 @@ format: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	"$(BIN)/python" -m pytest -m gpu $(ARGS)
+
+# A warp's meeting may be no instruction, and racecheck cannot see it: every lane arrives for itself.
+sanitize: $(INSTALLED)
+	NANOCUPY_TEST_MACROS=$(if $(filter racecheck,$(TOOL)),EVERY_LANE_ARRIVES=1) \
+		compute-sanitizer --tool $(TOOL) --target-processes all --error-exitcode 9 \
+		"$(BIN)/python" -m pytest -m gpu tests/kernels $(ARGS)
 
 gpu-hash: $(INSTALLED)
 	@"$(BIN)/python" scripts/gpu_hash.py

@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         for (int i = 0; i < QUERY_STAGES; ++i) {
             mbarrier_init(&bars.work_full[i], 1);
             mbarrier_init(&bars.queries_full[i], 1);
-            mbarrier_init(&bars.queries_free[i], WARPS + 1);
+            mbarrier_init(&bars.queries_free[i], (WARPS + 1) * WARP_ARRIVALS);
         }
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(&bars.keys_full[i], 1);
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
                     &values, work, block_tables, num_columns, num_kv_heads, block_size, group,
                     copies, value_stages, bars.values_full, bars.values_free, &bars.end_of_values,
                     place, end_parity);
-                if (lane == 0) mbarrier_arrive(&bars.queries_free[query_place.stage]);
+                mbarrier_arrive_warp(&bars.queries_free[query_place.stage]);
                 query_place.next();
             }
         }
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
             hold_registers(weights);
             store_results(
                 sums, rows, works[query_place.stage], lane_row, tile_rows, group, num_heads, out);
-            if (lane == 0) mbarrier_arrive(&bars.queries_free[query_place.stage]);
+            mbarrier_arrive_warp(&bars.queries_free[query_place.stage]);
             query_place = scored;
             begin_tile(works[query_place.stage]);
         } else {

@@ -1,7 +1,11 @@
 // Barriers in shared memory that count bytes, and the copies that they count: from compute
 // capability 9.0. Each instruction is behind one small function, with a twin for the host.
 //
-// HAS_BULK_COPY   1 where a build can use them; else nothing below exists.
+// HAS_BULK_COPY       1 where a build can use them; else nothing below exists.
+// EVERY_LANE_ARRIVES  1: of a warp that arrives, every lane does. That one lane arrives for all once
+//                     they have met is as good and cheaper, but a tool that watches single accesses
+//                     for races does not see that order, as the meeting itself is no instruction
+//                     where lanes cannot be apart: it is run on builds with this.
 #pragma once
 
 #include "device.cuh"
@@ -70,3 +74,18 @@ __device__ __forceinline__ void copy_bulk(
 
 #endif
 #endif  // HOST_SHIM
+
+#if HAS_BULK_COPY
+
+#ifndef EVERY_LANE_ARRIVES
+#define EVERY_LANE_ARRIVES 0
+#endif
+constexpr int WARP_ARRIVALS = EVERY_LANE_ARRIVES ? 32 : 1;  // of mbarrier_arrive_warp
+
+// What all lanes of the warp have read or written comes before the phase's end. Every lane must come.
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t* barrier) {
+    warp_sync();
+    if (EVERY_LANE_ARRIVES || lane_id() == 0) mbarrier_arrive(barrier);
+}
+
+#endif

@@ -188,8 +188,7 @@ __device__ __forceinline__ void sum_units(
             turn.multiply(sums);
             from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;
         }
-        warp_sync();  // all lanes have read the stage
-        if (lane_id() == 0) mbarrier_arrive(&memory.is_free[own.stage]);
+        mbarrier_arrive_warp(&memory.is_free[own.stage]);
         own.next();
         own.next();
         int next_unit = unit;

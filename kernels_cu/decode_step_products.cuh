@@ -47,14 +47,14 @@ struct TileRows {
     }
 };
 
-// A norm's weights are asked for early, as they wait for nobody. With several tokens, several warps
-// copy the same.
 __device__ __forceinline__ int first_norm_input() {
     return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
 }
+// A norm's weights are asked for early, as they wait for nobody. All threads that compute come, and
+// meet between their copies' end and the norm.
 __device__ __forceinline__ void request_norm(const scalar_t* weight, int num_inputs) {
 #pragma unroll 1
-    for (int k = first_norm_input() * 2; k < num_inputs; k += NORM_STEP * 2) {
+    for (int k = threadIdx.x * 8; k < num_inputs; k += USERS * 8) {
         cp_async_16(step_norm() + k, weight + k);
     }
 }
@@ -101,7 +101,7 @@ __device__ __noinline__ void load_normed(
         }
     }
     sum = warp_sum(sum);
-    cp_async_wait<0>();  // the norm's weights that this thread has copied, for all its token's warps
+    cp_async_wait<0>();  // the norm's weights that this thread has copied, for all
     if (lane_id() == 0) sums[warp_id()] = sum;
     users_sync();
     sum = 0.0f;

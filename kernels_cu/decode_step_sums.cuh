@@ -84,8 +84,7 @@ __device__ __forceinline__ void sum_units(
         if (i == group || stages > 1) values.load(inputs + k, left);
         mbarrier_wait(&memory.is_full[own.stage], own.phase);
         weights.load(memory.stages[own.stage] + own_weights, left);
-        warp_sync();
-        if (lane_id() == 0) mbarrier_arrive(&memory.is_free[own.stage]);
+        mbarrier_arrive_warp(&memory.is_free[own.stage]);
         own.next();
         own.next();
 #pragma unroll

@@ -17,7 +17,8 @@ __device__ __forceinline__ void make_ring() {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < RING_STAGES; ++stage) {
             mbarrier_init(&step_memory().is_full[stage], 1);
-            mbarrier_init(&step_memory().is_free[stage], USER_WARPS / 2);  // those of a group
+            // Those of a group.
+            mbarrier_init(&step_memory().is_free[stage], USER_WARPS / 2 * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
     }

@@ -6,6 +6,7 @@ on a GPU it is marked `gpu`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -103,7 +104,9 @@ class ShimBackend:
 
 
 class GpuBackend:
-    """Kernels on device 0, each array in an allocation of its own between guard rows."""
+    """Kernels on device 0, each array in an allocation of its own between guard rows.
+
+    $NANOCUPY_TEST_MACROS, "NAME=1 OTHER=2", is defined in every build besides."""
 
     name = "gpu"
     last_entry = ""  # what `assert_close` is about
@@ -115,6 +118,8 @@ class GpuBackend:
 
         self._cupy = cupy
         self._loader = KernelLoader(0)
+        given = os.environ.get("NANOCUPY_TEST_MACROS", "").split()
+        self._macros = {name: int(value) for name, _, value in (m.partition("=") for m in given)}
 
     @property
     def has_wgmma(self) -> bool:
@@ -133,7 +138,7 @@ class GpuBackend:
         """As ShimBackend.run; two launches from the same start must give the same bits."""
         if 0 in shape.grid:
             return
-        kernel = self._loader.get(file, entry, **macros)
+        kernel = self._loader.get(file, entry, **{**macros, **self._macros})
         GpuBackend.last_entry = entry
         boxes = {i: arg.box for i, arg in enumerate(args) if isinstance(arg, Mapped)}
         args = [arg.array if isinstance(arg, Mapped) else arg for arg in args]
