@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -103,10 +104,19 @@ class ShimBackend:
             target[...] = value
 
 
-class GpuBackend:
-    """Kernels on device 0, each array in an allocation of its own between guard rows.
+def device_loader() -> Any:
+    """Loads kernels on device 0; macros of $NANOCUPY_TEST_MACROS, "NAME=1 OTHER=2", are defined in
+    every build besides."""
+    from nanocupy.cuda.kernels import KernelLoader
 
-    $NANOCUPY_TEST_MACROS, "NAME=1 OTHER=2", is defined in every build besides."""
+    loader = KernelLoader(0)
+    given = (macro.partition("=") for macro in os.environ.get("NANOCUPY_TEST_MACROS", "").split())
+    loader.get = partial(loader.get, **{name: int(value) for name, _, value in given})
+    return loader
+
+
+class GpuBackend:
+    """Kernels on device 0, each array in an allocation of its own between guard rows."""
 
     name = "gpu"
     last_entry = ""  # what `assert_close` is about
@@ -114,12 +124,8 @@ class GpuBackend:
     def __init__(self) -> None:
         import cupy
 
-        from nanocupy.cuda.kernels import KernelLoader
-
         self._cupy = cupy
-        self._loader = KernelLoader(0)
-        given = os.environ.get("NANOCUPY_TEST_MACROS", "").split()
-        self._macros = {name: int(value) for name, _, value in (m.partition("=") for m in given)}
+        self._loader = device_loader()
 
     @property
     def has_wgmma(self) -> bool:
@@ -138,7 +144,7 @@ class GpuBackend:
         """As ShimBackend.run; two launches from the same start must give the same bits."""
         if 0 in shape.grid:
             return
-        kernel = self._loader.get(file, entry, **{**macros, **self._macros})
+        kernel = self._loader.get(file, entry, **macros)
         GpuBackend.last_entry = entry
         boxes = {i: arg.box for i, arg in enumerate(args) if isinstance(arg, Mapped)}
         args = [arg.array if isinstance(arg, Mapped) else arg for arg in args]

@@ -23,7 +23,7 @@ from nanocupy.ops.launch_attention_prefill import (
 )
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.ops.tensor_maps import TensorMaps
-from tests.kernels.backends import CODES, assert_close
+from tests.kernels.backends import CODES, assert_close, device_loader
 from tests.kernels.test_attention_prefill import SHARED, attention_case, reference, text_of
 from tests.ops.cases import DTYPES, FAR_BLOCK, Call, Case, guarded, guards_intact, inner
 
@@ -37,10 +37,8 @@ class Runner:
     def __init__(self) -> None:
         import cupy
 
-        from nanocupy.cuda.kernels import KernelLoader
-
         self.cupy = cupy
-        self.loader = KernelLoader(0)
+        self.loader = device_loader()
         if self.loader.arch != "sm_90a":
             pytest.skip(f"wgmma needs compute capability 9.0, this card is {self.loader.arch}")
 

@@ -23,7 +23,7 @@ from nanocupy.ops.launch_decode_step import (
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.quantized import quantize
-from tests.kernels.backends import CODES, GpuBackend, ShimBackend, assert_close
+from tests.kernels.backends import CODES, GpuBackend, ShimBackend, assert_close, device_loader
 from tests.kernels.gemv_runs import Run
 from tests.kernels.quantized_runs import as_stored, pack
 from tests.ops.cases import DTYPES
@@ -195,8 +195,8 @@ class Model:
 class ShimStep:
     """On the shim, pointers in the table are those of the arrays themselves."""
 
-    def __init__(self, order=0, source=None):
-        self.order, self.source = order, source
+    def __init__(self, order=0, source=None, **macros):
+        self.order, self.source, self.macros = order, source, macros
 
     def run_step(self, model, launch, poison, numbers, macros):
         from tests.shim.driver import host_kernel
@@ -206,7 +206,7 @@ class ShimStep:
         x = model.x.copy()
         head = (model.final_norm, model.head) if model.has_head else (None, None)
         logits = poison["logits"] if model.has_head else None
-        kernel = host_kernel(FILE, ENTRY, source=self.source, **macros)
+        kernel = host_kernel(FILE, ENTRY, source=self.source, **macros, **self.macros)
         kernel(
             launch.grid, launch.block, table, *head, model.rope,
             model.slots, model.kv_lens, model.block_tables, x, logits, poison["words"],
@@ -223,9 +223,7 @@ class GpuStep:
     def __init__(self):
         import cupy
 
-        from nanocupy.cuda.kernels import KernelLoader
-
-        self.cupy, self.loader = cupy, KernelLoader(0)
+        self.cupy, self.loader = cupy, device_loader()
 
     def run_step(self, model, launch, poison, numbers, macros):
         cupy = self.cupy
@@ -388,6 +386,12 @@ def test_any_even_ring(ring_stages, order) -> None:
         pytest.skip(build.MISSING)
     model, _ = make(CASES["inputs beyond a stage"], "bfloat16")
     check(model, model.launch(ShimStep(order=order), DecodeStepTuning(ring_stages=ring_stages)))
+
+
+def test_where_every_lane_arrives() -> None:
+    """As the kernel is built for a search for races."""
+    model, tuning = make(CASES["four"], "bfloat16")
+    check(model, model.launch(ShimStep(EVERY_LANE_ARRIVES=1), tuning))
 
 
 @pytest.mark.parametrize("order", [1, 7])
