@@ -1,8 +1,9 @@
 // Sums of a persistent decode step whose weights are codes: int8, int4 or fp8, as packed.
 //
 // Codes become 16-bit numbers in registers, exactly. The products of a group are summed in float32 by
-// themselves; then they meet the scales of its rows, and with int4 the sum of its inputs, which is one
-// more product, meets their offsets. The order of all sums is fixed.
+// themselves; then they meet the scales of its rows, and with int4 the sum of its inputs meets their
+// offsets. These sums are made once for all rows, when the inputs are there. The order of all sums is
+// fixed.
 #pragma once
 
 #include "decode_step_memory.cuh"
@@ -27,22 +28,60 @@ __device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) 
     return make_uint4(inputs.x & mask, inputs.y & mask, inputs.z & mask, inputs.w & mask);
 }
 
+// With int4, the sums of a tile's inputs by group lie behind its rows: [groups, SUM_TOKENS].
+constexpr bool HAS_GROUP_SUMS = WEIGHT_KIND == 1;
+constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4;
+
+// rows: of the tokens, `stride` inputs apart; what is beyond `num_inputs`, a multiple of 32, counts as 0
+// up to a whole chunk. All threads that compute come; a barrier must follow.
+__device__ __forceinline__ void sum_groups(
+    float* to, const scalar_t* rows, int stride, int num_inputs) {
+    constexpr int PIECE = 16, PIECES = GROUP / PIECE;  // inputs of a thread, threads of a group
+    const int pieces = (num_inputs + CHUNK - 1) / CHUNK * (CHUNK / PIECE);
+#pragma unroll 1
+    for (int token = 0; token < SEQUENCES; ++token) {
+#pragma unroll 2
+        for (int first = warp_id() * WARP_SIZE; first < pieces; first += USERS) {
+            const int piece = first + lane_id();
+            float sum = 0.0f;
+            if (piece * PIECE < num_inputs) {
+                const scalar_t* from = rows + token * stride + piece * PIECE;
+                float low[8], high[8];
+                load_floats<scalar_t, 8>(from, low);
+                load_floats<scalar_t, 8>(from + 8, high);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) low[i] += high[i];
+                sum = ((low[0] + low[1]) + (low[2] + low[3])) +
+                      ((low[4] + low[5]) + (low[6] + low[7]));
+            }
+#pragma unroll
+            for (int lanes = PIECES / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+            if (piece < pieces && piece % PIECES == 0) {
+                to[piece / PIECES * SUM_TOKENS + token] = sum;
+            }
+        }
+    }
+}
+
 // What lane 4 g + t has of some chunks: its vectors of codes, the scales, with int4 scales and offsets,
 // of rows g and g + 8 for every group, and of every quarter the inputs 8 t … 8 t + 7 of the token that
-// is column g of products.
+// is column g of products; the sums of groups are those of tokens 2 t and 2 t + 1.
 struct ChunkTurn {
     uint4 codes[CHUNKS_AT_ONCE][CODE_VECTORS];
     uint2 scales[CHUNKS_AT_ONCE][GROUPS];
     uint4 inputs[CHUNKS_AT_ONCE][QUARTERS];
+    float added[CHUNKS_AT_ONCE][GROUPS][2];
 
     // from: the first chunk in shared memory; first: of this lane's token, input 8 t of it, from whose
-    // chunk on `left` inputs of the tile exist, a multiple of 32. What does not exist counts for
-    // nothing, and memory that was never written is not read.
-    __device__ __forceinline__ void load(const unsigned char* from, const scalar_t* first, int left) {
+    // chunk on `left` inputs of the tile exist, a multiple of 32; first_sums: of its groups. What does
+    // not exist counts for nothing, and memory that was never written is not read.
+    __device__ __forceinline__ void load(
+        const unsigned char* from, const scalar_t* first, const float* first_sums, int left) {
         if (left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {  // nearly always: no branches
 #pragma unroll
             for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
                 load_codes(c, from);
+                load_sums(c, first_sums);
 #pragma unroll
                 for (int q = 0; q < QUARTERS; ++q) {
                     inputs[c][q] = ld_shared_16(first + c * CHUNK_DISTANCE + q * QUARTER);
@@ -55,8 +94,14 @@ struct ChunkTurn {
 #pragma unroll
             for (int v = 0; v < CODE_VECTORS; ++v) codes[c][v] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < GROUPS; ++i) scales[c][i] = make_uint2(0, 0);
-            if (c * CHUNK_DISTANCE < left) load_codes(c, from);
+            for (int i = 0; i < GROUPS; ++i) {
+                scales[c][i] = make_uint2(0, 0);
+                added[c][i][0] = added[c][i][1] = 0.0f;
+            }
+            if (c * CHUNK_DISTANCE < left) {
+                load_codes(c, from);
+                load_sums(c, first_sums);
+            }
 #pragma unroll
             for (int q = 0; q < QUARTERS; ++q) {
                 const int k = c * CHUNK_DISTANCE + q * QUARTER;
@@ -78,14 +123,24 @@ struct ChunkTurn {
         }
     }
 
+    __device__ __forceinline__ void load_sums(int c, const float* first_sums) {
+        if (!HAS_GROUP_SUMS) return;
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) {
+            const float* from = first_sums + (c * (CHUNK_DISTANCE / GROUP) + i) * SUM_TOKENS;
+            if constexpr (SUM_TOKENS == 1) {
+                added[c][i][0] = *from;
+            } else {
+                // Of lanes whose tokens do not exist it does not matter.
+                load_floats<float, 2>(from + lane_id() % (SUM_TOKENS / 2) * 2, added[c][i]);
+            }
+        }
+    }
+
     // Added to sums 0 and 1 of row g, of tokens 2 t and 2 t + 1, and to 2 and 3 of row g + 8.
     __device__ __forceinline__ void multiply(float (&sums)[4]) const {
-        const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
-        const uint32_t ones[4] = {one, one, one, one};
-        // Products of a group, and the sums of its inputs, which all rows of a product of ones are.
-        float group[CHUNKS_AT_ONCE][4], added[CHUNKS_AT_ONCE][4];
+        float group[CHUNKS_AT_ONCE][4];
         clear(group);
-        clear(added);
 #pragma unroll
         for (int q = 0; q < QUARTERS; ++q) {
             uint32_t a[CHUNKS_AT_ONCE][2][4];
@@ -102,16 +157,15 @@ struct ChunkTurn {
                         const uint4 b = inputs_of_group(inputs[c][q], half);
                         const uint32_t low = n == 0 ? b.x : b.z, high = n == 0 ? b.y : b.w;
                         mma_m16n8k16<scalar_t>(group[c], a[c][n], low, high);
-                        if (WEIGHT_KIND == 1) mma_m16n8k16<scalar_t>(added[c], ones, low, high);
                     }
                 }
                 if ((q + 1) * QUARTER % GROUP != 0) continue;
 #pragma unroll
                 for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
-                    add_group(sums, group[c], added[c], scales[c][q * QUARTER / GROUP + half]);
+                    const int number = q * QUARTER / GROUP + half;
+                    add_group(sums, group[c], added[c][number], scales[c][number]);
                 }
                 clear(group);
-                clear(added);
             }
         }
     }
@@ -123,7 +177,7 @@ struct ChunkTurn {
         }
     }
     static __device__ __forceinline__ void add_group(
-        float (&sums)[4], const float (&group)[4], const float (&added)[4], const uint2& words) {
+        float (&sums)[4], const float (&group)[4], const float (&added)[2], const uint2& words) {
         union {
             uint2 words;
             Vec<half_t, 4> halves;
@@ -138,7 +192,7 @@ struct ChunkTurn {
                 const float offset =
                     fmaf(-CODE_BIAS, scale, to_float(read.halves.data[i / 2 * 2 + 1]));
                 sums[i] = fmaf(scale, group[i], sums[i]);
-                sums[i] = fmaf(offset, added[i], sums[i]);
+                sums[i] = fmaf(offset, added[i % 2], sums[i]);
             } else {
                 sums[i] = fmaf(read.floats.data[i / 2], group[i], sums[i]);
             }
@@ -159,11 +213,11 @@ __device__ __forceinline__ void put_strip_sums(float* to, const float (&sums)[4]
 
 // The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
 // SEQUENCES, UNIT_ROWS], or added to what is there. inputs: of this lane's token, from input 8 t of the
-// tile on. Where a unit has one stage, only the warps of its group have sums of it: the first ones' of
-// the first unit, the others' of the second, and so on.
+// tile on; group_sums: of the tile. Where a unit has one stage, only the warps of its group have sums
+// of it: the first ones' of the first unit, the others' of the second, and so on.
 __device__ __forceinline__ void sum_units(
-    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, float* partials,
-    bool adds) {
+    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, const float* group_sums,
+    float* partials, bool adds) {
     StepMemory& memory = step_memory();
     const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
     const int group = warp_id() / GROUP_WARPS, warp = warp_id() % GROUP_WARPS;
@@ -184,7 +238,7 @@ __device__ __forceinline__ void sum_units(
 #pragma unroll 1
         for (int k = start + warp * CHUNK; k < end; k += CHUNKS_AT_ONCE * CHUNK_DISTANCE) {
             ChunkTurn turn;
-            turn.load(from, inputs + k, end - k);
+            turn.load(from, inputs + k, group_sums + k / GROUP * SUM_TOKENS, end - k);
             turn.multiply(sums);
             from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;
         }

@@ -240,6 +240,7 @@ __device__ __forceinline__ void run_product(
     const StepShare share(product);
     const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
+    float* group_sums = reinterpret_cast<float*>(rows.row(SEQUENCES));
     const Finisher own(product);
     int buffer = 0;
     if (share.first_unit == share.end_unit) {
@@ -260,9 +261,14 @@ __device__ __forceinline__ void run_product(
             if (first == share.first_unit) {
                 if (start > 0) users_sync();  // nobody uses the tile before
                 load(rows, start, min(tile_inputs, product.num_inputs - start));
+                if (HAS_GROUP_SUMS) {
+                    sum_groups(group_sums, rows.row(0), rows.stride,
+                               min(tile_inputs, product.num_inputs - start));
+                    users_sync();
+                }
             }
-            sum_units(place, units, min(tile_inputs, product.num_inputs - start), own_inputs, partials,
-                      start > 0);
+            sum_units(place, units, min(tile_inputs, product.num_inputs - start), own_inputs,
+                      group_sums, partials, start > 0);
         }
         users_sync();
         float sum = 0.0f, second = 0.0f;

@@ -5,6 +5,9 @@
 
 constexpr int WARP_INPUTS = STAGE_INPUTS / GROUP_WARPS;
 constexpr int CHUNKS = WARP_INPUTS / 32;  // of a warp in a stage
+constexpr bool HAS_GROUP_SUMS = false;    // which only codes need
+
+__device__ __forceinline__ void sum_groups(float*, const scalar_t*, int, int) {}
 
 // What a warp has of a stage: chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and of a
 // token, the inputs 8 t … 8 t + 7 of a chunk: pairs 0 to 3. Which input a lane calls first is the same
@@ -63,8 +66,8 @@ struct StageChunks {
 // SEQUENCES, UNIT_ROWS], or added to what is there. Where a unit has one stage, only the warps of its
 // group have sums of it: the first ones' of the first unit, the others' of the second, and so on.
 __device__ __forceinline__ void sum_units(
-    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, float* partials,
-    bool adds) {
+    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, const float*,
+    float* partials, bool adds) {
     StepMemory& memory = step_memory();
     const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
     const int group = warp_id() / GROUP_WARPS, first_input = warp_id() % GROUP_WARPS * WARP_INPUTS;

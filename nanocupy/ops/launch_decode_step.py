@@ -117,7 +117,7 @@ def decode_step_launch(
     scale = max(1, round((16 << 10) / stage_bytes(weights)))
     best: tuple[int, int] | None = None
     for tile in range(_whole(max(widths)), _whole(shape.hidden_size) - 1, -STAGE_INPUTS):
-        inputs = input_bytes(num_sequences, min(tile, max(widths)))
+        inputs = input_bytes(num_sequences, min(tile, max(widths)), weights)
         room = max_shared_bytes - _STATIC_BYTES - fixed - inputs
         stages = min(room // (stage_bytes(weights) + 16), tuning.ring_stages or scale * _MAX_STAGES)
         stages -= stages % 2  # a place in the ring is always the same group's of warps
@@ -142,7 +142,7 @@ def decode_step_launch(
         grid=(num_multiprocessors,),
         block=BLOCK_THREADS,
         shared_bytes=memory_bytes(shape, num_sequences, stages, tuning.attend_stages, weights)
-        + input_bytes(num_sequences, min(tile_inputs, max(widths))),
+        + input_bytes(num_sequences, min(tile_inputs, max(widths)), weights),
         tile_inputs=tile_inputs,
         max_parts=max_parts,
         part_tokens=tuning.part_tokens or 128,
@@ -185,9 +185,14 @@ def memory_bytes(
     return -(-size // 128) * 128
 
 
-def input_bytes(num_sequences: int, num_inputs: int) -> int:
-    """The rows of inputs behind it: TileRows of decode_step_products.cuh."""
-    return num_sequences * 2 * (-(-num_inputs // 64) * 64 + 32)
+def input_bytes(num_sequences: int, num_inputs: int, weights: PackedFormat | None = None) -> int:
+    """The rows of inputs behind it, TileRows of decode_step_products.cuh, and with int4 the sums of
+    their groups."""
+    size = num_sequences * 2 * (-(-num_inputs // 64) * 64 + 32)
+    if weights is not None and weights.kind == "int4":
+        groups = -(-num_inputs // CHUNK) * CHUNK // weights.group
+        size += 4 * groups * (num_sequences if num_sequences <= 2 else 4)
+    return size
 
 
 def _whole(num_inputs: int) -> int:

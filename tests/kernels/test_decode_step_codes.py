@@ -15,9 +15,12 @@ from nanocupy.bench.shapes import SHAPES
 from nanocupy.ops.launch_decode_step import (
     BEST_SEQUENCES,
     MAX_SEQUENCES,
+    STAGE_INPUTS,
     DecodeStepShape,
     DecodeStepTuning,
     decode_step_launch,
+    input_bytes,
+    memory_bytes,
     num_words,
     stage_bytes,
     table_words,
@@ -84,10 +87,9 @@ def test_large_groups(step_backend, storage, layers) -> None:
 def tiled_room(model) -> int:
     """Shared memory in which a good ring leaves room for the smallest tile alone."""
     is_int4 = model.form is not None and model.form.kind == "int4"
-    launch = model.plan(DecodeStepTuning(ring_stages=12 if is_int4 else 6))
-    most = max(model.shape.hidden_size, model.shape.ffn_size)
-    spared = 2 * model.count * (most - 1024 * -(-model.shape.hidden_size // 1024))
-    return launch.shared_bytes - spared + (4 << 10)
+    tile = STAGE_INPUTS * -(-model.shape.hidden_size // STAGE_INPUTS)
+    ring = memory_bytes(model.shape, model.count, 12 if is_int4 else 6, 1, model.form)
+    return ring + input_bytes(model.count, tile, model.form) + (4 << 10)
 
 
 @pytest.mark.parametrize("storage", [("int4", 32), ("int8", 32), None], ids=str)

@@ -110,8 +110,8 @@ MUTANTS = [
     ),
     Mutant(
         "the scales of the first group for all",
-        "scales[c][q * QUARTER / GROUP + half]",
-        "scales[c][0]",
+        "added[c][number], scales[c][number]",
+        "added[c][number], scales[c][0]",
     ),
     Mutant(
         "the halves of a quarter change places",
@@ -120,9 +120,57 @@ MUTANTS = [
         storage=HALVES,
     ),
     Mutant(
-        "offsets meet the inputs of the groups before, too",
-        "                clear(added);",
-        "",
+        "offsets meet the sum of the first group",
+        "added[c][number], scales[c][number]",
+        "added[c][0], scales[c][number]",
+    ),
+    Mutant(
+        "every chunk takes the sums of the first",
+        "group_sums + k / GROUP * SUM_TOKENS",
+        "group_sums",
+        "inputs beyond a stage",
+    ),
+    Mutant(
+        "a warp's second chunk takes the sums of its first",
+        "(c * (CHUNK_DISTANCE / GROUP) + i)",
+        "i",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "sums of groups that do not exist are read",
+        "                load_codes(c, from);\n                load_sums(c, first_sums);\n            }",
+        "                load_codes(c, from);\n            }\n            load_sums(c, first_sums);",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "half of a group's inputs are summed",
+        "lanes = PIECES / 2; lanes > 0",
+        "lanes = PIECES / 2; lanes > 1",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "inputs beyond the tile are summed",
+        "if (piece * PIECE < num_inputs) {",
+        "{",
+    ),
+    Mutant(
+        "all tokens have the first one's sums",
+        "SUM_TOKENS + token] = sum;",
+        "SUM_TOKENS + token] = token > 0 ? to[piece / PIECES * SUM_TOKENS] : sum;",
+    ),
+    Mutant(
+        "tokens 2 and 3 take the sums of 0 and 1",
+        "lane_id() % (SUM_TOKENS / 2) * 2",
+        "0",
+        "four",
+    ),
+    Mutant(
+        "no barrier behind the sums of groups",
+        "product.num_inputs - start));\n                    users_sync();",
+        "product.num_inputs - start));",
     ),
     Mutant(
         "sums of a strip stay for the next",
