@@ -28,6 +28,7 @@ from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.step_inputs import StepShape, bucket, query_bucket
 from nanocupy.model.forward import OpCall
 from nanocupy.ops.cuda_sampling import DecodePlaces
+from nanocupy.ops.cuda_sizes import OpSizes, fused_bounds
 from nanocupy.speculation.acceptance import count_right
 
 _MAX_FORMS = 64  # that are kept; they hold no memory of the device
@@ -65,10 +66,12 @@ class DraftSteps:
         decoding: DecodeBatch,
         lane: Lane,
         forward: Sequence[OpCall],
+        sizes: OpSizes,
         limits: RunnerLimits,
         penalties: PenaltySlots,
     ) -> None:
         self._decoding = decoding
+        self._sizes = sizes
         self._penalties = penalties
         self._lane = lane
         self._forward = forward
@@ -78,6 +81,7 @@ class DraftSteps:
         largest = StepShape(self._max_rows, limits.max_num_seqs, 1, self._max_rows, 1)
         self._front_bytes = largest.num_bytes + 8 * (self._max_rows + limits.max_num_seqs + 8)
         self._forms: dict[Hashable, _Form] = {}
+        self._bounds: dict[tuple[int, int], tuple[int, ...]] = {}  # see _bound
         self._is_greedy = False  # whether all of the batch are, since it was started
 
     def fits(self, schedule: Schedule) -> bool:
@@ -147,15 +151,31 @@ class DraftSteps:
         state = self._decoding.state
         places = state.places_of([item.request for item in items]).tolist()
         counts = [item.num_rows for item in items]
-        known_as = (*places, *counts), self._is_greedy, penalizes
+        bound = self._bound(items, counts)
+        known_as = (*places, *counts), bound, self._is_greedy, penalizes
         form = self._forms.get(known_as)
         if form is None:
             if len(self._forms) == _MAX_FORMS:
                 self._forms.clear()
-            form = self._forms[known_as] = self._new_form(places, counts, penalizes)
+            form = self._forms[known_as] = self._new_form(places, counts, bound, penalizes)
         return form
 
-    def _new_form(self, places: list[int], counts: list[int], penalizes: bool) -> _Form:
+    def _bound(self, items: Sequence[ScheduledRequest], counts: Sequence[int]) -> int:
+        """The bound on contexts to capture the step with, 0 for none: see `kv_len_bound`."""
+        num_places = decode_bucket(len(items), self._limits.max_num_seqs)
+        known_as = num_places, query_bucket(max(counts))
+        bounds = self._bounds.get(known_as)
+        if bounds is None:
+            traits = self._lane.device.traits
+            bounds = self._bounds[known_as] = fused_bounds(self._sizes, traits, *known_as)
+        if not bounds:
+            return 0
+        longest = max(item.request.num_computed_tokens + item.num_tokens for item in items)
+        return next((bound for bound in bounds if bound >= longest), 0)
+
+    def _new_form(
+        self, places: list[int], counts: list[int], bound: int, penalizes: bool
+    ) -> _Form:
         lane, limits = self._lane, self._limits
         num_places = decode_bucket(self._decoding.state.num_places, limits.max_num_seqs)
         rows_of = np.zeros(num_places, np.int32)
@@ -174,12 +194,13 @@ class DraftSteps:
             row_places[own.start : own.stop] = place
         order = [row for own in rows for row in own]
         in_order = order == list(range(len(order)))
+        dims = shape.dims | {"L": bound}
         # What the graph fills comes first; behind it comes what is sent.
         on_device = lane.inputs.array_at(shape.num_bytes, words.dtype, words.shape)
         return _Form(
             shape,
-            shape.dims,
-            ("drafts", shape, "greedy" if self._is_greedy else "sampled", penalizes),
+            dims,
+            ("drafts", shape, bound, "greedy" if self._is_greedy else "sampled", penalizes),
             places,
             words,
             [slice(first_draft + own.start + 1, first_draft + own.stop) for own in rows],
@@ -188,14 +209,14 @@ class DraftSteps:
             query_starts,
             rows_of,
             slice(0, len(order)) if in_order else np.array(order),
-            self._body(shape, on_device, penalizes, self._is_greedy),
+            self._body(shape, dims, on_device, penalizes),
         )
 
     def _body(
-        self, shape: StepShape, words: Any, penalizes: bool, greedy: bool
+        self, shape: StepShape, dims: Mapping[str, int], words: Any, penalizes: bool
     ) -> Callable[[], None]:
         """What the graph of a form holds. words: what was sent."""
-        lane = self._lane
+        lane, greedy = self._lane, self._is_greedy
         num_places, num_tokens = shape.num_seqs, shape.num_tokens
         starts = words[: num_places + 1]
         row_places, drafts = words[num_places + 1 :].reshape(2, num_tokens)
@@ -208,7 +229,7 @@ class DraftSteps:
 
         def body() -> None:
             lane.ops.lay_out_drafts(row_places, drafts, starts, places, params, rows)
-            lane.run(self._forward, inputs, shape.dims, lane.observer)
+            lane.run(self._forward, inputs, dims, lane.observer)
             if penalizes:
                 lane.penalize_drafts(row_places, drafts, starts, fields["penalty_slots"])
             lane.sample(num_tokens, None if greedy else rows)

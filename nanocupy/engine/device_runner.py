@@ -88,7 +88,7 @@ class DeviceRunner(Runner):
         parts = self._main, self.forward, sizes, limits, self._penalties
         self._decoding = DecodeBatch(*parts)
         self._mixed = MixedSteps(*parts)
-        self._drafts = DraftSteps(self._decoding, self._main, self.forward, limits, self._penalties)
+        self._drafts = DraftSteps(self._decoding, *parts)
         self._is_state_known = True  # whether the device has what the host thinks
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`

@@ -40,6 +40,9 @@ class DraftOps(CudaLauncher):
             )),
             _i32(num_rows), _i32(num_places), SCALAR=0,
         )  # fmt: skip
+        # Kernels behind may read lengths and slots before the one in front of them has ended (see
+        # READ_EARLY of attention_decode_fused.cu): they must all come after this one's end.
+        self._starts_alone = True
 
     def accept_drafts(
         self, sampled: Array, drafts: Array, query_starts: Array, places: DecodePlaces
