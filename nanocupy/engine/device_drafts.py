@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanocupy.cuda.step_stamps import OTHER
+from nanocupy.cuda.step_stamps import DRAFTS
 from nanocupy.engine.device_decode import MOVED_FIELDS, DecodeBatch
 from nanocupy.engine.device_lane import SAMPLER_FIELDS, Lane
 from nanocupy.engine.device_penalties import PenaltySlots
@@ -39,7 +39,8 @@ class _Form:
     """What steps have in common in which the same places have as many rows each.
 
     words      int32, what is sent: query_starts [B + 1], place and draft of each row [2, T]; the
-               drafts are still to be put in, those of each request at `draft_at`
+               drafts are still to be put in, those of each request at `draft_at`; then, where some
+               are forced, which ones [T]
     on_device  where that goes, behind the `offset` bytes of inputs that are laid out there
     rows_at    of the ids that are fetched, those of the schedule's rows, in its order
     """
@@ -79,8 +80,10 @@ class DraftSteps:
         # A step has no more rows; what is sent beside it comes behind the inputs of any step.
         self._max_rows = min(limits.max_step_tokens, limits.max_rows)
         largest = StepShape(self._max_rows, limits.max_num_seqs, 1, self._max_rows, 1)
-        self._front_bytes = largest.num_bytes + 8 * (self._max_rows + limits.max_num_seqs + 8)
+        self._front_bytes = largest.num_bytes + 12 * (self._max_rows + limits.max_num_seqs + 8)
         self._forms: dict[Hashable, _Form] = {}
+        # For benches: how many of a request's drafts are made right.
+        self.force: Callable[[Sequence[int]], int] | None = None
         self._bounds: dict[tuple[int, int], tuple[int, ...]] = {}  # see _bound
         self._is_greedy = False  # whether all of the batch are, since it was started
 
@@ -105,6 +108,10 @@ class DraftSteps:
         form = self._form(items, penalizes)
         for at, item in zip(form.draft_at, items, strict=True):
             form.words[at] = item.drafts
+            if self.force is not None:
+                first = at.start + form.shape.num_tokens
+                form.words[first : first + len(item.drafts)] = 0
+                form.words[first : first + self.force(item.drafts)] = 1
         lane.inputs.rewind(form.offset)
         lane.inputs.copy_to(form.on_device, form.words)
         kv_lens = form.rows_of
@@ -112,7 +119,7 @@ class DraftSteps:
             state = self._decoding.state
             positions = state.view(state.words, "positions", form.shape.num_seqs)
             kv_lens = np.where(kv_lens, positions + kv_lens, 0)
-        lane.step(form.key, form.body, OTHER, form.dims, form.query_starts, kv_lens)
+        lane.step(form.key, form.body, DRAFTS, form.dims, form.query_starts, kv_lens)
         lane.fetch(int(form.query_starts[-1]))
         staging = lane.inputs.staging
 
@@ -152,7 +159,7 @@ class DraftSteps:
         places = state.places_of([item.request for item in items]).tolist()
         counts = [item.num_rows for item in items]
         bound = self._bound(items, counts)
-        known_as = (*places, *counts), bound, self._is_greedy, penalizes
+        known_as = (*places, *counts), bound, self._is_greedy, penalizes, self.force is not None
         form = self._forms.get(known_as)
         if form is None:
             if len(self._forms) == _MAX_FORMS:
@@ -184,7 +191,8 @@ class DraftSteps:
         np.cumsum(rows_of, out=query_starts[1:])
         num_tokens = bucket(int(query_starts[-1]), self._max_rows)
         shape = StepShape(num_tokens, num_places, 1, num_tokens, query_bucket(max(counts)))
-        words = np.full(num_places + 1 + 2 * num_tokens, -1, np.int32)
+        is_forced = self.force is not None
+        words = np.full(num_places + 1 + (2 + is_forced) * num_tokens, -1, np.int32)
         words[: num_places + 1] = query_starts
         row_places = words[num_places + 1 :][:num_tokens]
         firsts = query_starts[places].tolist()
@@ -200,7 +208,10 @@ class DraftSteps:
         return _Form(
             shape,
             dims,
-            ("drafts", shape, bound, "greedy" if self._is_greedy else "sampled", penalizes),
+            (
+                "drafts", shape, bound, "greedy" if self._is_greedy else "sampled", penalizes,
+                is_forced,
+            ),
             places,
             words,
             [slice(first_draft + own.start + 1, first_draft + own.stop) for own in rows],
@@ -219,7 +230,7 @@ class DraftSteps:
         lane, greedy = self._lane, self._is_greedy
         num_places, num_tokens = shape.num_seqs, shape.num_tokens
         starts = words[: num_places + 1]
-        row_places, drafts = words[num_places + 1 :].reshape(2, num_tokens)
+        row_places, drafts, *forced = words[num_places + 1 :].reshape(-1, num_tokens)
         fields = self._decoding.inputs(num_places)
         moved = {name: fields[name] for name in MOVED_FIELDS}
         places = DecodePlaces(**moved, block_size=self._limits.block_size)
@@ -233,6 +244,8 @@ class DraftSteps:
             if penalizes:
                 lane.penalize_drafts(row_places, drafts, starts, fields["penalty_slots"])
             lane.sample(num_tokens, None if greedy else rows)
+            if forced:
+                lane.ops.force_drafts(lane.sampled(num_tokens), drafts, *forced)
             if penalizes:
                 lane.count_accepted(drafts, starts, fields["penalty_slots"])
             lane.ops.accept_drafts(lane.sampled(num_tokens), drafts, starts, places)

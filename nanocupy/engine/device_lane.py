@@ -75,7 +75,7 @@ class Lane:
         query_starts: np.ndarray,
         kv_lens: np.ndarray,
     ) -> None:
-        """Do a step's `body`, as the graph of `key`. kind: DECODE or OTHER, for the stamps.
+        """Do a step's `body`, as the graph of `key`. kind: for the stamps, as `step_stamps` has it.
 
         The observer, if there is one, is told dims, query_starts and kv_lens, with padding up to
         `dims`.

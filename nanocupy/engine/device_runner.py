@@ -165,6 +165,10 @@ class DeviceRunner(Runner):
     def swap_costs(self) -> SwapCosts | None:
         return self._host_blocks.costs()
 
+    def force_acceptance(self, count: Callable[[Sequence[int]], int] | None) -> bool:
+        self._drafts.force = count
+        return True
+
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         if not num_steps:
             self._main.stamps = None

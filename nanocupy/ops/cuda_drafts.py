@@ -44,6 +44,13 @@ class DraftOps(CudaLauncher):
         # READ_EARLY of attention_decode_fused.cu): they must all come after this one's end.
         self._starts_alone = True
 
+    def force_drafts(self, sampled: Array, drafts: Array, forced: Array) -> None:
+        """For benches: make drafts right, those where `forced` int32 [T] is 1."""
+        self._launch(
+            _FILE, "force_drafts", shapes.one_thread_each(len(sampled)),
+            sampled, drafts, forced, _i32(len(sampled)), SCALAR=0,
+        )  # fmt: skip
+
     def accept_drafts(
         self, sampled: Array, drafts: Array, query_starts: Array, places: DecodePlaces
     ) -> None:

@@ -125,7 +125,7 @@ VARIANTS = (
             ),
         ),
     ),
-    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
+    Variants("drafts.cu", ("lay_out_drafts", "force_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
     Variants(
         "embed.cu",
         ("embed_rows",),
