@@ -87,6 +87,10 @@ class DecodeState:
         """The places int32 [n] of requests of the last `updates`."""
         return np.array([self._place_of[id(request)] for request in requests], np.int32)
 
+    def place_of(self, request: Request) -> int:
+        """The place of one of them."""
+        return self._place_of[id(request)]
+
     def updates(
         self,
         requests: Sequence[Request],

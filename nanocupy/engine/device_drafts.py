@@ -31,6 +31,9 @@ from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import OpSizes, fused_bounds
 from nanocupy.speculation.acceptance import count_right
 
+# Of a step: the bound on its contexts, whether all are greedy, whether any takes penalties, whether
+# drafts are forced.
+_Kind = tuple[int, bool, bool, bool]
 _MAX_FORMS = 64  # that are kept; they hold no memory of the device
 
 
@@ -85,7 +88,6 @@ class DraftSteps:
         # For benches: how many of a request's drafts are made right.
         self.force: Callable[[Sequence[int]], int] | None = None
         self._bounds: dict[tuple[int, int], tuple[int, ...]] = {}  # see _bound
-        self._is_greedy = False  # whether all of the batch are, since it was started
 
     def fits(self, schedule: Schedule) -> bool:
         """Whether all of the step's requests decode, and none needs the host for its logits."""
@@ -150,21 +152,21 @@ class DraftSteps:
         self._lane.inputs.rewind(self._front_bytes)
         self._penalties.assign(requests)
         decoding.start(requests, row_of())
-        temperatures = state.view(state.words, "temperature", state.num_places)
-        self._is_greedy = not temperatures.any()
 
     def _form(self, items: Sequence[ScheduledRequest], penalizes: bool) -> _Form:
         """Of a step of these, whose requests are the batch."""
         state = self._decoding.state
-        places = state.places_of([item.request for item in items]).tolist()
+        places = [state.place_of(item.request) for item in items]
         counts = [item.num_rows for item in items]
         bound = self._bound(items, counts)
-        known_as = (*places, *counts), bound, self._is_greedy, penalizes, self.force is not None
+        greedy = all(item.request.params.temperature == 0 for item in items)
+        kind = bound, greedy, penalizes, self.force is not None
+        known_as = (*places, *counts), kind
         form = self._forms.get(known_as)
         if form is None:
             if len(self._forms) == _MAX_FORMS:
                 self._forms.clear()
-            form = self._forms[known_as] = self._new_form(places, counts, bound, penalizes)
+            form = self._forms[known_as] = self._new_form(places, counts, kind)
         return form
 
     def _bound(self, items: Sequence[ScheduledRequest], counts: Sequence[int]) -> int:
@@ -180,9 +182,7 @@ class DraftSteps:
         longest = max(item.request.num_computed_tokens + item.num_tokens for item in items)
         return next((bound for bound in bounds if bound >= longest), 0)
 
-    def _new_form(
-        self, places: list[int], counts: list[int], bound: int, penalizes: bool
-    ) -> _Form:
+    def _new_form(self, places: list[int], counts: list[int], kind: _Kind) -> _Form:
         lane, limits = self._lane, self._limits
         num_places = decode_bucket(self._decoding.state.num_places, limits.max_num_seqs)
         rows_of = np.zeros(num_places, np.int32)
@@ -191,7 +191,7 @@ class DraftSteps:
         np.cumsum(rows_of, out=query_starts[1:])
         num_tokens = bucket(int(query_starts[-1]), self._max_rows)
         shape = StepShape(num_tokens, num_places, 1, num_tokens, query_bucket(max(counts)))
-        is_forced = self.force is not None
+        bound, greedy, _, is_forced = kind
         words = np.full(num_places + 1 + (2 + is_forced) * num_tokens, -1, np.int32)
         words[: num_places + 1] = query_starts
         row_places = words[num_places + 1 :][:num_tokens]
@@ -208,10 +208,7 @@ class DraftSteps:
         return _Form(
             shape,
             dims,
-            (
-                "drafts", shape, bound, "greedy" if self._is_greedy else "sampled", penalizes,
-                is_forced,
-            ),
+            ("drafts", "greedy" if greedy else "sampled", shape, *kind),
             places,
             words,
             [slice(first_draft + own.start + 1, first_draft + own.stop) for own in rows],
@@ -220,14 +217,15 @@ class DraftSteps:
             query_starts,
             rows_of,
             slice(0, len(order)) if in_order else np.array(order),
-            self._body(shape, dims, on_device, penalizes),
+            self._body(shape, dims, on_device, kind),
         )
 
     def _body(
-        self, shape: StepShape, dims: Mapping[str, int], words: Any, penalizes: bool
+        self, shape: StepShape, dims: Mapping[str, int], words: Any, kind: _Kind
     ) -> Callable[[], None]:
         """What the graph of a form holds. words: what was sent."""
-        lane, greedy = self._lane, self._is_greedy
+        lane = self._lane
+        _, greedy, penalizes, _ = kind
         num_places, num_tokens = shape.num_seqs, shape.num_tokens
         starts = words[: num_places + 1]
         row_places, drafts, *forced = words[num_places + 1 :].reshape(-1, num_tokens)

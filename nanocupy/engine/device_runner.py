@@ -233,11 +233,11 @@ class DeviceRunner(Runner):
     def _launch_other(self, schedule: Schedule) -> Callable[[], list[int]]:
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
         of the schedule's rows."""
-        sampling = schedule.row_requests
         if schedule.has_drafts and self._drafts.fits(schedule):
             collect = self._drafts.launch(schedule, self._row_of)
             self._batch, self._rows = None, ()
             return collect
+        sampling = schedule.row_requests
         drafting = {item.request for item in schedule if item.drafts}
         self._penalties.give_up(drafting)
         self._penalties.assign([r for r in sampling if r not in drafting])

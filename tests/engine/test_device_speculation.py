@@ -99,6 +99,21 @@ def test_the_same_tokens_as_without(name, temperature, traits):
     assert device.counts["replayed"] > 3
 
 
+def test_greedy_ones_and_others():
+    """Who draws may join those who don't, in steps with drafts and in others, and leave again."""
+    requests = arrivals(8, GREEDY.with_(seed=5))
+    requests = {
+        name: (at, ids, params.with_(temperature=0.9 * (int(name) % 2), max_tokens=12))
+        for name, (at, ids, params) in requests.items()
+    }
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice())
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    assert speculator.counters.num_accepted > 10
+
+
 @pytest.mark.parametrize("where", ["device", "host", "beside prompts"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_penalties(temperature, where, monkeypatch):
