@@ -7,10 +7,16 @@
 // sums into the shared memory of the block that merges those columns, which waits for as many bytes
 // as are to come: no barrier, no memory, no fence.
 //
+// Of several queries a sequence each has a cluster of its own, which makes for itself the keys and
+// values of those before it in the same step, and writes those of its own position: nobody waits for
+// another cluster. The context is read once for each query, which is cheap where it is short.
+//
 // HEAD_SIZE   d, a multiple of 16; STAGES steps of 16 positions that a warp has under way at first
 // READ_EARLY  1: kv_lens, query_starts, block_tables, slots and the caches up to the new positions
 //             are read before the kernels in front have ended. Right where no kernel of the same
 //             graph, or none that overlaps, writes them: a graph that holds one step. 0: nothing is
+// QUERIES     most queries of a sequence, 1 to 8, of more than one only where the cache is not
+//             quantised; sequences with more are left alone
 // ROW_HALVES  1: H / G is at most 8, which takes fewer registers; else 2
 // CLUSTERED   0: the launch has no clusters. Less code, which is read from memory as it runs once
 // SCALAR, CACHE: as in the headers. nanocupy/ops/launch_attention_fused.py chooses the launch.
@@ -25,6 +31,10 @@
 #endif
 #include "attention_decode_codes.cuh"
 #include "rope.cuh"
+
+#if QUERIES > 1 && QUANTIZED
+#error "several queries of a sequence take a cache that is not quantised"
+#endif
 
 #if defined(DECODE_ON_TENSOR_CORES) && HAS_CLUSTERS
 
@@ -169,11 +179,11 @@ struct ClusterMerge {
 };
 #endif
 
-// attention_decode_fused: attention of one query a sequence, with what stands before it, on tensor
+// attention_decode_fused: attention of few queries a sequence, with what stands before it, on tensor
 //   cores, 16-bit types, the cache's the same as qkv's or quantised
-// grid (G * cluster, B), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256;
+// grid (G * cluster, B * QUERIES), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256;
 //   from 9.0;
-//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2), where
+//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2 * QUERIES), where
 //   the cache is quantised warps * STAGES * (32 * codes + 64) for the first of these;
 //   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
@@ -181,10 +191,11 @@ struct ClusterMerge {
 //   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
 //   H / G at most 8 * ROW_HALVES; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
-//   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache.
+//   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache. kv_lens
+//   count all queries of a sequence, which are its last positions.
 // REF: numpy_ops.attend
-// COST: bytes: keys and values of each sequence's positions and its row of qkv, once; 64 flops for
-//   each position, head of keys and d
+// COST: bytes: keys and values of each sequence's positions and its row of qkv, once for each query;
+//   64 flops for each query, position, head of keys and d
 extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const scalar_t* qkv, const scalar_t* q_norm, const scalar_t* k_norm, float eps,
     const float* rope, const int32_t* slots, cache_t* key_cache, cache_t* value_cache,
@@ -195,9 +206,11 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     grid_dependency_launch();
     if (!READ_EARLY) grid_dependency_wait();
     const int ranks = CLUSTERED ? cluster_size() : 1, rank = CLUSTERED ? cluster_rank() : 0;
-    const int sequence = blockIdx.y, group = blockIdx.x / ranks;
-    const int token = query_starts[sequence];
-    if (query_starts[sequence + 1] == token) {  // the whole cluster leaves
+    const int sequence = blockIdx.y / QUERIES, group = blockIdx.x / ranks;
+    const int number = blockIdx.y % QUERIES;  // of the sequence's queries
+    const int first_token = query_starts[sequence], token = first_token + number;
+    const int num_queries = query_starts[sequence + 1] - first_token;
+    if (QUERIES > 1 ? num_queries <= number || num_queries > QUERIES : num_queries == 0) {  // the whole cluster leaves
         if (READ_EARLY) grid_dependency_wait();
         return;
     }
@@ -205,20 +218,24 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     scalar_t* shared_queries = reinterpret_cast<scalar_t*>(dynamic_shared());
     scalar_t* rings = shared_queries + 16 * STRIDE;
     scalar_t* ring = rings + warp_id() * RING;
-    // The new position's key and value [2, d]; where they are codes, their scales [2] come behind.
+    // The keys, then the values of the new positions [2, QUERIES, d]; where they are codes, of one
+    // position, their scales [2] come behind.
     scalar_t* fresh = rings + num_warps() * RING;
 
     // Steps go to the blocks in turn, then to their warps: step s of this warp takes the 16 positions
-    // from first_position + s * stride on. The newest position is not in the cache yet.
+    // from first_position + s * stride on. Those from fresh_from on are not in the cache yet: this
+    // query's, the newest that it sees, and those of the queries before it.
     const int32_t* table = block_tables + static_cast<int64_t>(sequence) * table_width;
-    const int kv_len = kv_lens[sequence], newest = kv_len - 1;
+    const int behind = QUERIES > 1 ? num_queries - 1 - number : 0;  // queries that see more
+    const int kv_len = behind > 0 ? max(0, kv_lens[sequence] - behind) : kv_lens[sequence];
+    const int newest = kv_len - 1, fresh_from = newest - number;
     const int source = warp_id() * ranks + rank;
     const int first_position = source * STEP_TOKENS;
     const int stride = num_warps() * ranks * STEP_TOKENS;
     const int num_steps = max(0, (kv_len - first_position + stride - 1) / stride);
     const auto row_of_lane = [&](int step) {
         const int position = first_position + step * stride + lane_id() % STEP_TOKENS;
-        return position < newest ? cache_row(table, position, block_size, num_kv_heads, group) : 0u;
+        return position < fresh_from ? cache_row(table, position, block_size, num_kv_heads, group) : 0u;
     };
     uint32_t next_row = row_of_lane(0);
 #if QUANTIZED
@@ -228,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
 #endif
     const auto copy_step = [&](int step) {
         if (step < num_steps) {
-            const int left = newest - (first_position + step * stride);
+            const int left = fresh_from - (first_position + step * stride);
             scalar_t* keys = ring + step % STAGES * STAGE;
 #if QUANTIZED
             copies.start(keys, next_row, left);
@@ -248,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const int sources = min(num_warps() * ranks, (kv_len + STEP_TOKENS - 1) / STEP_TOKENS);
     const ClusterMerge merge = {
         ranks, rank, heads_per_group, max(0, sources), (ROW_CHUNKS + ranks - 1) / ranks,
-        reinterpret_cast<uint64_t*>(fresh + 2 * HEAD_SIZE)};
+        reinterpret_cast<uint64_t*>(fresh + 2 * QUERIES * HEAD_SIZE)};
     if (CLUSTERED && ranks > 1) {
         if (threadIdx.x == 0) make_inbox(merge.inbox, merge.expected_bytes());
         warp_sync();
@@ -258,30 +275,41 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     Rows rows;
     const bool is_active = rank * STEP_TOKENS < kv_len;  // this block has positions
     if (is_active) {
-        const bool has_newest = newest / STEP_TOKENS % ranks == rank;
+        const auto is_own = [&](int position) { return position / STEP_TOKENS % ranks == rank; };
+        const bool has_newest = is_own(newest);
         HeadPairs q_weight, k_weight;
         if (q_norm != nullptr) q_weight = load_pairs(q_norm);
-        if (k_norm != nullptr && has_newest) k_weight = load_pairs(k_norm);
+        if (k_norm != nullptr && (QUERIES > 1 || has_newest)) k_weight = load_pairs(k_norm);
         const int64_t slot = slot_offset(slots[token], group, num_kv_heads, block_size);
         const int num_heads = num_kv_heads * merge.rows;
         const scalar_t* heads = qkv + static_cast<int64_t>(token) * (num_heads + 2 * num_kv_heads) *
                                           HEAD_SIZE;
         if (READ_EARLY) grid_dependency_wait();
 
-        // The heads of q, and where the newest position is this block's, those of k and v. The
+        // The heads of q, and of the new positions that are this block's, those of k and v. The
         // rows of the tile behind q's stay as they are: each row has its own sums, and theirs are
         // not sent.
         const HeadPairs angles = load_pairs(rope + static_cast<int64_t>(token) * HEAD_SIZE);
-        const int num_tasks = merge.rows + (has_newest ? 2 : 0);
+        const int num_fresh = QUERIES > 1 ? number + 1 : has_newest;
+        const int num_tasks = merge.rows + 2 * num_fresh;
 #pragma unroll 1
         for (int task = warp_id(); task < num_tasks; task += num_warps()) {
-            const int kind = max(0, task - merge.rows + 1);  // 0 q, 1 k, 2 v
+            const int rest = max(-1, task - merge.rows);
+            const int row = QUERIES > 1 ? max(0, rest) / 2 : 0;  // of the new positions
+            const int kind = rest - 2 * row + 1;                 // 0 q, 1 k, 2 v
+            if (QUERIES > 1 && kind != 0 && !is_own(fresh_from + row)) continue;
+            const int back = kind == 0 ? 0 : number - row;           // tokens before this query's
             const int head = kind == 0 ? group * merge.rows + task
                                        : num_heads + (kind - 1) * num_kv_heads + group;
-            HeadPairs x = load_pairs(heads + head * HEAD_SIZE);
+            const scalar_t* from = heads + head * HEAD_SIZE;
+            from -= static_cast<int64_t>(back) * (num_heads + 2 * num_kv_heads) * HEAD_SIZE;
+            HeadPairs x = load_pairs(from), turn = angles;
+            if (QUERIES > 1 && kind == 1) {
+                turn = load_pairs(rope + static_cast<int64_t>(token - back) * HEAD_SIZE);
+            }
             if (kind == 0 && q_norm != nullptr) normalize_pairs(x, q_weight, eps);
             if (kind == 1 && k_norm != nullptr) normalize_pairs(x, k_weight, eps);
-            if (kind != 2) rotate_pairs(x, angles);
+            if (kind != 2) rotate_pairs(x, turn);
             if (kind == 0) {
                 store_tile_row(shared_queries, task, x);
             } else {
@@ -292,8 +320,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
                     (kind == 1 ? key_scales : value_scales)[slot / HEAD_SIZE] = scale;
                 }
 #endif
-                cache_store_pairs(reinterpret_cast<cache_t*>(fresh) + (kind - 1) * HEAD_SIZE, x);
-                cache_store_pairs((kind == 1 ? key_cache : value_cache) + slot, x);
+                cache_store_pairs(
+                    reinterpret_cast<cache_t*>(fresh) + ((kind - 1) * QUERIES + row) * HEAD_SIZE, x);
+                if (back == 0) cache_store_pairs((kind == 1 ? key_cache : value_cache) + slot, x);
             }
         }
         block_sync();
@@ -310,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
             if (STAGES == 1) copies.finish();
 #endif
             warp_sync();  // every lane's copies are there
-            if (position <= newest && newest < position + STEP_TOKENS) {
+            if (position <= newest && fresh_from < position + STEP_TOKENS) {
 #if QUANTIZED
                 if (lane_id() < CODE_CHUNKS) {
                     const uint4* from = reinterpret_cast<const uint4*>(fresh) + lane_id();
@@ -324,11 +353,14 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
                         fresh_scales[lane_id()];
                 }
 #else
-                if (lane_id() < ROW_CHUNKS) {
-                    const uint4* from = reinterpret_cast<const uint4*>(fresh) + lane_id();
-                    const int to = chunk_at(newest - position, lane_id());
+#pragma unroll 1
+                for (int i = lane_id(); i < (number + 1) * ROW_CHUNKS; i += WARP_SIZE) {
+                    const int at = fresh_from + i / ROW_CHUNKS - position;
+                    if (QUERIES > 1 && (at < 0 || at >= STEP_TOKENS)) continue;
+                    const uint4* from = reinterpret_cast<const uint4*>(fresh) + i;
+                    const int to = chunk_at(at, i % ROW_CHUNKS);
                     *reinterpret_cast<uint4*>(keys + to) = from[0];
-                    *reinterpret_cast<uint4*>(keys + TILE + to) = from[ROW_CHUNKS];
+                    *reinterpret_cast<uint4*>(keys + TILE + to) = from[QUERIES * ROW_CHUNKS];
                 }
 #endif
                 warp_sync();

@@ -53,6 +53,21 @@ extern "C" __global__ void __launch_bounds__(1024) lay_out_drafts(
     row_min_p[t] = b < 0 ? 0.0f : min_p[b];
 }
 
+// force_drafts: for benches, what was chosen becomes what the drafts say, where they shall be right
+// grid ceil(T / block), block any multiple of 32, no shared memory
+// sampled       int32 [T], what was chosen after each row; in place
+// drafts        int32 [T], as lay_out_drafts has them
+// forced        int32 [T]: 1 where the row's draft shall be what the row before it chose, else 0
+// REF: engine.runner.Runner.force_acceptance
+// COST: 12 * T bytes
+extern "C" __global__ void __launch_bounds__(1024) force_drafts(
+    int32_t* sampled, const int32_t* drafts, const int32_t* forced, int32_t T) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    if (t + 1 < T && forced[t + 1] > 0) sampled[t] = drafts[t + 1];
+}
+
 // accept_drafts: each place moves on by its right drafts and the token after them
 // grid ceil(B / block), block any multiple of 32, no shared memory
 // sampled       int32 [any], what was chosen after each row; -1 is right for no draft

@@ -2,9 +2,11 @@
 
 With random weights a draft model is never right, so how many drafts count is decided by a coin of
 the wanted acceptance. Else it is as in use: drafts are found, checked in one forward, and what
-follows the rejected ones is written again. But on a device, which moves its batch on by what was
-really right, nearly every step for which the coin decided otherwise has the batch laid out and sent
-again; in use that is spared, so steps with drafts are a little slower here.
+follows the rejected ones is written again. A device makes drafts right where it chooses (one small
+kernel more in a step), so that it moves its batch on by itself, as in use.
+
+What a step takes is told apart: the time that the device computes, by its own clock, and the time
+in which it waits for the host, which must read a step before it can find drafts for the next.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nanocupy.bench.measure import (
     DECODE_OUTPUT,
@@ -27,29 +30,40 @@ from nanocupy.bench.measure import (
     weight_bytes,
     weight_counts,
 )
+from nanocupy.cuda.step_stamps import DECODE, DRAFTS, IdleTime, idle_share
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.request import Request
+from nanocupy.profiling.step_parts import PARTS, StepParts
 from nanocupy.sampling_params import SamplingParams
+from nanocupy.speculation.acceptance import count_right
 from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
 from nanocupy.speculation.proposer import Proposer
 from nanocupy.speculation.speculator import Speculator
 
 
 class FreeProposer(Proposer):
-    """Guesses without looking: what prompt lookup costs at least."""
+    """Guesses without looking, from random ids that are drawn beforehand: what is measured beside
+    it is all but the guessing."""
 
     name = "free"
+    NUM_IDS = 1 << 12
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._random = random.Random(0)
+        draw = random.Random(0).randrange
+        self._ids = [draw(vocab_size) for _ in range(self.NUM_IDS)]
+        self._next = 0
 
     def is_promising(self, request: Request) -> bool:
         return True
 
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
-        draw = self._random.randrange
-        return {r: [draw(self._vocab_size) for _ in range(n)] for r, n in wanted.items()}
+        found = {}
+        for request, count in wanted.items():
+            if self._next + count > self.NUM_IDS:
+                self._next = 0
+            found[request] = self._ids[self._next : self._next + count]
+            self._next += count
+        return found
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""
@@ -79,13 +93,14 @@ class TimedProposer(Proposer):
 
 
 class ForcedAcceptance:
-    """Each draft is right with this probability, those before it being right."""
+    """Each draft is right with this probability, those before it being right; what was chosen does
+    not matter."""
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._random = random.Random(1)
 
-    def __call__(self, drafts: Sequence[int], chosen: Sequence[int]) -> int:
+    def __call__(self, drafts: Sequence[int], chosen: Sequence[int] = ()) -> int:
         count = 0
         while count < len(drafts) and self._random.random() < self._share:
             count += 1
@@ -98,7 +113,9 @@ class SpeculativeResult:
 
     step_ms: median of all steps, finding drafts included; draft_ms: what finding them takes for
     each draft in turn; tokens_per_forward: of sequences with drafts; x_off, x_step: rate and step
-    beside those without drafts.
+    beside those without drafts. device_ms, idle_ms: medians of what a step takes on the device, by
+    its own clock, and of its wait before one, None where it has no clock; of steps that decode or
+    that check drafts. x_device: device_ms beside that without drafts. parts_us: the host's time.
     """
 
     result: Measurement
@@ -108,9 +125,18 @@ class SpeculativeResult:
     tokens_per_forward: float = 1.0
     x_off: float = 1.0
     x_step: float = 1.0
+    device_ms: float | None = None
+    idle_ms: float | None = None
+    x_device: float | None = None
+    parts_us: Mapping[str, float] | None = None
 
-    def details(self) -> dict[str, float | None]:
+    def details(self) -> dict[str, Any]:
         """All but the result, for JSON."""
+        shown = (None if n is None else round(n, 4) for n in (
+            self.device_ms, self.idle_ms, self.x_device
+        ))  # fmt: skip
+        names = "device_ms", "idle_ms", "x_device"
+        parts = {name: round(n, 1) for name, n in (self.parts_us or {}).items()}
         return {
             "acceptance": self.acceptance,
             "step_ms": round(self.step_ms, 4),
@@ -118,6 +144,8 @@ class SpeculativeResult:
             "tokens_per_forward": round(self.tokens_per_forward, 3),
             "x_off": round(self.x_off, 4),
             "x_step": round(self.x_step, 4),
+            **dict(zip(names, shown, strict=True)),
+            "host_parts_us": parts,
         }
 
 
@@ -152,7 +180,9 @@ def speculative(
             if adaptive:
                 policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
             timed = TimedProposer(inner)
-            engine.speculator = Speculator(timed, policy, ForcedAcceptance(share))
+            coin = ForcedAcceptance(share)
+            by_device = engine.runner.force_acceptance(coin)
+            engine.speculator = Speculator(timed, policy, count_right if by_device else coin)
             kind = "adaptive" if adaptive else f"k{num_drafts}"
             result = _measure(
                 engine, f"{name}/{kind}/a{share:g}", dtype, batch, repeats, share, timed
@@ -162,9 +192,12 @@ def speculative(
                 "x_off": result.result.median / off.result.median,
                 "x_step": result.step_ms / off.step_ms,
             }
+            if result.device_ms is not None and off.device_ms:
+                ratios["x_device"] = result.device_ms / off.device_ms
             found.append(replace(result, **ratios))
     finally:
         engine.speculator = speculator
+        engine.runner.force_acceptance(None)
     return found
 
 
@@ -190,6 +223,7 @@ def _measure(
     counts = weight_counts(engine.config)
     speculator = engine.speculator
     forward = speculator.counters.tokens_per_forward if speculator is not None else 1.0
+    idle, parts = _watch(engine, batch, DECODE if acceptance is None else DRAFTS)
     return SpeculativeResult(
         Measurement(
             name, "tok/s", tuple(rates),
@@ -200,12 +234,41 @@ def _measure(
         1e3 * statistics.median(steps),
         1e3 * statistics.median(timed.seconds) if timed is not None and timed.seconds else 0.0,
         forward,
+        device_ms=idle.step_ns / 1e6 if idle is not None else None,
+        idle_ms=idle.gap_ns / 1e6 if idle is not None else None,
+        x_device=1.0 if idle is not None and acceptance is None else None,
+        parts_us=parts,
     )  # fmt: skip
 
 
-def _decode(engine: LLMEngine, batch: int, seed: int) -> tuple[float, list[float]]:
+def _watch(engine: LLMEngine, batch: int, kind: int) -> tuple[IdleTime | None, dict[str, float]]:
+    """The device's time of steps of `kind` and between them, and the host's by part, microseconds:
+    of a run of its own, as watched steps are a little slower. None and {} without a clock."""
+    num_steps = 2 * DECODE_OUTPUT + 2 * batch
+    stamps = engine.runner.stamp_steps(num_steps)
+    if stamps is None:
+        return None, {}
+    watch, parts = engine.watch, StepParts()
+    spent: list[dict[str, float]] = []
+    try:
+        for run in range(WARMUPS):  # the steps' graphs are captured anew, with stamps
+            _decode(engine, batch, run)
+        stamps.clear()
+        engine.watch = parts
+        _decode(engine, batch, WARMUPS, lambda: spent.append(parts.last))
+        steps = stamps.read()
+    finally:
+        engine.watch = watch
+        engine.runner.stamp_steps(0)
+    medians = {part: 1e6 * statistics.median(step[part] for step in spent) for part in PARTS}
+    return idle_share(steps, kind), medians
+
+
+def _decode(
+    engine: LLMEngine, batch: int, seed: int, stepped: Callable[[], None] | None = None
+) -> tuple[float, list[float]]:
     """Tokens a second from when all sequences have a token until the first has all of them, and
-    what each step took."""
+    what each step took. stepped: called after each of these."""
     require_room(engine, DECODE_PROMPT + DECODE_OUTPUT, batch)
     params = SamplingParams(temperature=0, max_tokens=DECODE_OUTPUT, ignore_eos=True)
     for number, ids in enumerate(random_prompts(engine, batch, DECODE_PROMPT, seed)):
@@ -219,6 +282,8 @@ def _decode(engine: LLMEngine, batch: int, seed: int) -> tuple[float, list[float
         if start and not end:
             num_tokens += len(outputs)
             steps.append(now - before)
+            if stepped is not None:
+                stepped()
         seen.update(output.request_id for output in outputs)
         if len(seen) == batch and not start:
             start = now

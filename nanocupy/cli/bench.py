@@ -211,7 +211,8 @@ def speculative(
     """Output tokens a second with guesses and without, from context 128 to 384.
 
     Random weights never guess right, so a coin decides how many guesses count; all else is as in
-    use. Shown beside: a step, what finding a guess takes, tokens that a forward gives.
+    use. Shown beside: a step, what finding a guess takes, tokens that a forward gives; on a GPU a
+    step by its own clock, and how long it waits for the host before one.
     """
     from nanocupy.bench import measure
     from nanocupy.bench.shapes import SHAPES, random_checkpoint

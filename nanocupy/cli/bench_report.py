@@ -71,9 +71,12 @@ def report_throughput(found: Throughput, device: str, as_json: bool) -> None:
 
 def report_speculative(results: list[SpeculativeResult], device: str, as_json: bool) -> None:
     """Tokens a second, each beside the same batch without guesses, which comes before it."""
-    columns = ("", "tokens/s", "±", "x off", "ms/step", "ms/guess", "per forward")
+    columns = ["", "tokens/s", "±", "x off", "ms/step", "ms/guess", "per forward"]
+    has_clock = any(found.device_ms is not None for found in results)
+    if has_clock:  # of a step, and before one
+        columns += ["GPU ms", "idle"]
     name = results[0].result.name.rpartition("/b")[0]
-    table = make_table(f"{name} on {device}", *columns, right=(1, 2, 3, 4, 5, 6))
+    table = make_table(f"{name} on {device}", *columns, right=tuple(range(1, len(columns))))
     for found in results:
         result = found.result
         if as_json:
@@ -87,6 +90,11 @@ def report_speculative(results: list[SpeculativeResult], device: str, as_json: b
             f"{found.step_ms:.3f}",
             f"{found.draft_ms:.3f}",
             f"{found.tokens_per_forward:.2f}",
+            *(
+                "-" if ms is None else f"{ms:.3f}"
+                for ms in (found.device_ms, found.idle_ms)
+                if has_clock
+            ),
         )
     if not as_json:
         plain_console().print(table)

@@ -21,7 +21,7 @@ from nanocupy.errors import CudaError
 if TYPE_CHECKING:
     from nanocupy.cuda.device import Device
 
-DECODE, OTHER = 0, 1  # kinds of steps
+DECODE, OTHER, DRAFTS = 0, 1, 2  # kinds of steps; the last check drafts of a decode batch
 _WORDS = 3  # of a step: start, end, kind
 
 

@@ -87,6 +87,10 @@ class DecodeState:
         """The places int32 [n] of requests of the last `updates`."""
         return np.array([self._place_of[id(request)] for request in requests], np.int32)
 
+    def place_of(self, request: Request) -> int:
+        """The place of one of them."""
+        return self._place_of[id(request)]
+
     def updates(
         self,
         requests: Sequence[Request],
@@ -176,40 +180,63 @@ class DecodeState:
         slots = np.where(inside, blocks, 0) * self.block_size + positions % self.block_size
         self.view(self.words, "slots", num)[:] = slots
 
-    def is_current(self, requests: Sequence[Request]) -> bool:
-        """Whether these are the batch as it is, so that nothing is to be sent for them."""
+    def caught_up(self, requests: Sequence[Request]) -> np.ndarray | None:
+        """`updates` for requests that are the batch already, with the words in which they are not
+        what the device has: mostly none, or the blocks that one got. None where anything else may
+        differ, or a token was not read yet; nothing is changed then."""
         if len(requests) != self.num_places or self._fresh:
-            return False
-        positions = self.view(self.words, "positions", self.max_num_seqs)
+            return None
         for request in requests:
             place = self._place_of.get(id(request))
             if (
                 place is None
-                or positions[place] != request.num_computed_tokens
-                or self._num_blocks[place] != len(request.block_ids)
                 or self._num_preemptions[place] != request.num_preemptions
                 or self._num_rewinds[place] != request.num_rewinds
+                or request.num_pending_tokens
             ):
-                return False
-        return True
+                return None
+        offsets, words = self._offsets, self.words
+        changed: list[tuple[int, int]] = []
+        for request in requests:
+            place, position = self._place_of[id(request)], request.num_computed_tokens
+            moved = words[offsets["positions"] + place] != position
+            if not moved and self._num_blocks[place] == len(request.block_ids):
+                continue
+            changed += self._table_updates(place, request)
+            slot = request.block_ids[position // self.block_size] * self.block_size
+            wanted = {offsets["slots"] + place: slot + position % self.block_size}
+            if moved:
+                rope_len = max(request.num_prompt_tokens, position + 1)
+                wanted |= {
+                    offsets["positions"] + place: position,
+                    offsets["kv_lens"] + place: position + 1,
+                    offsets["rope_lens"] + place: rope_len,
+                    offsets["counters"] + 2 * place: request.num_tokens,
+                }
+                changed.append((offsets["token_ids"] + place, self._token(request, None)))
+            for index, value in wanted.items():
+                if words[index] != value:
+                    words[index] = value
+                    changed.append((index, value))
+        return np.array(changed, np.int32).reshape(-1, 2)
 
-    def move_on(self, places: np.ndarray, counts: np.ndarray) -> None:
+    def move_on(self, places: Sequence[int], counts: Sequence[int]) -> None:
         """What the device does at the end of a step that checks drafts, but for the token ids:
-        each of these places, int32 [n], goes on by so many tokens."""
-        positions = self.view(self.words, "positions", self.max_num_seqs)
-        positions[places] += counts
-        at = positions[places]
-        self.view(self.words, "kv_lens", self.max_num_seqs)[places] = at + 1
-        rope_lens = self.view(self.words, "rope_lens", self.max_num_seqs)
-        rope_lens[places] = np.maximum(rope_lens[places], at + 1)
-        self.view(self.words, "counters", self.max_num_seqs)[places, 0] += counts.astype(np.uint32)
-        columns = at // self.block_size
-        tables = self.view(self.words, "block_tables", self.max_num_seqs)
-        inside = columns < self.table_width
-        blocks = np.where(inside, tables[places, np.where(inside, columns, 0)], 0)
-        self.view(self.words, "slots", self.max_num_seqs)[places] = (
-            blocks * self.block_size + at % self.block_size
-        )
+        each of these places goes on by so many tokens."""
+        # Word by word: places are few, and NumPy's calls take longer than what they do.
+        offsets, words = self._offsets, self.words
+        for place, count in zip(places, counts, strict=True):
+            position = int(words[offsets["positions"] + place]) + count
+            column = position // self.block_size
+            block = 0
+            if column < self.table_width:
+                block = int(words[offsets["block_tables"] + place * self.table_width + column])
+            words[offsets["positions"] + place] = position
+            words[offsets["kv_lens"] + place] = position + 1
+            rope_lens = offsets["rope_lens"] + place
+            words[rope_lens] = max(int(words[rope_lens]), position + 1)
+            words[offsets["counters"] + 2 * place] += count
+            words[offsets["slots"] + place] = block * self.block_size + position % self.block_size
 
     @staticmethod
     def _token(request: Request, rows: Mapping[Request, int] | None) -> int:

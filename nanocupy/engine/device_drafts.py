@@ -4,26 +4,62 @@ The batch lives on the device (`device_decode`), so the host sends drafts and wh
 nothing else while the same requests go on: the step's inputs are laid out there, and it ends with
 each place moved on by what was right. The host moves its own copy on by the same rule when it has
 read what was chosen.
+
+What the next step checks follows from what this one chose, so the device waits while the host reads
+and launches. Therefore all that steps of one form have in common is worked out once: `_Form`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nanocupy.cuda.step_stamps import OTHER
+from nanocupy.cuda.step_stamps import DRAFTS
 from nanocupy.engine.device_decode import MOVED_FIELDS, DecodeBatch
 from nanocupy.engine.device_lane import SAMPLER_FIELDS, Lane
 from nanocupy.engine.device_penalties import PenaltySlots
 from nanocupy.engine.device_plan import decode_bucket
 from nanocupy.engine.request import Request
 from nanocupy.engine.runner import RunnerLimits
-from nanocupy.engine.schedule import Schedule
+from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.step_inputs import StepShape, bucket, query_bucket
 from nanocupy.model.forward import OpCall
 from nanocupy.ops.cuda_sampling import DecodePlaces
+from nanocupy.ops.cuda_sizes import OpSizes, fused_bounds
 from nanocupy.speculation.acceptance import count_right
+
+# Of a step: the bound on its contexts, whether all are greedy, whether any takes penalties, whether
+# drafts are forced.
+_Kind = tuple[int, bool, bool, bool]
+_MAX_FORMS = 64  # that are kept; they hold no memory of the device
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What steps have in common in which the same places have as many rows each.
+
+    words      int32, what is sent: query_starts [B + 1], place and draft of each row [2, T]; the
+               drafts are still to be put in, those of each request at `draft_at`; then, where some
+               are forced, which ones [T]
+    on_device  where that goes, behind the `offset` bytes of inputs that are laid out there
+    rows_at    of the ids that are fetched, those of the schedule's rows, in its order
+    """
+
+    shape: StepShape
+    dims: Mapping[str, int]
+    key: tuple[Hashable, ...]
+    places: list[int]
+    words: np.ndarray
+    draft_at: list[slice]
+    on_device: Any
+    offset: int
+    query_starts: np.ndarray
+    rows_of: np.ndarray  # int32 [B]
+    rows_at: slice | np.ndarray
+    body: Callable[[], None]
 
 
 class DraftSteps:
@@ -34,10 +70,12 @@ class DraftSteps:
         decoding: DecodeBatch,
         lane: Lane,
         forward: Sequence[OpCall],
+        sizes: OpSizes,
         limits: RunnerLimits,
         penalties: PenaltySlots,
     ) -> None:
         self._decoding = decoding
+        self._sizes = sizes
         self._penalties = penalties
         self._lane = lane
         self._forward = forward
@@ -45,7 +83,11 @@ class DraftSteps:
         # A step has no more rows; what is sent beside it comes behind the inputs of any step.
         self._max_rows = min(limits.max_step_tokens, limits.max_rows)
         largest = StepShape(self._max_rows, limits.max_num_seqs, 1, self._max_rows, 1)
-        self._front_bytes = largest.num_bytes + 8 * (self._max_rows + limits.max_num_seqs + 8)
+        self._front_bytes = largest.num_bytes + 12 * (self._max_rows + limits.max_num_seqs + 8)
+        self._forms: dict[Hashable, _Form] = {}
+        # For benches: how many of a request's drafts are made right.
+        self.force: Callable[[Sequence[int]], int] | None = None
+        self._bounds: dict[tuple[int, int], tuple[int, ...]] = {}  # see _bound
 
     def fits(self, schedule: Schedule) -> bool:
         """Whether all of the step's requests decode, and none needs the host for its logits."""
@@ -62,85 +104,148 @@ class DraftSteps:
     ) -> Callable[[], list[int]]:
         """Start the step. Returns what reads the ids of its rows once it has ended; that must be
         done before the next step. row_of: where the step before sampled."""
-        decoding, lane, limits = self._decoding, self._lane, self._limits
-        requests = [item.request for item in schedule]
-        if schedule.changes_logits or not decoding.state.is_current(requests):
-            lane.inputs.rewind(self._front_bytes)
-            self._penalties.assign(requests)
-            decoding.start(requests, row_of())
-        state = decoding.state
-        places = state.places_of(requests)
-        num_places = decode_bucket(state.num_places, limits.max_num_seqs)
-        num_rows = np.array([item.num_rows for item in schedule], np.int32)
-        rows_of = np.zeros(num_places, np.int32)
-        rows_of[places] = num_rows
-        query_starts = np.zeros(num_places + 1, np.int32)
-        np.cumsum(rows_of, out=query_starts[1:])
-        total = int(query_starts[-1])
-        num_tokens = bucket(total, self._max_rows)
-        shape = StepShape(
-            num_tokens,
-            num_places,
-            1,
-            num_tokens,
-            query_bucket(int(num_rows.max())),
-        )
-        sent = np.full((2, num_tokens), -1, np.int32)  # places and drafts of the rows
-        firsts = query_starts[places]
-        for item, place, first in zip(schedule, places, firsts, strict=True):
-            sent[0, first : first + item.num_rows] = place
-            sent[1, first + 1 : first + item.num_rows] = item.drafts
-        self._run(shape, query_starts, sent, rows_of, schedule.changes_logits)
-        lane.fetch(total)
+        lane, items = self._lane, schedule.requests
+        penalizes = schedule.changes_logits
+        self._bring_batch([item.request for item in items], penalizes, row_of)
+        form = self._form(items, penalizes)
+        for at, item in zip(form.draft_at, items, strict=True):
+            form.words[at] = item.drafts
+            if self.force is not None:
+                first = at.start + form.shape.num_tokens
+                form.words[first : first + len(item.drafts)] = 0
+                form.words[first : first + self.force(item.drafts)] = 1
+        lane.inputs.rewind(form.offset)
+        lane.inputs.copy_to(form.on_device, form.words)
+        kv_lens = form.rows_of
+        if lane.observer is not None:  # who else asks
+            state = self._decoding.state
+            positions = state.view(state.words, "positions", form.shape.num_seqs)
+            kv_lens = np.where(kv_lens, positions + kv_lens, 0)
+        lane.step(form.key, form.body, DRAFTS, form.dims, form.query_starts, kv_lens)
+        lane.fetch(int(form.query_starts[-1]))
         staging = lane.inputs.staging
-        order = np.concatenate([np.arange(f, f + n) for f, n in zip(firsts, num_rows, strict=True)])
 
         def collect() -> list[int]:
-            token_ids = staging.sampled[order].tolist()
+            token_ids = staging.sampled[form.rows_at].tolist()
             moved, row = [], 0
-            for item in schedule:
+            for item in items:
                 chosen, row = token_ids[row : row + item.num_rows], row + item.num_rows
                 moved.append(1 + count_right(item.drafts, chosen))
-            state.move_on(places, np.array(moved, np.int32))
+            self._decoding.state.move_on(form.places, moved)
             return token_ids
 
         return collect
 
-    def _run(
+    def _bring_batch(
         self,
-        shape: StepShape,
-        query_starts: np.ndarray,
-        sent: np.ndarray,
-        rows_of: np.ndarray,
+        requests: Sequence[Request],
         penalizes: bool,
+        row_of: Callable[[], Mapping[Request, int]],
     ) -> None:
-        """The step's inputs, and its graph."""
-        lane, state = self._lane, self._decoding.state
-        lane.inputs.rewind(shape.num_bytes)  # what the graph fills; behind it comes what is sent
-        words = lane.inputs.send({"words": np.concatenate([query_starts, sent.reshape(-1)])})
-        words = words["words"]
+        """See to it that the decode batch is these requests, as they are now."""
+        decoding, state = self._decoding, self._decoding.state
+        updates = None if penalizes else state.caught_up(requests)
+        if updates is not None:
+            if len(updates):
+                decoding.update(updates)
+            return
+        self._lane.inputs.rewind(self._front_bytes)
+        self._penalties.assign(requests)
+        decoding.start(requests, row_of())
+
+    def _form(self, items: Sequence[ScheduledRequest], penalizes: bool) -> _Form:
+        """Of a step of these, whose requests are the batch."""
+        state = self._decoding.state
+        places = [state.place_of(item.request) for item in items]
+        counts = [item.num_rows for item in items]
+        bound = self._bound(items, counts)
+        greedy = all(item.request.params.temperature == 0 for item in items)
+        kind = bound, greedy, penalizes, self.force is not None
+        known_as = (*places, *counts), kind
+        form = self._forms.get(known_as)
+        if form is None:
+            if len(self._forms) == _MAX_FORMS:
+                self._forms.clear()
+            form = self._forms[known_as] = self._new_form(places, counts, kind)
+        return form
+
+    def _bound(self, items: Sequence[ScheduledRequest], counts: Sequence[int]) -> int:
+        """The bound on contexts to capture the step with, 0 for none: see `kv_len_bound`."""
+        num_places = decode_bucket(len(items), self._limits.max_num_seqs)
+        known_as = num_places, query_bucket(max(counts))
+        bounds = self._bounds.get(known_as)
+        if bounds is None:
+            traits = self._lane.device.traits
+            bounds = self._bounds[known_as] = fused_bounds(self._sizes, traits, *known_as)
+        if not bounds:
+            return 0
+        longest = max(item.request.num_computed_tokens + item.num_tokens for item in items)
+        return next((bound for bound in bounds if bound >= longest), 0)
+
+    def _new_form(self, places: list[int], counts: list[int], kind: _Kind) -> _Form:
+        lane, limits = self._lane, self._limits
+        num_places = decode_bucket(self._decoding.state.num_places, limits.max_num_seqs)
+        rows_of = np.zeros(num_places, np.int32)
+        rows_of[places] = counts
+        query_starts = np.zeros(num_places + 1, np.int32)
+        np.cumsum(rows_of, out=query_starts[1:])
+        num_tokens = bucket(int(query_starts[-1]), self._max_rows)
+        shape = StepShape(num_tokens, num_places, 1, num_tokens, query_bucket(max(counts)))
+        bound, greedy, _, is_forced = kind
+        words = np.full(num_places + 1 + (2 + is_forced) * num_tokens, -1, np.int32)
+        words[: num_places + 1] = query_starts
+        row_places = words[num_places + 1 :][:num_tokens]
+        firsts = query_starts[places].tolist()
+        rows = [range(first, first + n) for first, n in zip(firsts, counts, strict=True)]
+        first_draft = num_places + 1 + num_tokens
+        for place, own in zip(places, rows, strict=True):
+            row_places[own.start : own.stop] = place
+        order = [row for own in rows for row in own]
+        in_order = order == list(range(len(order)))
+        dims = shape.dims | {"L": bound}
+        # What the graph fills comes first; behind it comes what is sent.
+        on_device = lane.inputs.array_at(shape.num_bytes, words.dtype, words.shape)
+        return _Form(
+            shape,
+            dims,
+            ("drafts", "greedy" if greedy else "sampled", shape, *kind),
+            places,
+            words,
+            [slice(first_draft + own.start + 1, first_draft + own.stop) for own in rows],
+            on_device,
+            shape.num_bytes,
+            query_starts,
+            rows_of,
+            slice(0, len(order)) if in_order else np.array(order),
+            self._body(shape, dims, on_device, kind),
+        )
+
+    def _body(
+        self, shape: StepShape, dims: Mapping[str, int], words: Any, kind: _Kind
+    ) -> Callable[[], None]:
+        """What the graph of a form holds. words: what was sent."""
+        lane = self._lane
+        _, greedy, penalizes, _ = kind
         num_places, num_tokens = shape.num_seqs, shape.num_tokens
         starts = words[: num_places + 1]
-        row_places, drafts = words[num_places + 1 :].reshape(2, num_tokens)
+        row_places, drafts, *forced = words[num_places + 1 :].reshape(-1, num_tokens)
         fields = self._decoding.inputs(num_places)
         moved = {name: fields[name] for name in MOVED_FIELDS}
         places = DecodePlaces(**moved, block_size=self._limits.block_size)
         params = {name: fields[name] for name in SAMPLER_FIELDS}
         rows = lane.inputs.arrays_of(shape)
         inputs = rows | {"query_starts": starts, "block_tables": fields["block_tables"]}
-        used = state.num_places
-        greedy = not state.view(state.words, "temperature", used).any()
 
         def body() -> None:
             lane.ops.lay_out_drafts(row_places, drafts, starts, places, params, rows)
-            lane.run(self._forward, inputs, shape.dims, lane.observer)
+            lane.run(self._forward, inputs, dims, lane.observer)
             if penalizes:
                 lane.penalize_drafts(row_places, drafts, starts, fields["penalty_slots"])
             lane.sample(num_tokens, None if greedy else rows)
+            if forced:
+                lane.ops.force_drafts(lane.sampled(num_tokens), drafts, *forced)
             if penalizes:
                 lane.count_accepted(drafts, starts, fields["penalty_slots"])
             lane.ops.accept_drafts(lane.sampled(num_tokens), drafts, starts, places)
 
-        kv_lens = np.where(rows_of, state.view(state.words, "positions", num_places) + rows_of, 0)
-        key = ("drafts", shape, "greedy" if greedy else "sampled", penalizes)
-        lane.step(key, body, OTHER, shape.dims, query_starts, kv_lens)
+        return body

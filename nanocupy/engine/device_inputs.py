@@ -90,7 +90,7 @@ class DeviceInputs:
 
     def arrays_of(self, shape: StepShape) -> dict[str, Any]:
         """Where the inputs of a step of this shape lie, by name."""
-        return {name: self._array(*place) for name, place in shape.arrays.items()}
+        return {name: self.array_at(*place) for name, place in shape.arrays.items()}
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """More arrays in one copy, behind what the step has sent so far."""
@@ -101,7 +101,7 @@ class DeviceInputs:
             assert end <= self._memory.nbytes, f"the inputs of a step outgrew their memory: {name}"
             self.staging.inputs[offset:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-            sent[name] = self._array(offset, array.dtype, array.shape)
+            sent[name] = self.array_at(offset, array.dtype, array.shape)
         self._copy(start, min(self._used, self._memory.nbytes))
         return sent
 
@@ -116,6 +116,7 @@ class DeviceInputs:
         if stop > start:
             self._device.to_device(self._memory[start:stop], self.staging.inputs[start:stop])
 
-    def _array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    def array_at(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+        """The memory from byte `offset` on, as an array of the device."""
         end = offset + math.prod(shape) * dtype.itemsize
         return self._memory[offset:end].view(dtype).reshape(shape)

@@ -96,6 +96,10 @@ def kernel_variants(
         for num in sorted({coarse_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
             num_tokens = bucket(min(num * queries, most), most)
             forward(num_tokens, num, min(num_tokens, limits.max_rows), queries)
+        for num in sorted({decode_bucket(n, most_seqs) for n in range(1, most_seqs + 1)}):
+            num_tokens = bucket(min(num * queries, most), most)
+            for bound in fused_bounds(sizes, traits, num, queries):
+                forward(num_tokens, num, min(num_tokens, limits.max_rows), queries, bound)
     if limits.max_drafts:
         row = Outline(1)
         places = DecodePlaces(Outline(1, 1), row, row, row, row, row, Outline(1, 2), 1)

@@ -56,6 +56,7 @@ class Lane:
                 device.fill(workspaces[name], 0)
         self.ops = CudaOps(device.kernels, device.matmul, workspaces, sizes, device.traits)
         self.inputs = DeviceInputs(device, self.view("inputs"), limits.max_rows)
+        self._sampled = self.view("sampled")  # asked for in every step
         self.observer: StepObserver | None = None  # while there is one, nothing runs as a graph
         self.stamps: StepStamps | None = None  # where steps note when they start and end
 
@@ -75,7 +76,7 @@ class Lane:
         query_starts: np.ndarray,
         kv_lens: np.ndarray,
     ) -> None:
-        """Do a step's `body`, as the graph of `key`. kind: DECODE or OTHER, for the stamps.
+        """Do a step's `body`, as the graph of `key`. kind: for the stamps, as `step_stamps` has it.
 
         The observer, if there is one, is told dims, query_starts and kv_lens, with padding up to
         `dims`.
@@ -163,7 +164,7 @@ class Lane:
         self.ops.count_accepted(self.sampled(len(drafts)), drafts, starts, slots, *state)
 
     def sampled(self, num_rows: int) -> Any:
-        return self.view("sampled")[self.first_row : self.first_row + num_rows]
+        return self._sampled[self.first_row : self.first_row + num_rows]
 
     def fetch(self, num_rows: int) -> None:
         """Start to copy the sampled ids to the host's memory of this step."""

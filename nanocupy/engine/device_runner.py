@@ -88,7 +88,7 @@ class DeviceRunner(Runner):
         parts = self._main, self.forward, sizes, limits, self._penalties
         self._decoding = DecodeBatch(*parts)
         self._mixed = MixedSteps(*parts)
-        self._drafts = DraftSteps(self._decoding, self._main, self.forward, limits, self._penalties)
+        self._drafts = DraftSteps(self._decoding, *parts)
         self._is_state_known = True  # whether the device has what the host thinks
         self._batch: Any = None  # the requests of the last step, where it was of decodes alone
         self._rows: Mapping[Request, int] | Sequence[Request] = ()  # see `_row_of`
@@ -165,6 +165,10 @@ class DeviceRunner(Runner):
     def swap_costs(self) -> SwapCosts | None:
         return self._host_blocks.costs()
 
+    def force_acceptance(self, count: Callable[[Sequence[int]], int] | None) -> bool:
+        self._drafts.force = count
+        return True
+
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         if not num_steps:
             self._main.stamps = None
@@ -229,11 +233,11 @@ class DeviceRunner(Runner):
     def _launch_other(self, schedule: Schedule) -> Callable[[], list[int]]:
         """A step that is no repetition of the one before. Returns what reads its ids, in the order
         of the schedule's rows."""
-        sampling = schedule.row_requests
         if schedule.has_drafts and self._drafts.fits(schedule):
             collect = self._drafts.launch(schedule, self._row_of)
             self._batch, self._rows = None, ()
             return collect
+        sampling = schedule.row_requests
         drafting = {item.request for item in schedule if item.drafts}
         self._penalties.give_up(drafting)
         self._penalties.assign([r for r in sampling if r not in drafting])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,12 @@ class Runner(ABC):
         """What swapping costs here, measured; None where nothing is known. The rate of prompts is
         a guess, which the engine replaces by what it sees."""
         return None
+
+    def force_acceptance(self, count: Callable[[Sequence[int]], int] | None) -> bool:
+        """For benches: from the next step on that does nothing but check drafts of requests that
+        decode, have it choose the first count(drafts) drafts of each request; None ends it. Gives
+        whether the runner can."""
+        return False
 
     def stamp_steps(self, num_steps: int) -> StepStamps | None:
         """From the next step on, note when each starts and ends on the device, and keep the last

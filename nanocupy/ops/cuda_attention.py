@@ -51,8 +51,9 @@ class AttentionOps(CudaLauncher):
         q_scratch, out,
     ) -> None:  # fmt: skip
         launch = None
-        if max_queries == 1:
-            launch = fused_launch(self._sizes, self._traits, len(kv_lens), max_kv_len)
+        if 1 <= max_queries <= fused.MAX_QUERIES:
+            queries = next(n for n in query_buckets(fused.MAX_QUERIES) if n >= max_queries)
+            launch = fused_launch(self._sizes, self._traits, len(kv_lens), max_kv_len, queries)
         if launch is None:
             caches = key_cache, value_cache, key_scales, value_scales
             self.rope_write_kv(qkv, q_norm, k_norm, eps, rope, slots, *caches, q_scratch)

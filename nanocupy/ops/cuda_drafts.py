@@ -40,6 +40,16 @@ class DraftOps(CudaLauncher):
             )),
             _i32(num_rows), _i32(num_places), SCALAR=0,
         )  # fmt: skip
+        # Kernels behind may read lengths and slots before the one in front of them has ended (see
+        # READ_EARLY of attention_decode_fused.cu): they must all come after this one's end.
+        self._starts_alone = True
+
+    def force_drafts(self, sampled: Array, drafts: Array, forced: Array) -> None:
+        """For benches: make drafts right, those where `forced` int32 [T] is 1."""
+        self._launch(
+            _FILE, "force_drafts", shapes.one_thread_each(len(sampled)),
+            sampled, drafts, forced, _i32(len(sampled)), SCALAR=0,
+        )  # fmt: skip
 
     def accept_drafts(
         self, sampled: Array, drafts: Array, query_starts: Array, places: DecodePlaces

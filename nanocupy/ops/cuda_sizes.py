@@ -151,17 +151,23 @@ def decode_launch(
     )  # fmt: skip
 
 
-def fused_bounds(sizes: OpSizes, traits: DeviceTraits, num_seqs: int) -> tuple[int, ...]:
-    """The contexts up to which the one launch of `attend` differs, for sequences of one query,
-    rising: none where it is two kernels, and two kernels beyond the last."""
+def fused_bounds(
+    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, queries: int = 1
+) -> tuple[int, ...]:
+    """The contexts up to which the one launch of `attend` differs, for sequences of so many queries
+    at most, one of `query_buckets`, rising: none where it is two kernels, and two kernels beyond
+    the last."""
+    if queries > 1 and is_quantized(sizes.cache_dtype):
+        return ()
     if not fused.can_fuse(
         sizes.num_heads, sizes.num_kv_heads, sizes.head_size, TYPE_CODES[sizes.dtype],
         TYPE_CODES[sizes.cache_dtype], traits.compute_capability, traits.force_plain,
     ):  # fmt: skip
         return ()
     return fused.fused_contexts(
-        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, traits.num_multiprocessors
-    )
+        num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, traits.num_multiprocessors,
+        queries=queries,
+    )  # fmt: skip
 
 
 def kv_len_bound(sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int) -> int:
@@ -173,14 +179,14 @@ def kv_len_bound(sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len
 
 
 def fused_launch(
-    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int
+    sizes: OpSizes, traits: DeviceTraits, num_seqs: int, max_kv_len: int, queries: int = 1
 ) -> fused.FusedLaunch | None:
-    """The one launch of `attend` for sequences of one query; None where two kernels are better.
-    max_kv_len: a bound on the contexts, 0 where there is none."""
-    if not 0 < max_kv_len <= max(fused_bounds(sizes, traits, num_seqs), default=0):
+    """The one launch of `attend`; None where two kernels are better. max_kv_len: a bound on the
+    contexts, 0 where there is none; queries: as `fused_bounds`."""
+    if not 0 < max_kv_len <= max(fused_bounds(sizes, traits, num_seqs, queries), default=0):
         return None
     return fused.launch_attention_fused(
         num_seqs, sizes.num_heads, sizes.num_kv_heads, sizes.head_size, max_kv_len=max_kv_len,
         num_multiprocessors=traits.num_multiprocessors, max_shared_bytes=traits.max_shared_bytes,
-        quantized=is_quantized(sizes.cache_dtype),
+        quantized=is_quantized(sizes.cache_dtype), queries=queries,
     )  # fmt: skip

@@ -21,6 +21,10 @@ STEP_TOKENS = 16  # as in the kernel
 # multiprocessor at least: of many, the long ones end beside others. With 256 requests, 1024 for all
 # gave 19,867 tokens a second of Qwen3-0.6B, 2048 from 3 blocks on 20,605.
 BLOCK_TOKENS = ((8, 4096), (3, 2048), (0, 1024))
+MAX_QUERIES = 8
+# Of several queries of a sequence each reads its context for itself, so only few and short ones are
+# fused: those whose blocks the card has at once, up to so many positions of a block (not measured).
+BLOCK_TOKENS_OF_QUERIES = 512
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,14 @@ def fused_contexts(
     head_size: int,
     num_multiprocessors: int,
     tuning: FusedTuning | None = None,
+    queries: int = 1,
 ) -> tuple[int, ...]:
     """The contexts up to which launches differ, rising; beyond the last, one that cuts by length is
-    better. All lengths between two of them have the same launch."""
+    better. All lengths between two of them have the same launch. Empty where none is better."""
     tuning = tuning or FusedTuning()
-    items, group = num_sequences * num_kv_heads, num_heads // num_kv_heads
+    items, group = num_sequences * queries * num_kv_heads, num_heads // num_kv_heads
+    if queries > 1 and items > num_multiprocessors:
+        return ()
 
     def choice(max_kv_len: int) -> _Block:
         return _choose(items, group, head_size, max_kv_len, num_multiprocessors, tuning)
@@ -131,6 +138,8 @@ def fused_contexts(
     cluster = choice(1 << 30).cluster
     blocks = items * cluster // num_multiprocessors
     block_tokens = tuning.block_tokens or next(n for least, n in BLOCK_TOKENS if blocks >= least)
+    if queries > 1 and tuning.block_tokens is None:
+        block_tokens = BLOCK_TOKENS_OF_QUERIES
     longest = cluster * block_tokens
     steps = [n for n in (128 << i for i in range(10)) if n < longest] + [longest]
     return tuple(
@@ -150,22 +159,23 @@ def launch_attention_fused(
     max_shared_bytes: int,
     quantized: bool = False,
     tuning: FusedTuning | None = None,
+    queries: int = 1,
 ) -> FusedLaunch:
-    """The launch for `num_sequences` sequences of at most one query each; right for any length,
-    made for those up to max_kv_len.
+    """The launch for `num_sequences` sequences of at most `queries` queries each, 1, 2, 4 or 8,
+    over a quantised cache 1; right for any length, made for those up to max_kv_len.
 
     max_shared_bytes: what a block can have. The grid has a zero where there are no sequences.
     """
     tuning = tuning or FusedTuning()
     heads_per_group = num_heads // num_kv_heads
     chosen = _choose(
-        num_sequences * num_kv_heads, heads_per_group, head_size, max_kv_len, num_multiprocessors,
-        tuning,
+        num_sequences * queries * num_kv_heads, heads_per_group, head_size, max_kv_len,
+        num_multiprocessors, tuning,
     )  # fmt: skip
     cluster, wanted = chosen.cluster, (chosen.warps, chosen.stages)
     for warps, stages in (wanted, (4, 2), (2, 2), (1, 2)):
         shared_bytes = fused_shared_bytes(
-            head_size, heads_per_group, warps, stages, cluster, quantized
+            head_size, heads_per_group, warps, stages, cluster, quantized, queries
         )
         if shared_bytes <= max_shared_bytes:
             break
@@ -176,8 +186,9 @@ def launch_attention_fused(
             **({"ROW_HALVES": 1, "MAX_QUERY_VALUES": 0} if heads_per_group <= 8 else {}),
             **({} if tuning.read_early else {"READ_EARLY": 0}),
             **({} if cluster > 1 else {"CLUSTERED": 0}),
+            **({"QUERIES": queries} if queries > 1 else {}),
         },
-        grid=(num_kv_heads * cluster, num_sequences),
+        grid=(num_kv_heads * cluster, num_sequences * queries),
         block=warps * 32,
         shared_bytes=shared_bytes,
         cluster=cluster,
@@ -191,9 +202,10 @@ def fused_shared_bytes(
     stages: int,
     cluster: int,
     quantized: bool = False,
+    queries: int = 1,
 ) -> int:
-    """Queries, each warp's keys and values (of a quantised cache codes and scales), the new key
-    and value, and what is to be merged."""
+    """Queries, each warp's keys and values (of a quantised cache codes and scales), the new keys
+    and values, and what is to be merged."""
 
     def row_bytes(chunks: int) -> int:
         # Chunks are 16 bytes; a row that is not swizzled has an odd number of them.
@@ -205,4 +217,4 @@ def fused_shared_bytes(
         stage += SCALES_BYTES
     tiles = warps * stages * stage + STEP_TOKENS * row_bytes(chunks)
     merged = cluster * warps * heads_per_group * (2 + 8 * -(-chunks // cluster)) * 4
-    return tiles + 2 * 2 * head_size + 8 + merged
+    return tiles + 2 * 2 * head_size * queries + 8 + merged

@@ -70,6 +70,7 @@ VARIANTS = (
         (
             *_heads(),
             {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "READ_EARLY": 0},
+            {"SCALAR": BFLOAT16, "HEAD_SIZE": 128, "STAGES": 2, "ROW_HALVES": 1, "QUERIES": 8},
             *_caches(STAGES=2),
             {"SCALAR": BFLOAT16, "CACHE": INT8, "HEAD_SIZE": 128, "STAGES": 1, "ROW_HALVES": 1},
             {
@@ -125,7 +126,11 @@ VARIANTS = (
             ),
         ),
     ),
-    Variants("drafts.cu", ("lay_out_drafts", "accept_drafts"), ({"SCALAR": FLOAT32},)),
+    Variants(
+        "drafts.cu",
+        ("lay_out_drafts", "force_drafts", "accept_drafts"),
+        ({"SCALAR": FLOAT32},),
+    ),
     Variants(
         "embed.cu",
         ("embed_rows",),

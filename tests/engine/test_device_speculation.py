@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from nanocupy.engine.device_penalties import PenaltySlots
-from nanocupy.engine.device_plan import draft_limits
+from nanocupy.engine.device_plan import DeviceSettings, draft_limits
 from nanocupy.engine.device_runner import DeviceRunner
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
@@ -97,6 +97,21 @@ def test_the_same_tokens_as_without(name, temperature, traits):
     counters = speculator.counters
     assert 5 < counters.num_accepted < counters.num_proposed
     assert device.counts["replayed"] > 3
+
+
+def test_greedy_ones_and_others():
+    """Who draws may join those who don't, in steps with drafts and in others, and leave again."""
+    requests = arrivals(8, GREEDY.with_(seed=5))
+    requests = {
+        name: (at, ids, params.with_(temperature=0.9 * (int(name) % 2), max_tokens=12))
+        for name, (at, ids, params) in requests.items()
+    }
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice())
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    assert speculator.counters.num_accepted > 10
 
 
 @pytest.mark.parametrize("where", ["device", "host", "beside prompts"])
@@ -310,3 +325,77 @@ def test_preempted(mode):
     counters = engine.scheduler.counters
     assert counters.num_swapped_out if mode == "swap" else counters.num_recomputed
     assert speculator.counters.num_accepted > 10
+
+
+def test_several_queries_in_one_launch(monkeypatch):
+    """16 bits, short contexts, few sequences: attention is one launch with what stands before it,
+    which reads lengths and slots early, so what lays these out must have ended. The tokens are
+    those of two launches, and greedy ones those without drafts."""
+    settings = DeviceSettings("bfloat16", "bfloat16", "bfloat16", two_streams=False)
+    requests = {
+        str(i): (12 * i, [3 + i, 4, 5], GREEDY.with_(max_tokens=24, temperature=0.4 * i, seed=2))
+        for i in range(3)
+    }
+    answers, launched = [], set()
+    for right, is_fused in ((None, True), (0.8, False), (0.8, True)):
+        device = ShimDevice(traits=replace(MODERN, whole_steps=False))
+        get = device.kernels.get
+
+        def noted(file: str, entry: str, get=get, **macros: int):
+            launched.add((entry, macros.get("QUERIES", 1)))
+            return get(file, entry, **macros)
+
+        device.kernels.get = noted
+        runner = DeviceRunner(CONFIGS["llama"], device, LIMITS, settings)
+        runner.upload_weights(TinyCheckpoint(CONFIGS["llama"], seed=3))
+        speculator = None if right is None else guessing(answers[0], right, 3)
+        engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+        launched.clear()
+        with monkeypatch.context() as patch:
+            if not is_fused:
+                patch.setattr("nanocupy.engine.device_drafts.fused_bounds", lambda *args: ())
+            answers.append(run(engine, requests))
+        queries = {n for entry, n in launched if entry == "attention_decode_fused"}
+        assert queries == ({1, 2, 4} if right and is_fused else {1})
+    assert answers[1] == answers[2]
+    assert answers[0]["0"] == answers[2]["0"]
+    assert speculator.counters.num_accepted > 10
+    known = {(file, tuple(sorted(m.items()))) for file, m in runner.kernel_variants()}
+    assert ("attention_decode_fused.cu", 4) in {(f, dict(m).get("QUERIES", 1)) for f, m in known}
+
+
+@pytest.mark.parametrize("penalizes", [False, True])
+def test_a_bench_makes_drafts_right(penalizes):
+    """As many as it says; the host's copy of the batch stays what the device has, so that a step
+    sends its drafts alone, and no word of the batch."""
+    device = ShimDevice()
+    runner = make_runner("llama", device, replace(LIMITS, block_size=96, num_blocks=12))
+    coin = random.Random(4)
+    counts = []
+
+    def force(drafts):
+        counts.append(coin.randrange(len(drafts) + 1))
+        return counts[-1]
+
+    assert runner.force_acceptance(force)
+    proposer = GuessingProposer(lambda request: [-1] * 90, 0.0, 48)
+    proposer.is_promising = lambda request: True
+    proposer._random.random, proposer._random.randint = lambda: 0.5, lambda low, high: high
+    speculator = Speculator(proposer, DraftPolicy(4))
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    params = GREEDY.with_(max_tokens=60, frequency_penalty=0.3 * penalizes)
+    engine.add_request("0", [3, 4], params)
+    given, before, copies = [], device.counts["to_device"], []
+    while engine.has_unfinished:
+        before = device.counts["to_device"]
+        given.append(len(engine.step()))
+        copies.append(device.counts["to_device"] - before)
+    assert sum(given) == 60
+    assert speculator.counters.num_accepted >= sum(counts) - 4 > 20
+    assert speculator.counters.num_accepted <= sum(counts) + 3  # one may be right by chance
+    if not penalizes:
+        assert set(copies[3:-2]) == {1}
+    runner.force_acceptance(None)
+    engine.add_request("1", [3, 4], GREEDY.with_(max_tokens=9))
+    while engine.has_unfinished:
+        engine.step()

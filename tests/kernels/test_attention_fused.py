@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanocupy.engine.step_inputs import query_bucket
 from nanocupy.ops import launch_shapes
 from nanocupy.ops.cuda_sizes import OpSizes, fused_bounds, fused_launch, kv_len_bound
 from nanocupy.ops.launch_attention_fused import (
@@ -44,6 +45,7 @@ def attend_case(name: str, *args: Any, **kwargs: Any) -> Case:
 def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[Any, ...]:
     """The cache's parts and out after the launch; the call's own arrays stay."""
     a = call.arguments
+    most = int(np.diff(a["query_starts"]).max(initial=1))
     (_, num_heads, head_size), (_, num_kv_heads, block_size) = (
         a["out"].shape,
         a["key_cache"].shape[:3],
@@ -52,6 +54,7 @@ def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[Any, ...]:
         len(a["kv_lens"]), num_heads, num_kv_heads, head_size,
         max_kv_len=int(a["kv_lens"].max(initial=0)), num_multiprocessors=6,
         max_shared_bytes=227 << 10, quantized=a["key_scales"] is not None, tuning=tuning,
+        queries=query_bucket(most),
     )  # fmt: skip
     parts = (None if a[name] is None else a[name].copy() for name in PARTS)
     numbers = (num_kv_heads, num_heads // num_kv_heads, block_size, a["block_tables"].shape[1])
@@ -84,7 +87,7 @@ def unfused(backend: Any, call: Call) -> tuple[Any, ...]:
     out = np.full(a["out"].shape, np.nan)
     NumpyOps(np.float64).attention(
         a["q_scratch"], *(a[name] for name in PARTS), a["query_starts"], a["kv_lens"],
-        a["block_tables"], a["scale"], 1, out,
+        a["block_tables"], a["scale"], a["max_queries"], out,
     )  # fmt: skip
     return *(a[name] for name in PARTS), out
 
@@ -193,6 +196,57 @@ def test_padding_and_sequences_without_queries(backend: Any, cluster: int) -> No
         assert after.tobytes() == before.tobytes()
 
 
+# Queries, context: the new positions lie in one step of 16, in two, are all there is, or end one.
+SEVERAL = [(8, 8), (3, 20), (8, 250), (1, 33), (0, 30), (5, 16), (8, 132), (2, 2)]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_several_queries(backend: Any, heads: int, kv_heads: int, cluster: int) -> None:
+    name = f"queries-{heads}-{kv_heads}"
+    case = attend_case(name, SEVERAL, heads, kv_heads, 64, norms="qk")
+    check(backend, case, "bfloat16", cluster=cluster)
+
+
+@pytest.mark.parametrize("most", [2, 3, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize("head_size", [16, 80, 128, 256])
+def test_several_queries_of_other_sizes(
+    backend: Any, head_size: int, cluster: int, most: int
+) -> None:
+    sequences = [(min(n, most), length) for n, length in SEVERAL]
+    case = attend_case(f"queries-{most}-d{head_size}", sequences, 4, 2, head_size, 5)
+    check(backend, case, "float16", cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 8])
+@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (1, 2), (8, 2), (4, 1), (1, 1)])
+def test_several_queries_of_long_contexts(
+    backend: Any, cluster: int, warps: int, stages: int
+) -> None:
+    edge = 16 * cluster * warps
+    lens = [1000, 1024, 1027, edge + 1, edge + 8, 2 * edge + 4]
+    case = attend_case("long-queries", [(8 - i % 2, n) for i, n in enumerate(lens)], 4, 1, 64)
+    check(backend, case, "bfloat16", cluster=cluster, warps=warps, stages=stages)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_padding_beside_several_queries(backend: Any, cluster: int) -> None:
+    """A padded sequence has queries and no length: its results are 0, and the cache stays."""
+    case = attend_case("padded-queries", [(4, 50), (3, 3)], 4, 2, 64)
+    call = case.build(DTYPES["bfloat16"])
+    *_, wanted = unfused(backend, call)
+    a = call.arguments
+    a["kv_lens"][1] = 0
+    a["block_tables"][1] = cases.FAR_BLOCK
+    keys, *_, out = run(backend, call, FusedTuning(cluster=cluster))
+    assert_close(out[:4], wanted[:4])
+    assert (out[4:].astype(np.float64) == 0).all()
+    changed = (keys.view(np.uint16) != a["key_cache"].view(np.uint16)).any((1, 3))
+    blocks = {tuple(int(n) for n in divmod(s, keys.shape[2])) for s in a["slots"][:4]}
+    assert {tuple(where) for where in np.argwhere(changed).tolist()} == blocks
+
+
 # ------------------------------------------------------------------------------ the launch
 
 
@@ -238,6 +292,20 @@ def test_many_sequences_keep_one_launch_for_longer_contexts() -> None:
     assert longest == [1024, 1024, 2048, 2048, 4096]
 
 
+def test_several_queries_are_fused_where_they_are_few_and_short() -> None:
+    many = replace(MODERN, num_multiprocessors=132)
+    wide = sizes(num_heads=32, num_kv_heads=8, head_size=128, max_queries=8)
+    assert fused_bounds(wide, many, 1, 8)[-1] == 1024  # two blocks each
+    assert fused_bounds(wide, many, 2, 8)[-1] == 512
+    assert not fused_bounds(wide, many, 3, 8)
+    assert not fused_bounds(replace(wide, cache_dtype="int8"), many, 1, 8)
+    launch = fused_launch(wide, many, 1, 300, 8)
+    assert launch is not None
+    assert (launch.grid, launch.cluster, launch.macros["QUERIES"]) == ((16, 8), 2, 8)
+    assert fused_launch(wide, many, 1, 1025, 8) is None
+    assert fused_launch(wide, many, 1, 0, 8) is None
+
+
 @pytest.mark.parametrize("shared_kb", [99, 227])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 def test_launches_fit(shared_kb: int, head_size: int) -> None:
@@ -256,12 +324,12 @@ def test_launches_fit(shared_kb: int, head_size: int) -> None:
 # ------------------------------------------------------------------------------ planted bugs
 
 PLANTED = {
-    "keys beyond the end are copied": ("int left = newest -", "int left = 16 + newest -"),
+    "keys beyond the end are copied": ("int left = fresh_from -", "int left = 16 + fresh_from -"),
     "missing wait for copies": ("cp_async_wait<STAGES - 1>();", ""),
     "missing barrier before the heads are used": (
         "        block_sync();\n\n        rows.start", "        rows.start"),
     "the newest key is forgotten": ("*reinterpret_cast<uint4*>(keys + to) = from[0];", ""),
-    "the newest key is in the value's place": ("from[ROW_CHUNKS]", "from[0]"),
+    "the newest key is in the value's place": ("from[QUERIES * ROW_CHUNKS]", "from[0]"),
     "sent before all blocks have started": ("if (CLUSTERED && ranks > 1) cluster_wait();", ""),
     "merged before it is there": ("wait_for_inbox(merge.inbox);", ""),
     "fewer bytes expected": ("(8 + 4 * own_columns())", "(4 * own_columns())"),
@@ -292,9 +360,25 @@ QUANTIZED_PLANTED = {
 }  # fmt: skip
 
 
+QUERIES_PLANTED = {
+    "a query sees those behind it": (
+        "max(0, kv_lens[sequence] - behind)", "kv_lens[sequence]"),
+    "keys of the query alone": ("at < 0 || at", "i < number * ROW_CHUNKS || at < 0 || at"),
+    "new positions of other blocks are not left out": ("(at < 0 || at >= STEP_TOKENS)", "(at < 0)"),
+    "angles of the query for all": ("if (QUERIES > 1 && kind == 1) {", "if (false) {"),
+    "heads of the query for all": ("from -= static_cast<int64_t>(back)", "from -= 0 * back"),
+    "the slot gets the first query's": ("if (back == 0) cache", "if (back == number) cache"),
+    "positions of this step are read from the cache": (
+        "fresh_from = newest - number", "fresh_from = newest"),
+    "values lie where keys do": ("(kind - 1) * QUERIES + row", "(kind - 1) + row"),
+}  # fmt: skip
+
+
 @cache
-def planting_call(codes: str = "") -> Call:
+def planting_call(codes: str = "", queries: bool = False) -> Call:
     sequences = [(1, 700), (1, 81), (1, 1)]
+    if queries:
+        sequences = [(8, 700), (5, 81), (3, 3)]
     case = attend_case("planted", sequences, 6, 2, 64, 8, norms="qk", codes=codes)
     return case.build(DTYPES["float16"])
 
@@ -328,3 +412,9 @@ def test_planted_bugs_are_found(bug: str) -> None:
 @pytest.mark.parametrize("bug", ["none", *QUANTIZED_PLANTED])
 def test_planted_bugs_with_codes_are_found(bug: str) -> None:
     plant(QUANTIZED_PLANTED, bug, planting_call("int8"), 1 if "nobody waits" in bug else 2)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+@pytest.mark.parametrize("bug", ["none", *QUERIES_PLANTED])
+def test_planted_bugs_of_several_queries_are_found(bug: str) -> None:
+    plant(QUERIES_PLANTED, bug, planting_call(queries=True), 2)

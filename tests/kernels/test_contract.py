@@ -40,6 +40,7 @@ INTRINSICS = (
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {
     "lay_out_drafts": "engine.batch.build_batch",
+    "force_drafts": "engine.runner.Runner.force_acceptance",
     "accept_drafts": "speculation.acceptance.count_right",
     "apply_updates": "engine.decode_state.DecodeState.updates",
     "count_accepted": "engine.request.Request.output_counts",

@@ -118,6 +118,23 @@ def test_the_inputs_are_those_of_a_batch_that_the_host_lays_out(
         assert (out[name][total:] == padding.get(name, 0)).all(), name
 
 
+def test_drafts_are_made_right(backend):
+    """Those that are marked, of any row; what stands behind the last row is nobody's."""
+    rng = np.random.default_rng(7)
+    num_rows = 70
+    sampled, drafts = rng.integers(0, 90, (2, num_rows)).astype(I32)
+    forced = rng.choice([-1, 0, 1], num_rows).astype(I32)
+    wanted = sampled.copy()
+    for t in range(1, num_rows):
+        if forced[t] == 1:
+            wanted[t - 1] = drafts[t]
+    assert (wanted != sampled).any()
+    shape = launch_shapes.one_thread_each(num_rows)
+    args = (sampled, drafts, forced, I32(num_rows))
+    backend.run("drafts.cu", "force_drafts", shape, args, (0,), SCALAR=0)
+    np.testing.assert_array_equal(sampled, wanted)
+
+
 @pytest.mark.parametrize(("count", "num_places"), [(1, 1), (6, 8), (40, 64)])
 def test_places_move_on_by_what_was_right(backend, count, num_places):
     rng = np.random.default_rng(3)
