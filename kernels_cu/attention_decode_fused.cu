@@ -181,18 +181,18 @@ struct ClusterMerge {
 
 // attention_decode_fused: attention of few queries a sequence, with what stands before it, on tensor
 //   cores, 16-bit types, the cache's the same as qkv's or quantised
-// grid (G * cluster, B * QUERIES), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED; block 32 to 256;
-//   from 9.0;
-//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma) + 2 * QUERIES), where
-//   the cache is quantised warps * STAGES * (32 * codes + 64) for the first of these;
+// grid (G * cluster, B * QUERIES), cluster 1, 2, 4 or 8 blocks along x, 1 without CLUSTERED;
+//   block 32 to 256; from 9.0;
+//   shared: 2 * d * (STAGES * 2 * 16 * warps + 16 (each row as in attention_decode_mma)
+//   + 2 * QUERIES), where the cache is quantised warps * STAGES * (32 * codes + 64) for the first;
 //   + 8 + 4 * cluster * warps * H / G * (2 + 8 * ceil(d / 8 / cluster))
 // qkv scalar_t [T, H + 2 * G, d]; q_norm, k_norm scalar_t [d] or null; rope float [T, 2, d / 2];
 //   slots int32 [T]; key_cache, value_cache cache_t [N, G, P, d], N * G * P < 2**32; key_scales,
 //   value_scales scale_t [N, G, P] where the cache is quantised, else unused;
 //   query_starts int32 [B + 1]; kv_lens int32 [B]; block_tables int32 [B, M]; out scalar_t [T, H, d]
-//   H / G at most 8 * ROW_HALVES; arrays aligned to 16 bytes. slots must agree with block_tables. A sequence
-//   without queries is left alone; one of length 0 (padding) gives 0 and writes no cache. kv_lens
-//   count all queries of a sequence, which are its last positions.
+//   H / G at most 8 * ROW_HALVES; arrays aligned to 16 bytes. slots must agree with block_tables.
+//   A sequence without queries is left alone; one of length 0 (padding) gives 0 and writes no
+//   cache. kv_lens count all queries of a sequence, which are its last positions.
 // REF: numpy_ops.attend
 // COST: bytes: keys and values of each sequence's positions and its row of qkv, once for each query;
 //   64 flops for each query, position, head of keys and d
@@ -210,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const int number = blockIdx.y % QUERIES;  // of the sequence's queries
     const int first_token = query_starts[sequence], token = first_token + number;
     const int num_queries = query_starts[sequence + 1] - first_token;
-    if (QUERIES > 1 ? num_queries <= number || num_queries > QUERIES : num_queries == 0) {  // the whole cluster leaves
+    // The whole cluster leaves.
+    if (QUERIES > 1 ? num_queries <= number || num_queries > QUERIES : num_queries == 0) {
         if (READ_EARLY) grid_dependency_wait();
         return;
     }
@@ -235,7 +236,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
     const int num_steps = max(0, (kv_len - first_position + stride - 1) / stride);
     const auto row_of_lane = [&](int step) {
         const int position = first_position + step * stride + lane_id() % STEP_TOKENS;
-        return position < fresh_from ? cache_row(table, position, block_size, num_kv_heads, group) : 0u;
+        if (position >= fresh_from) return 0u;
+        return cache_row(table, position, block_size, num_kv_heads, group);
     };
     uint32_t next_row = row_of_lane(0);
 #if QUANTIZED
@@ -374,7 +376,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode_fused(
         grid_dependency_wait();
     }
 
-    if (CLUSTERED && ranks > 1) cluster_wait();  // every block of the cluster has started, and has its inbox
+    // Every block of the cluster has started, and has its inbox.
+    if (CLUSTERED && ranks > 1) cluster_wait();
     if (num_steps > 0) merge.send(rows, source);
     if (CLUSTERED && ranks > 1) {
         wait_for_inbox(merge.inbox);
