@@ -126,7 +126,7 @@ def test_a_draft_model_beside_it():
     wanted = plain("llama", requests)
     device = ShimDevice()
     runner = make_runner("llama", device)
-    of_draft = draft_limits(LIMITS)
+    of_draft = draft_limits(LIMITS, CONFIGS["llama"])
     for seed, least, most in ((3, 1.0, 1.0), (4, 0.0, 0.5)):
         draft = make_runner("llama", device.second_stream(), of_draft, seed)
         proposer = DraftModelProposer(draft, runner.config.vocab_size)
@@ -141,7 +141,7 @@ def test_a_draft_model_beside_it():
 def test_a_draft_model_goes_on_from_what_came():
     """However many of its guesses were right, the last among them or not, the next ones are those
     of a proposer that has never seen the request."""
-    of_draft = draft_limits(LIMITS)
+    of_draft = draft_limits(LIMITS, CONFIGS["llama"])
     weights = load_numpy_weights(TinyCheckpoint(CONFIGS["llama"], seed=3))
     fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, of_draft), 48)
     proposer = DraftModelProposer(make_runner("llama", ShimDevice(), of_draft), 48)

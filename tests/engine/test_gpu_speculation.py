@@ -43,7 +43,7 @@ def make_runner(
         num_blocks, 16, 512, 256, 12, 0 if device else 200, MAX_DRAFTS, 12 * MAX_DRAFTS
     )
     if device is not None:
-        limits = draft_limits(limits)
+        limits = draft_limits(limits, config)
     settings = DeviceSettings(dtype, dtype, dtype)
     runner = DeviceRunner(config, device or CudaDevice(**options), limits, settings)
     runner.upload_weights(checkpoint)
