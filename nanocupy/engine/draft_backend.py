@@ -52,8 +52,7 @@ def make_draft_runner(
         return backend.cpu_runner(draft, of_draft, context, progress)
     from nanocupy.engine.device_plan import draft_limits
 
-    settings = backend.device_settings(config, device.traits.compute_capability)
-    settings, notes = backend.with_weight_formats(settings, draft, config, device.traits)
+    draft, settings, notes = backend.device_model(draft, config, device.traits)
     for note in notes:
         say(f"draft model: {note}", progress)
     # `plan_limits` has left room for it.

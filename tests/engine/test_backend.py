@@ -120,8 +120,10 @@ def test_host_blocks_take_half_the_machine_at_most(monkeypatch: pytest.MonkeyPat
     assert backend._num_host_blocks(config.with_(host_cache_gb=0), 1000, token_bytes) == 0
 
 
-def test_a_draft_model_beside_the_model(device: PreparedDevice, monkeypatch) -> None:
-    """Both in one budget, blocks for both, kernels for both, each on a stream of its own."""
+@pytest.mark.parametrize("head_dtype", ["auto", "float16"])
+def test_a_draft_model_beside_the_model(head_dtype, device: PreparedDevice, monkeypatch) -> None:
+    """Both in one budget, blocks for both, kernels for both, each on a stream of its own; with a
+    matrix of two types, which both models have once, too."""
     original = device.second_stream
 
     def second_stream() -> Any:
@@ -132,9 +134,13 @@ def test_a_draft_model_beside_the_model(device: PreparedDevice, monkeypatch) -> 
 
     monkeypatch.setattr(device, "second_stream", second_stream)
     draft = TinyCheckpoint(
-        tiny_config(head_size=64, num_heads=1, num_kv_heads=1, num_layers=1, max_context=48), seed=4
-    )
-    config = CONFIG.with_(draft_model="small.nano", draft_tokens=3)
+        tiny_config(
+            head_size=64, num_heads=1, num_kv_heads=1, num_layers=1, max_context=48,
+            tied_lm_head=True,
+        ),
+        seed=4,
+    )  # fmt: skip
+    config = CONFIG.with_(draft_model="small.nano", draft_tokens=3, lm_head_dtype=head_dtype)
     engine = make_engine(CHECKPOINT, config, draft=draft)
     assert isinstance(engine.runner, DeviceRunner)
     proposer = engine.speculator.proposer
