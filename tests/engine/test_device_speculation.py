@@ -258,6 +258,15 @@ def test_the_kernels_that_drafts_need_are_known_beforehand():
     assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
 
 
+def test_a_draft_model_has_no_kernels_that_check_drafts():
+    limits = draft_limits(LIMITS, CONFIGS["llama"])
+    of_draft, of_model = (
+        {file for file, _ in make_runner("llama", ShimDevice(), lim).kernel_variants()}
+        for lim in (limits, LIMITS)
+    )
+    assert of_model - of_draft == {"drafts.cu"}
+
+
 def test_a_steady_step_sends_its_drafts_alone():
     """One copy a step while no block comes: the batch and its places are on the device."""
     params = GREEDY.with_(max_tokens=80)
