@@ -25,7 +25,7 @@ from nanocupy.engine.request import Request, RequestPriority, RequestState
 from nanocupy.engine.results import FAILED_TOKEN, StepOutput, StepResult, TokenLogprob
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
-from nanocupy.engine.scheduled_drafts import Drafts
+from nanocupy.engine.scheduled_drafts import WantedDrafts
 from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
 from nanocupy.engine.watch import StepWatch
 from nanocupy.errors import ConfigError, RequestError
@@ -221,9 +221,9 @@ class LLMEngine:
             self._collect(0)
         self._collect(1)  # there are two where reading was interrupted, and no memory for three
         self._must_read = False
-        drafts = self._drafts() if self.speculator is not None else None
+        wanted = self._wanted_drafts() if self.speculator is not None else None
         self.watch.part("schedule")
-        schedule = self.scheduler.schedule(drafts)
+        schedule = self.scheduler.schedule(wanted)
         launched_at = time.perf_counter()
         if schedule:
             self.watch.part("launch")
@@ -237,17 +237,17 @@ class LLMEngine:
             self._in_flight.append((schedule, read, launched_at))
         self._collect(1 if self.run_ahead and schedule else 0)
 
-    def _drafts(self) -> Drafts:
-        """Guesses for the next step, where they may pay; all ids are read then."""
-        speculator = self.speculator
+    def _wanted_drafts(self) -> WantedDrafts | None:
+        """What drafts the next step is to have, where they may pay; all ids are read then."""
+        speculator, running = self.speculator, self.scheduler.running
         assert speculator is not None
-        wanted = speculator.wanted(self.scheduler.running)
-        if not wanted:
-            return {}
+        settings = self.scheduler.settings
+        room = min(settings.max_draft_tokens, settings.max_step_tokens - len(running))
+        counts = speculator.wanted(running, room) if room > 0 else {}
+        if not counts:
+            return None
         self._collect(0)
-        self.watch.part("schedule")
-        decoding = self.scheduler.running.decoding
-        return speculator.propose({r: n for r, n in wanted.items() if r in decoding})
+        return speculator.asking({r: n for r, n in counts.items() if r in running.decoding})
 
     def _collect(self, num_left: int) -> None:
         """Read the ids of the oldest steps in flight, but for so many, and finish what has ended.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.running import RunningSet
 from nanocupy.engine.schedule import Schedule, ScheduledRequest
-from nanocupy.engine.scheduled_drafts import Drafts
+from nanocupy.engine.scheduled_drafts import Drafts, WantedDrafts
 from nanocupy.speculation.acceptance import CountRight, count_right
 from nanocupy.speculation.policy import DraftPolicy
 from nanocupy.speculation.proposer import Proposer
@@ -73,9 +73,10 @@ class Speculator:
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
 
-    def wanted(self, running: RunningSet) -> dict[Request, int]:
-        """How many drafts requests shall have in the next step. Where it is not empty, the ids of
-        all steps must be read, and `propose` called."""
+    def wanted(self, running: RunningSet, room: int) -> dict[Request, int]:
+        """How many drafts requests shall have in the next step, in which there is room for so many
+        if nobody comes. Where it is not empty, the ids of all steps must be read, and the scheduler
+        be told."""
         if self._has_failed:  # whatever it was, the next step comes without drafts
             self._has_failed = False
             return {}
@@ -93,16 +94,20 @@ class Speculator:
             and policy.may_try(request)
             and self.proposer.is_promising(request)
         ]
-        return policy.choose(found, num_running) if found else {}
+        return policy.choose(found, num_running, room) if found else {}
 
-    def propose(self, wanted: dict[Request, int]) -> Drafts:
-        """The drafts of requests that still decode, all of their ids being known."""
+    def asking(self, counts: Mapping[Request, int]) -> WantedDrafts:
+        """What the scheduler is told of those of `wanted` that still decode, all ids being read."""
         self._was_plain = False
-        room = {r: min(n, r.max_total_tokens - r.num_tokens - 1) for r, n in wanted.items()}
+        return WantedDrafts(counts, self.propose, self.policy.beside_prompts)
+
+    def propose(self, room: Mapping[Request, int]) -> Drafts:
+        """Drafts of requests that decode, all of their ids being known, and no more of each than
+        there is room for."""
         self._has_failed = True
-        drafts = self.proposer.propose({r: n for r, n in room.items() if n > 0})
+        drafts = self.proposer.propose(room)
         self._has_failed = False
-        for request in wanted:
+        for request in room:
             if request not in drafts:
                 self.counters.num_missed += 1
                 self.policy.verified(request, 0, 0)
