@@ -210,6 +210,22 @@ def test_rows_beyond_one_a_sequence_have_room():
     assert counters.num_proposed >= 30
 
 
+@pytest.mark.parametrize("num_seqs", [1, 6])
+def test_steps_that_hold_few_tokens(num_seqs):
+    """As few as sequences run at once, or one more: guesses have what room is left."""
+    num_tokens = max(num_seqs, 2)
+    limits = replace(
+        LIMITS, max_step_tokens=num_tokens, max_num_seqs=num_seqs, max_draft_rows=num_tokens - 1
+    )
+    requests = {str(i): (i // 2, [i, 7, i, 7], GREEDY.with_(max_tokens=12)) for i in range(7)}
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice(), limits)
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    assert 0 < speculator.counters.num_accepted < speculator.counters.num_proposed
+
+
 def test_two_streams_take_one_for_drafts():
     requests = arrivals(6, GREEDY)
     wanted = plain("llama", requests)
