@@ -115,6 +115,8 @@ class LLMEngine:
         )
         self._check(settings)
         self.scheduler = Scheduler(self.memory, settings, clock)
+        if speculator is not None:
+            speculator.configure(settings.max_step_tokens)
         # A sequence must fit in the whole cache, or it could never finish.
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
@@ -140,6 +142,8 @@ class LLMEngine:
         built for; nothing is changed then."""
         self._check(settings)
         self.scheduler.configure(settings)
+        if self.speculator is not None:
+            self.speculator.configure(settings.max_step_tokens)
         if self._costs is not None:
             self.scheduler.learn(self._costs)
 

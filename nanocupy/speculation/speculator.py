@@ -72,6 +72,11 @@ class Speculator:
         self.counters = SpeculationCounters()
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
+        self._was_reading = False  # the proposer, before the step that is read next
+
+    def configure(self, max_step_tokens: int) -> None:
+        """Steps of the engine have so many tokens at most from now on."""
+        self.proposer.max_step_tokens = max_step_tokens
 
     def wanted(self, running: RunningSet, room: int) -> dict[Request, int]:
         """How many drafts requests shall have in the next step, in which there is room for so many
@@ -111,6 +116,7 @@ class Speculator:
             if request not in drafts:
                 self.counters.num_missed += 1
                 self.policy.verified(request, 0, 0)
+        self._was_reading = self.proposer.was_reading
         return drafts
 
     def verify(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Sequence[int]]:
@@ -141,6 +147,8 @@ class Speculator:
         num_drafts = sum(len(item.drafts) for item in schedule) if schedule.has_drafts else 0
         num_seqs = len(schedule.requests)
         self.counters.num_steps += num_drafts > 0
+        if self._was_reading:  # which is seldom, and took longer
+            self._was_reading, seconds = False, None
         is_decode = schedule.num_tokens - num_drafts == num_seqs and not schedule.swap_out
         # After a step that was waited for, the next one did not run beside the host's work.
         if is_decode and seconds is not None and (num_drafts or self._was_plain):

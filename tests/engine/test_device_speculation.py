@@ -143,7 +143,8 @@ def test_a_draft_model_goes_on_from_what_came():
     of a proposer that has never seen the request."""
     of_draft = draft_limits(LIMITS, CONFIGS["llama"])
     weights = load_numpy_weights(TinyCheckpoint(CONFIGS["llama"], seed=3))
-    fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, of_draft), 48)
+    whole = replace(of_draft, max_step_tokens=300)  # all that came is read in one step
+    fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, whole), 48)
     proposer = DraftModelProposer(make_runner("llama", ShimDevice(), of_draft), 48)
     rng = random.Random(0)
     outputs = {number: [7] for number in range(3)}
