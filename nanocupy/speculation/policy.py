@@ -51,6 +51,10 @@ class DraftPolicy:
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """A step of decodes alone took so long, finding its drafts included."""
 
+    def knows(self, num_seqs: int, num_drafts: int) -> bool:
+        """Whether it knows what such steps take, or does not want to."""
+        return True
+
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
         """So many of a request's drafts were right; num_drafts = 0: none was found."""
 
@@ -159,6 +163,9 @@ class AdaptiveDrafts(DraftPolicy):
 
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         self.costs.add(num_seqs, num_drafts, seconds)
+
+    def knows(self, num_seqs: int, num_drafts: int) -> bool:
+        return self.costs.seconds(num_seqs, num_drafts) is not None
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
         record = self._record(request)

@@ -70,6 +70,7 @@ class Speculator:
         self.policy = policy
         self.count_right = count_right
         self.counters = SpeculationCounters()
+        self.reads_at_once = False  # whether a step is to be read in the call that launches it
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
         self._was_reading = False  # the proposer, before the step that is read next
@@ -143,16 +144,20 @@ class Speculator:
         return num_right
 
     def stepped(self, schedule: Schedule, seconds: float | None) -> None:
-        """A step was read; seconds it took, or None where that says nothing."""
+        """A step was read; seconds it took of the engine's own, None where nobody knows: such are
+        read at once, until the policy knows."""
         num_drafts = sum(len(item.drafts) for item in schedule) if schedule.has_drafts else 0
         num_seqs = len(schedule.requests)
         self.counters.num_steps += num_drafts > 0
+        is_known = seconds is not None
         if self._was_reading:  # which is seldom, and took longer
             self._was_reading, seconds = False, None
         is_decode = schedule.num_tokens - num_drafts == num_seqs and not schedule.swap_out
         # After a step that was waited for, the next one did not run beside the host's work.
         if is_decode and seconds is not None and (num_drafts or self._was_plain):
             self.policy.stepped(num_seqs, num_drafts, seconds)
+        if is_decode and (self.reads_at_once or not is_known):
+            self.reads_at_once = not self.policy.knows(num_seqs, num_drafts)
         self._was_plain = is_decode and not num_drafts
 
     def forget(self, request: Request) -> None:
