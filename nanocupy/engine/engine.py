@@ -101,7 +101,7 @@ class LLMEngine:
         if speculator is not None and speculator.policy.max_drafts > limits.max_drafts:
             raise ConfigError(
                 f"guesses are {speculator.policy.max_drafts} tokens at most, but this runner was "
-                f"built for {limits.max_drafts}"
+                f"built for {limits.max_drafts}; guess fewer, or build it for more (max_drafts)"
             )
         self.config = config
         self.runner = runner
