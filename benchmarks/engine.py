@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from nanocupy.bench.throughput import Workload, throughput
 from nanocupy.engine.backend import make_engine
 from nanocupy.engine.config import SETTINGS, EngineConfig, require_known
 from nanocupy.engine.engine import LLMEngine
+from nanocupy.errors import ConfigError
 from nanocupy.progress import byte_progress, count_progress, say
 
 WHAT = ("decode", "prefill", "throughput", "speculative", "startup")
@@ -221,11 +223,20 @@ def _numbers(text: str) -> list[int]:
 
 
 def _shares(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ConfigError(f"--acceptance is {text!r}; it must be numbers from 0 to 1, as in 0,0.8")
+    return shares
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse(argv)
+    except ConfigError as exc:
+        sys.exit(f"benchmarks.engine: {exc}")
     if args.what == "startup":
         run_startup(args)
         return

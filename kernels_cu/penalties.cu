@@ -19,6 +19,65 @@ enum RecordWord {
 // Of a token's word: how often it was drawn, up to MOST; the bit above, whether the prompt has it.
 constexpr int MOST = 0x7fff;
 
+// Changes a row's logits by a slot that is not 0: this block's part of the row, all threads alike.
+// row float [V]; slot's records and counts as penalize_slots has them; of the num_before tokens at
+// `before`, at most 32, each counts once more.
+__device__ __forceinline__ void penalize_row(
+    float* row, int slot, const int32_t* records, const uint16_t* counts, const int32_t* before,
+    int num_before, int V, int R, int W) {
+    const int32_t* record = records + static_cast<int64_t>(slot) * R;
+    const float* values = reinterpret_cast<const float*>(record);
+    const int part = (W / 8 + gridDim.y - 1) / gridDim.y * 8;
+    const int start = blockIdx.y * part, end = min(start + part, V);
+
+    const int32_t* entry = record + ENTRIES;
+    for (int i = threadIdx.x; i < record[NUM_BIASES]; i += blockDim.x) {
+        const int token = entry[2 * i];
+        if (start <= token && token < end) row[token] += values[ENTRIES + 2 * i + 1];
+    }
+    block_sync();  // a token may have a bias and have been seen
+    if (record[COUNTS]) {
+        const float repetition = values[REPETITION], presence = values[PRESENCE];
+        const float frequency = values[FREQUENCY];
+        const uint16_t* seen = counts + static_cast<int64_t>(slot) * W;
+        const auto penalize = [&](int token, int count) {
+            float logit = row[token];
+            logit = logit > 0 ? logit / repetition : logit * repetition;
+            if (count > 0) logit -= presence;
+            row[token] = logit - frequency * static_cast<float>(count);
+        };
+        for (int t = start + 8 * static_cast<int>(threadIdx.x); t < end; t += 8 * blockDim.x) {
+            const Vec<uint16_t, 8> words = load_vec<uint16_t, 8>(seen + t);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if (words.data[i] == 0) continue;
+                bool is_draft = false;
+                for (int n = 0; n < num_before; ++n) is_draft |= before[n] == t + i;
+                if (!is_draft) penalize(t + i, words.data[i] & MOST);
+            }
+        }
+        // A thread for each draft, the first of equal ones.
+        const int n = threadIdx.x;
+        if (n < num_before && start <= before[n] && before[n] < end) {
+            int count = 0;
+            bool is_first = true;
+            for (int m = 0; m < num_before; ++m) {
+                if (before[m] != before[n]) continue;
+                ++count;
+                is_first &= m >= n;
+            }
+            if (is_first) penalize(before[n], min((seen[before[n]] & MOST) + count, MOST));
+        }
+    }
+    if (record[BAN_LEFT] <= num_before) return;
+    block_sync();  // and be banned
+    entry += 2 * record[NUM_BIASES];
+    for (int i = threadIdx.x; i < record[NUM_BANNED]; i += blockDim.x) {
+        const int token = entry[2 * i];
+        if (start <= token && token < end) row[token] = -infinity();
+    }
+}
+
 // penalize_slots: logit bias, banned tokens, repetition, presence and frequency penalties, in place
 // grid (S, parts of a row), block any multiple of 32, no shared memory
 // logits   float [S, V]
@@ -36,41 +95,7 @@ extern "C" __global__ void __launch_bounds__(1024) penalize_slots(
     const int slot = slots[blockIdx.x];
     if (slot == 0) return;
     float* row = logits + static_cast<int64_t>(blockIdx.x) * V;
-    const int32_t* record = records + static_cast<int64_t>(slot) * R;
-    const float* values = reinterpret_cast<const float*>(record);
-    const int part = (W / 8 + gridDim.y - 1) / gridDim.y * 8;
-    const int start = blockIdx.y * part, end = min(start + part, V);
-
-    const int32_t* entry = record + ENTRIES;
-    for (int i = threadIdx.x; i < record[NUM_BIASES]; i += blockDim.x) {
-        const int token = entry[2 * i];
-        if (start <= token && token < end) row[token] += values[ENTRIES + 2 * i + 1];
-    }
-    block_sync();  // a token may have a bias and have been seen
-    if (record[COUNTS]) {
-        const float repetition = values[REPETITION], presence = values[PRESENCE];
-        const float frequency = values[FREQUENCY];
-        const uint16_t* seen = counts + static_cast<int64_t>(slot) * W;
-        for (int t = start + 8 * static_cast<int>(threadIdx.x); t < end; t += 8 * blockDim.x) {
-            const Vec<uint16_t, 8> words = load_vec<uint16_t, 8>(seen + t);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (words.data[i] == 0) continue;
-                const int count = words.data[i] & MOST;
-                float logit = row[t + i];
-                logit = logit > 0 ? logit / repetition : logit * repetition;
-                if (count > 0) logit -= presence;
-                row[t + i] = logit - frequency * static_cast<float>(count);
-            }
-        }
-    }
-    if (record[BAN_LEFT] == 0) return;
-    block_sync();  // and be banned
-    entry += 2 * record[NUM_BIASES];
-    for (int i = threadIdx.x; i < record[NUM_BANNED]; i += blockDim.x) {
-        const int token = entry[2 * i];
-        if (start <= token && token < end) row[token] = -infinity();
-    }
+    penalize_row(row, slot, records, counts, nullptr, 0, V, R, W);
 }
 
 // count_tokens: what was drawn counts for the penalties of the next draw
@@ -129,60 +154,10 @@ extern "C" __global__ void __launch_bounds__(1024) penalize_draft_rows(
     const int place = row_places[blockIdx.x];
     const int slot = place < 0 ? 0 : slots[place];
     if (slot == 0) return;
-    float* row = logits + static_cast<int64_t>(blockIdx.x) * V;
-    const int32_t* record = records + static_cast<int64_t>(slot) * R;
-    const float* values = reinterpret_cast<const float*>(record);
-    const int part = (W / 8 + gridDim.y - 1) / gridDim.y * 8;
-    const int start = blockIdx.y * part, end = min(start + part, V);
-    const int32_t* before = drafts + query_starts[place] + 1;
-    const int num_before = blockIdx.x - query_starts[place];
-
-    const int32_t* entry = record + ENTRIES;
-    for (int i = threadIdx.x; i < record[NUM_BIASES]; i += blockDim.x) {
-        const int token = entry[2 * i];
-        if (start <= token && token < end) row[token] += values[ENTRIES + 2 * i + 1];
-    }
-    block_sync();  // a token may have a bias and have been seen
-    if (record[COUNTS]) {
-        const float repetition = values[REPETITION], presence = values[PRESENCE];
-        const float frequency = values[FREQUENCY];
-        const uint16_t* seen = counts + static_cast<int64_t>(slot) * W;
-        const auto penalize = [&](int token, int count) {
-            float logit = row[token];
-            logit = logit > 0 ? logit / repetition : logit * repetition;
-            if (count > 0) logit -= presence;
-            row[token] = logit - frequency * static_cast<float>(count);
-        };
-        for (int t = start + 8 * static_cast<int>(threadIdx.x); t < end; t += 8 * blockDim.x) {
-            const Vec<uint16_t, 8> words = load_vec<uint16_t, 8>(seen + t);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (words.data[i] == 0) continue;
-                bool is_draft = false;
-                for (int n = 0; n < num_before; ++n) is_draft |= before[n] == t + i;
-                if (!is_draft) penalize(t + i, words.data[i] & MOST);
-            }
-        }
-        // A thread for each draft, the first of equal ones.
-        const int n = threadIdx.x;
-        if (n < num_before && start <= before[n] && before[n] < end) {
-            int count = 0;
-            bool is_first = true;
-            for (int m = 0; m < num_before; ++m) {
-                if (before[m] != before[n]) continue;
-                ++count;
-                is_first &= m >= n;
-            }
-            if (is_first) penalize(before[n], min((seen[before[n]] & MOST) + count, MOST));
-        }
-    }
-    if (record[BAN_LEFT] <= num_before) return;
-    block_sync();  // and be banned
-    entry += 2 * record[NUM_BIASES];
-    for (int i = threadIdx.x; i < record[NUM_BANNED]; i += blockDim.x) {
-        const int token = entry[2 * i];
-        if (start <= token && token < end) row[token] = -infinity();
-    }
+    const int first = query_starts[place];
+    penalize_row(
+        logits + static_cast<int64_t>(blockIdx.x) * V, slot, records, counts, drafts + first + 1,
+        blockIdx.x - first, V, R, W);
 }
 
 // count_accepted: count_tokens for places that check drafts: those that were right, and one more

@@ -92,7 +92,8 @@ def _read(text: str, where: str) -> dict[str, Any]:
             if name in found:
                 fail(event, f"{shown(name)} is set twice")
         else:
-            found[name] = _plain_value(event.value) if event.implicit[0] else event.value
+            value = _joined_surrogates(event.value)
+            found[name] = _plain_value(value) if event.implicit[0] else value
             name = None
     return found
 
@@ -100,6 +101,12 @@ def _read(text: str, where: str) -> dict[str, Any]:
 def _is_nothing(event: yaml.Event) -> bool:
     implicit = getattr(event, "implicit", None)
     return isinstance(implicit, tuple) and implicit[0] and event.value == ""
+
+
+def _joined_surrogates(text: str) -> str:
+    """The text, where JSON's escapes for one character beyond U+FFFF were read as two; a lone half
+    stays, for who checks the value."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _plain_value(text: str) -> Any:

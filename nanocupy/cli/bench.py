@@ -222,7 +222,10 @@ def speculative(
     context = measure.DECODE_PROMPT + measure.DECODE_OUTPUT
     config = _config(options, context, max(batches))
     if config.draft_model is not None or config.speculate != "auto":
-        raise ConfigError("leave speculate and draft_model out; --draft-shape says what guesses")
+        name = "speculate" if config.speculate != "auto" else "draft_model"
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}; leave it out here: --draft-shape says what guesses"
+        )
     draft = None
     if draft_shape is None:
         config = config.with_(speculate="ngram")

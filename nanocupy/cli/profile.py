@@ -45,10 +45,11 @@ if TYPE_CHECKING:
     help="Tokens of each answer.",
 )  # fmt: skip
 @click.option(
-    "--speculate", type=click.Choice(["off", "ngram", "draft"]), default="off", show_default=True,
-    help="What guesses tokens ahead, always as many as it may.",
+    "--speculate", type=click.Choice(["auto", "off", "draft", "ngram"]), default="auto",
+    show_default=True,
+    help="What guesses tokens ahead, always as many as it may; auto: draft with a --draft-model.",
 )  # fmt: skip
-@click.option("--draft-model", metavar="MODEL", help="The model that guesses, for draft.")
+@click.option("--draft-model", metavar="MODEL", help="The model that guesses.")
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -14,6 +14,7 @@ from nanocupy.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanocupy.checkpoint.base import Checkpoint
+    from nanocupy.engine.config import EngineConfig
     from nanocupy.ops.cuda_sizes import DeviceTraits
 
 
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     help="Compile for cards of this architecture, such as sm_90a; no GPU need be there. May be "
     "given often. [default: this machine's GPU]",
 )
-@engine_options(shown=("dtype", "max_context", "max_num_seqs"))
+@engine_options(shown=("dtype", "max_context", "max_num_seqs", "draft_model"))
 def warmup(model: str | None, shape: str | None, archs: tuple[str, ...], **options: Any) -> None:
     """Compile the GPU kernels that a model needs, so that its first start finds them.
 
     They lie in the cache folder, which NANOCUPY_CACHE_DIR moves: in the build of a container, say
     where it is to lie and give --arch. Settings of the engine that the later runs will have belong
-    here too.
+    here too, a draft model among them.
     """
     if (model is None) == (shape is None):
         raise ConfigError("give either --model or --shape")
@@ -58,8 +59,9 @@ def warmup(model: str | None, shape: str | None, archs: tuple[str, ...], **optio
         device = CudaDevice()
         targets = {device.kernels.arch: [device.traits]}
     checkpoint = _checkpoint(model, shape)
+    draft = _checkpoint(config.draft_model, None) if config.proposer == "draft" else None
     for arch, cards in targets.items():
-        _compile(arch, cards, checkpoint, config)
+        _compile(arch, cards, checkpoint, draft, config)
 
 
 def _checkpoint(model: str | None, shape: str | None) -> Checkpoint:
@@ -73,11 +75,19 @@ def _checkpoint(model: str | None, shape: str | None) -> Checkpoint:
     return open_checkpoint(resolve_model(model))
 
 
-def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, config: Any) -> None:
-    """Compile for each of `cards`, all of `arch`, and say what was done."""
+def _compile(
+    arch: str,
+    cards: list[DeviceTraits],
+    checkpoint: Checkpoint,
+    draft: Checkpoint | None,
+    config: EngineConfig,
+) -> None:
+    """Compile for each of `cards`, all of `arch`, and say what was done. draft: a draft model that
+    will run beside it."""
     from nanocupy.cuda.compiler import Compiler
     from nanocupy.engine.backend import device_model, model_context
     from nanocupy.engine.device_kernels import kernel_variants
+    from nanocupy.engine.device_plan import draft_limits
     from nanocupy.engine.runner import RunnerLimits
     from nanocupy.progress import count_progress
 
@@ -94,10 +104,15 @@ def _compile(arch: str, cards: list[DeviceTraits], checkpoint: Checkpoint, confi
         max_drafts=config.max_drafts,
         max_draft_rows=config.max_draft_rows,
     )
+    runners = [(model, settings, limits)]
+    if draft is not None:
+        draft, settings, _ = device_model(draft, config, cards[0])
+        runners.append((draft.config, settings, draft_limits(limits, draft.config)))
     variants = {
         (file, tuple(sorted(macros.items()))): (file, macros)
         for card in cards
-        for file, macros in kernel_variants(model, settings, limits, card, every_size=True)
+        for runner in runners
+        for file, macros in kernel_variants(*runner, card, every_size=True)
     }
     compiler = Compiler()
     with count_progress(f"compiling kernels for {arch}") as report:

@@ -257,8 +257,8 @@ def _cuda_runner(
         say(note, progress)
     beside = None
     if draft is not None:
-        own = device_settings(config, device.traits.compute_capability)
-        beside = draft.config, with_weight_formats(own, draft, config, device.traits)[0]
+        draft, own, _ = device_model(draft, config, device.traits)
+        beside = draft.config, own
     limits = plan_limits(
         checkpoint.config,
         device,

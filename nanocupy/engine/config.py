@@ -243,6 +243,12 @@ class EngineConfig:
             raise ConfigError(
                 f"speculate is ngram, and draft_model is {shown(self.draft_model)}; leave one out"
             )
+        if self.proposer != "off" and self.max_step_tokens == 1:
+            name = "chunk_size" if self.max_chunk_size is None else "max_chunk_size"
+            raise ConfigError(
+                f"{name} is 1 and max_num_seqs 1: no step has room for a guess, and speculate is "
+                f"{self.speculate}; raise one of them, or set speculate to off"
+            )
 
     # ------------------------------------------------------------- derived
 
@@ -260,9 +266,10 @@ class EngineConfig:
 
     @property
     def max_draft_rows(self) -> int:
-        """Guesses that a step may have for all sequences together. Memory is planned for them, and
-        more than some hundred hardly pay."""
-        return min(self.max_drafts * self.max_num_seqs, _MAX_DRAFT_ROWS)
+        """Guesses that a step may have for all sequences together, beside a token of at least one.
+        Memory is planned for them, and more than some hundred hardly pay."""
+        num_rows = self.max_drafts * self.max_num_seqs
+        return min(num_rows, _MAX_DRAFT_ROWS, self.max_step_tokens - 1)
 
     @property
     def chunk_limit(self) -> int:

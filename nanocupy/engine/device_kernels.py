@@ -100,7 +100,7 @@ def kernel_variants(
             num_tokens = bucket(min(num * queries, most), most)
             for bound in fused_bounds(sizes, traits, num, queries):
                 forward(num_tokens, num, min(num_tokens, limits.max_rows), queries, bound)
-    if limits.max_drafts:
+    if limits.max_draft_rows:  # it checks drafts; a draft model only catches up on its own
         row = Outline(1)
         places = DecodePlaces(Outline(1, 1), row, row, row, row, row, Outline(1, 2), 1)
         ops.accept_drafts(row, row, Outline(2), places)

@@ -95,24 +95,33 @@ def plan_limits(
 ) -> RunnerLimits:
     """Limits whose cache takes what weights and workspaces leave; at most what can be used.
 
-    draft: a draft model that is to have room beside it, and a cache of as many blocks. Raises
-    CapacityError where not even one short sequence fits, ConfigError for a model that the kernels
-    are not made for.
+    draft: a draft model that is to have room beside it, and a cache of as many blocks, or of those
+    that its context can use. Raises CapacityError where not even one short sequence fits,
+    ConfigError for a model that the kernels are not made for.
     """
     check_model(config)
     wanted = 1 + max_num_seqs * -(-max_context // block_size)
     small = RunnerLimits(2, block_size, max_context, max_step_tokens, max_num_seqs)
-    of_draft, block_bytes = 0, config.kv_bytes_per_token(settings.cache_dtype) * block_size
+    block_bytes = config.kv_bytes_per_token(settings.cache_dtype) * block_size
+    num_kv_heads = config.num_kv_heads
+    of_draft = draft_wanted = draft_block_bytes = 0
     if draft is not None:
         check_model(draft[0])
-        specs = buffer_specs(draft[0], device, draft[1], draft_limits(small))
+        own = draft_limits(replace(small, num_blocks=wanted), draft[0])
+        draft_wanted = own.num_blocks
+        specs = buffer_specs(draft[0], device, draft[1], replace(own, num_blocks=2))
         of_draft = ArenaPlan(specs).total_bytes
-        block_bytes += draft[0].kv_bytes_per_token(draft[1].cache_dtype) * block_size
+        draft_block_bytes = draft[0].kv_bytes_per_token(draft[1].cache_dtype) * block_size
+        num_kv_heads = max(num_kv_heads, draft[0].num_kv_heads)
     small = replace(small, max_drafts=max_drafts, max_draft_rows=max_draft_rows)
     fixed = of_draft + ArenaPlan(buffer_specs(config, device, settings, small)).total_bytes
     budget = int(device.free_bytes() * settings.gpu_memory_utilization)
-    num_blocks = min(wanted, 2 + (budget - fixed) // block_bytes)
-    num_blocks = min(num_blocks, _MAX_CACHE_ROWS // (config.num_kv_heads * block_size))
+    # Two blocks of each are in `fixed`. The draft model has no use for more than `draft_wanted`.
+    num_blocks = 2 + (budget - fixed) // (block_bytes + draft_block_bytes)
+    if num_blocks > draft_wanted > 0:
+        rest = budget - fixed - (draft_wanted - 2) * draft_block_bytes
+        num_blocks = 2 + rest // block_bytes
+    num_blocks = min(wanted, num_blocks, _MAX_CACHE_ROWS // (num_kv_heads * block_size))
     if num_blocks < 2:
         share = f", of which {human_bytes(of_draft)} for the draft model" if of_draft else ""
         raise CapacityError(
@@ -123,13 +132,15 @@ def plan_limits(
     return replace(small, num_blocks=num_blocks)
 
 
-def draft_limits(limits: RunnerLimits) -> RunnerLimits:
-    """Those of a draft model's runner beside one of `limits`. Where all of its guesses were right
-    it lacks two tokens of a sequence, which are to be no prompt."""
-    wanted = 1 + limits.max_num_seqs * -(-limits.max_context // limits.block_size)
+def draft_limits(limits: RunnerLimits, draft: ModelConfig) -> RunnerLimits:
+    """Those of the runner of `draft`, a draft model, beside one of `limits`. Of a context shorter
+    than the model's, the sequences that outgrow it get no more guesses. Where all of its guesses
+    were right it lacks two tokens of a sequence, which are to be no prompt."""
+    context = min(limits.max_context, draft.max_context)
+    wanted = 1 + limits.max_num_seqs * -(-context // limits.block_size)
     return replace(
-        limits, num_blocks=min(wanted, limits.num_blocks), num_host_blocks=0, max_drafts=1,
-        max_draft_rows=0,
+        limits, num_blocks=min(wanted, limits.num_blocks), max_context=context, num_host_blocks=0,
+        max_drafts=1, max_draft_rows=0,
     )  # fmt: skip
 
 

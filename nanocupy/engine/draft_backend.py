@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from nanocupy.checkpoint.base import Checkpoint
@@ -42,24 +41,22 @@ def make_speculator(
 def make_draft_runner(
     draft: Checkpoint, config: EngineConfig, runner: Runner, *, progress: bool = False
 ) -> Runner:
-    """A runner of a draft model beside `runner`, on the same device, for as many sequences. Of a
-    context shorter than the model's, the sequences that outgrow it get no more guesses."""
+    """A runner of a draft model beside `runner`, on the same device, for as many sequences."""
     limits = runner.limits
-    context = min(limits.max_context, draft.config.max_context)
     device: Any = getattr(runner, "clock", None)
     if device is None:  # the CPU
         of_draft = config.with_(speculate="off", draft_model=None, preemption="recompute")
         memory = backend._machine_memory()
         of_draft = cpu_shares(of_draft, runner.config, draft.config, memory)[1]
+        context = min(limits.max_context, draft.config.max_context)
         return backend.cpu_runner(draft, of_draft, context, progress)
     from nanocupy.engine.device_plan import draft_limits
 
-    settings = backend.device_settings(config, device.traits.compute_capability)
-    settings, notes = backend.with_weight_formats(settings, draft, config, device.traits)
+    draft, settings, notes = backend.device_model(draft, config, device.traits)
     for note in notes:
         say(f"draft model: {note}", progress)
-    # `plan_limits` has left room for as many blocks as the model has.
-    own = draft_limits(replace(limits, max_context=context))
+    # `plan_limits` has left room for it.
+    own = draft_limits(limits, draft.config)
     return backend.filled_runner(draft, device.second_stream(), own, settings, progress)
 
 

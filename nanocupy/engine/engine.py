@@ -25,8 +25,9 @@ from nanocupy.engine.request import Request, RequestPriority, RequestState
 from nanocupy.engine.results import FAILED_TOKEN, StepOutput, StepResult, TokenLogprob
 from nanocupy.engine.runner import Runner, RunnerLimits
 from nanocupy.engine.schedule import Schedule
-from nanocupy.engine.scheduled_drafts import Drafts
+from nanocupy.engine.scheduled_drafts import WantedDrafts
 from nanocupy.engine.scheduler import Scheduler, SchedulerSettings
+from nanocupy.engine.step_times import Launch, StepTimes
 from nanocupy.engine.watch import StepWatch
 from nanocupy.errors import ConfigError, RequestError
 from nanocupy.memory.block_pool import BlockPool
@@ -100,7 +101,7 @@ class LLMEngine:
         if speculator is not None and speculator.policy.max_drafts > limits.max_drafts:
             raise ConfigError(
                 f"guesses are {speculator.policy.max_drafts} tokens at most, but this runner was "
-                f"built for {limits.max_drafts}"
+                f"built for {limits.max_drafts}; guess fewer, or build it for more (max_drafts)"
             )
         self.config = config
         self.runner = runner
@@ -115,17 +116,18 @@ class LLMEngine:
         )
         self._check(settings)
         self.scheduler = Scheduler(self.memory, settings, clock)
+        if speculator is not None:
+            speculator.configure(settings.max_step_tokens)
         # A sequence must fit in the whole cache, or it could never finish.
         capacity = (limits.num_blocks - 1) * limits.block_size
         self.max_context = min(limits.max_context, capacity)
         self._requests: dict[str, list[Request]] = {}  # by id: its samples that have not ended
         # Steps that were launched and not read, oldest first: what reads each, and when it was.
-        self._in_flight: deque[tuple[Schedule, Callable[[], list[int] | StepResult], float]]
+        self._in_flight: deque[tuple[Schedule, Callable[[], list[int] | StepResult], Launch]]
         self._in_flight = deque()
         self._must_read = False  # before anything else is launched
-        self._entered_at = self._left_at = 0.0  # when `step` was, last
+        self._times = StepTimes()
         self._costs = runner.swap_costs()
-        self._read_at = 0.0  # when the step before was read
         if self._costs is not None:
             self.scheduler.learn(self._costs)
         self._outputs: list[StepOutput] = []  # not returned yet
@@ -140,6 +142,8 @@ class LLMEngine:
         built for; nothing is changed then."""
         self._check(settings)
         self.scheduler.configure(settings)
+        if self.speculator is not None:
+            self.speculator.configure(settings.max_step_tokens)
         if self._costs is not None:
             self.scheduler.learn(self._costs)
 
@@ -204,12 +208,12 @@ class LLMEngine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; the new token of every request whose token was read."""
-        self._entered_at = time.perf_counter()
+        self._times.enter()
         try:
             self._step()
         finally:
             self.watch.end_step()
-            self._left_at = time.perf_counter()
+            self._times.leave()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -221,11 +225,11 @@ class LLMEngine:
             self._collect(0)
         self._collect(1)  # there are two where reading was interrupted, and no memory for three
         self._must_read = False
-        drafts = self._drafts() if self.speculator is not None else None
+        wanted = self._wanted_drafts() if self.speculator is not None else None
         self.watch.part("schedule")
-        schedule = self.scheduler.schedule(drafts)
-        launched_at = time.perf_counter()
+        schedule = self.scheduler.schedule(wanted)
         if schedule:
+            launch = self._times.launches()
             self.watch.part("launch")
             try:
                 read = self.runner.launch(schedule)
@@ -234,31 +238,34 @@ class LLMEngine:
                 self._must_read = True
                 raise
             self.scheduler.launched(schedule)
-            self._in_flight.append((schedule, read, launched_at))
-        self._collect(1 if self.run_ahead and schedule else 0)
+            self._in_flight.append((schedule, read, launch))
+        # Where the caller takes long, what a step takes is seen by waiting for it.
+        at_once = self.speculator is not None and self.speculator.reads_at_once
+        self._collect(1 if self.run_ahead and schedule and not at_once else 0)
 
-    def _drafts(self) -> Drafts:
-        """Guesses for the next step, where they may pay; all ids are read then."""
-        speculator = self.speculator
+    def _wanted_drafts(self) -> WantedDrafts | None:
+        """What drafts the next step is to have, where they may pay; all ids are read then."""
+        speculator, running = self.speculator, self.scheduler.running
         assert speculator is not None
-        wanted = speculator.wanted(self.scheduler.running)
-        if not wanted:
-            return {}
+        settings = self.scheduler.settings
+        room = min(settings.max_draft_tokens, settings.max_step_tokens - len(running))
+        counts = speculator.wanted(running, room) if room > 0 else {}
+        if not counts:
+            return None
         self._collect(0)
-        self.watch.part("schedule")
-        decoding = self.scheduler.running.decoding
-        return speculator.propose({r: n for r, n in wanted.items() if r in decoding})
+        return speculator.asking({r: n for r, n in counts.items() if r in running.decoding})
 
     def _collect(self, num_left: int) -> None:
         """Read the ids of the oldest steps in flight, but for so many, and finish what has ended.
         What is interrupted can be read again."""
         while len(self._in_flight) > num_left:
-            schedule, read, launched_at = self._in_flight[0]
+            schedule, read, launch = self._in_flight[0]
             self.watch.part("wait")
+            self._times.waits()
             result = read()
             self._in_flight.popleft()
             if self._costs is not None or self.speculator is not None:
-                self._time(schedule, launched_at)
+                self._time(schedule, launch)
             self._take(schedule, result)
 
     def _take(self, schedule: Schedule, result: list[int] | StepResult) -> None:
@@ -309,21 +316,14 @@ class LLMEngine:
             output += self._logprobs_of(request, logprobs) if request.wants_logprobs else _NOTHING
             outputs.append(_step_output(output))
 
-    def _time(self, schedule: Schedule, launched_at: float) -> None:
+    def _time(self, schedule: Schedule, launch: Launch) -> None:
         """What the step took that was read now, for those who want to know."""
-        now, read_at = time.perf_counter(), self._read_at
-        self._read_at = now
-        caller_s = self._entered_at - self._left_at  # between two calls of `step`
-        took_s = now - max(launched_at, read_at)
-        # Else the step may have been done long ago.
-        is_prompt = launched_at >= self._entered_at or caller_s <= took_s / 16
-        if self._costs is not None and is_prompt:
-            self._learn(schedule, took_s)
+        found = self._times.read(launch)
+        if self._costs is not None and found.is_runners:
+            self._learn(schedule, found.took_s)
         if self.speculator is not None:
-            # All that lies between two results counts: what a caller does with them, and how
-            # drafts are found, which nothing runs beside.
-            period_s = now - read_at
-            self.speculator.stepped(schedule, period_s if caller_s < period_s / 2 else None)
+            # How drafts are found is part of it, which nothing runs beside.
+            self.speculator.stepped(schedule, found.engine_s)
 
     def _learn(self, schedule: Schedule, took_s: float) -> None:
         """How quickly prompts are computed, from steps that are prompts for the most part: it

@@ -10,8 +10,9 @@ A step goes `schedule` → the runner launches it → `launched` → its ids are
 move on in `launched`, so that the next step can be scheduled before the ids of this one are read.
 
 Drafts, guesses of the tokens that come next, are more tokens of a request that has caught up, with
-what budget and free blocks a step has left. They do not count in `launched`: those that turn out
-right are counted in `update_verified`, and the others never were.
+what budget and free blocks a step has left; they are asked for when that is known. They do not
+count in `launched`: those that turn out right are counted in `update_verified`, and the others
+never were.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.results import FAILED_TOKEN
 from nanocupy.engine.running import RunningSet, decodes
 from nanocupy.engine.schedule import Schedule, ScheduledRequest, SchedulerSettings
-from nanocupy.engine.scheduled_drafts import Drafts, add_drafts, count_verified
+from nanocupy.engine.scheduled_drafts import WantedDrafts, add_drafts, count_verified, draft_room
 from nanocupy.engine.scheduler_checks import check_running, check_waiting
 from nanocupy.engine.step_plan import SchedulerCounters, StepPlan
 from nanocupy.engine.waiting import WaitingQueue
@@ -98,23 +99,34 @@ class Scheduler:
 
     # ----------------------------------------------------------------- a step
 
-    def schedule(self, drafts: Drafts | None = None) -> Schedule:
+    def schedule(self, wanted: WantedDrafts | None = None) -> Schedule:
         """The next step; false where there is nothing to do, or nothing until a step in flight is
         over. Those that decode come before prompts of the same urgency.
 
-        drafts: guesses for requests that decode, of which all ids are known.
+        wanted: drafts for requests that decode. What their proposer raises is raised; the step was
+        not run then.
         """
-        for request in drafts or ():
-            self.running.set_apart(request)
         plan = self._plan = StepPlan(self.settings.max_step_tokens, self._clock())
         self.counters.num_steps += 1
         for request in self._start(plan):
             if request.state is RequestState.RUNNING:  # else preempted by one before it
                 self._catch_up(request, plan)
         self._admit_waiting(plan)
-        if drafts:
-            add_drafts(drafts, plan, self.memory, self.settings.max_draft_tokens)
+        if wanted is not None:
+            self._add_drafts(wanted, plan)
         return self._finished(plan)
+
+    def _add_drafts(self, wanted: WantedDrafts, plan: StepPlan) -> None:
+        most = self.settings.max_draft_tokens
+        room = draft_room(wanted, plan, self.running, self.memory, most)
+        if not room:
+            return
+        try:
+            drafts = wanted.propose(room)
+        except BaseException:
+            self.failed()
+            raise
+        add_drafts(drafts, room, plan, self.running, self.memory)
 
     def launched(self, schedule: Schedule) -> None:
         """The runner has started the step that `schedule` gave last: its tokens count."""

@@ -2,9 +2,10 @@
 
 For every request it keeps a sequence of its own, the mirror, whose last tokens are its guesses of
 last time. Before it guesses again the mirror takes in what really came, and what its cache holds
-beyond the first wrong guess no longer counts. Its guesses are drawn as the model draws, with the
-request's temperature, cuts, seed and positions, so with the very same random numbers; penalties are
-left to the model. Knows runners and schedules, no arrays.
+beyond the first wrong guess no longer counts; what is long, as a prompt is, a chunk at a time, one
+before each step of the model. Its guesses are drawn as the model draws, with the request's
+temperature, cuts, seed and positions, so with the very same random numbers; penalties are left to
+the model. Knows runners and schedules, no arrays.
 """
 
 from __future__ import annotations
@@ -57,19 +58,26 @@ class DraftModelProposer(Proposer):
                 if mirror is None or not self._has_room(mirror, count, owners.values()):
                     continue
                 drafting[mirror], owners[mirror] = count, request
-            if drafting:
-                self._catch_up(list(drafting))
-                self._guess(drafting)
+            behind = self._catch_up(list(drafting))
+            ready = {m: count for m, count in drafting.items() if m not in behind}
+            if ready:
+                self._guess(ready)
         except BaseException:
             for request in owners.values():  # who knows what their caches hold
                 self.forget(request)
             raise
-        found = {}
+        assert not self._unread, "a step is left that nobody reads"
+        found: dict[Request, Sequence[int]] = {}
         for mirror, request in owners.items():
+            if mirror in behind:
+                found[request] = ()
+                continue
             drafts = mirror.output_ids[len(request.output_ids) :]
             bad = (n for n, id_ in enumerate(drafts) if not 0 <= id_ < self._vocab_size)
-            found[request] = drafts[: next(bad, len(drafts))]
-        return {request: drafts for request, drafts in found.items() if drafts}
+            good = drafts[: next(bad, len(drafts))]
+            if good:
+                found[request] = good
+        return found
 
     def forget(self, request: Request) -> None:
         self._unfit.discard(request)
@@ -79,7 +87,6 @@ class DraftModelProposer(Proposer):
 
     def check_integrity(self) -> None:
         """Assert that every block is one mirror's, or free."""
-        assert not self._unread
         self._memory.check_integrity(self._mirrors.values(), ())
 
     # ----------------------------------------------------------------- mirrors
@@ -151,21 +158,26 @@ class DraftModelProposer(Proposer):
 
     # ----------------------------------------------------------------- steps
 
-    def _catch_up(self, mirrors: Sequence[Request]) -> None:
-        """Compute what mirrors lack, but for few tokens of each."""
-        budget = self.runner.limits.max_step_tokens
-        few = max(1, min(_FEW_TOKENS, budget // len(mirrors)))
-        while True:
-            left, items = budget, []
-            for mirror in mirrors:
-                count = min(mirror.num_tokens - mirror.num_computed_tokens - few, left)
-                if count > 0:
-                    items.append(ScheduledRequest(mirror, count, False))
-                    left -= count
-            if not items:
-                return
+    def _catch_up(self, mirrors: Sequence[Request]) -> set[Request]:
+        """Compute what mirrors lack, but for few tokens of each: in one step, so that nobody waits
+        for longer than for a chunk of a prompt. Those that lack least come first. Returns which
+        have not caught up."""
+        most = self.runner.limits.max_step_tokens
+        few = max(1, min(_FEW_TOKENS, most // max(1, len(mirrors))))
+        left, items, behind = min(most, self.max_step_tokens or most), [], set()
+        lacking = {m: m.num_tokens - m.num_computed_tokens - few for m in mirrors}
+        for mirror, lack in sorted(lacking.items(), key=lambda pair: pair[1]):
+            count = min(lack, left)
+            if count > 0:
+                items.append(ScheduledRequest(mirror, count, False))
+                left -= count
+            if count < lack:
+                behind.add(mirror)
+        self.was_reading = bool(items)
+        if items:
             self._launch(tuple(items))
             self._read(0)
+        return behind
 
     def _guess(self, drafting: Mapping[Request, int]) -> None:
         """One guess a step for each of those that are to have more. The step before is read while

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from nanocupy.engine.request import Request
 from nanocupy.speculation.costs import StepCosts, bucket
 
+_ROOMY = 1 << 20  # drafts of a step, more than there ever are
+
 
 class DraftPolicy:
     """Says how many drafts are wanted, and is told what came of them. This one always wants the
@@ -39,12 +41,19 @@ class DraftPolicy:
         """Whether the request may have drafts now; asked of all that decode, in every step."""
         return True
 
-    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
-        """How many drafts each of these requests shall have, those without left out."""
+    def choose(
+        self, requests: Sequence[Request], num_running: int, room: int = _ROOMY
+    ) -> dict[Request, int]:
+        """How many drafts each of these requests shall have, those without left out. room: of a
+        step for drafts of all together; what is beyond it is cut off."""
         return dict.fromkeys(requests, self.max_drafts)
 
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """A step of decodes alone took so long, finding its drafts included."""
+
+    def knows(self, num_seqs: int, num_drafts: int) -> bool:
+        """Whether it knows what such steps take, or does not want to."""
+        return True
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
         """So many of a request's drafts were right; num_drafts = 0: none was found."""
@@ -90,7 +99,7 @@ class AdaptiveDrafts(DraftPolicy):
     # So seldom steps without drafts are made, so that their time stays known, and so many.
     REFRESH_STEPS, REFRESH_LENGTH = 512, 5
 
-    def __init__(self, max_drafts: int, max_rows: int = 1 << 20) -> None:
+    def __init__(self, max_drafts: int, max_rows: int = _ROOMY) -> None:
         super().__init__(max_drafts)
         self._max_rows = max_rows
         self.costs = StepCosts()
@@ -123,7 +132,10 @@ class AdaptiveDrafts(DraftPolicy):
         record = self._records.get(request)
         return record is None or request.num_tokens >= record.resume_at
 
-    def choose(self, requests: Sequence[Request], num_running: int) -> dict[Request, int]:
+    def choose(
+        self, requests: Sequence[Request], num_running: int, room: int = _ROOMY
+    ) -> dict[Request, int]:
+        room = min(room, self._max_rows)
         plain = self.costs.seconds(num_running, 0)
         if plain is None or not requests:
             return {}  # steps without drafts are measured first
@@ -131,7 +143,7 @@ class AdaptiveDrafts(DraftPolicy):
         levels = [
             int(self.LEVELS * self._share(self._record(request)) + 0.5) for request in requests
         ]
-        wanted = self._best(Counter(levels), num_running, plain)
+        wanted = self._best(Counter(levels), num_running, plain, room)
         if wanted is not None:
             self._num_drafted += 1
             self._probe_pause = self.PROBE_PAUSE
@@ -139,11 +151,11 @@ class AdaptiveDrafts(DraftPolicy):
             chosen = zip(requests, levels, strict=True)
             return {request: wanted[level] for request, level in chosen if wanted[level]}
         best = Counter({int(self.LEVELS * self.BEST): len(requests)})
-        if self._best(best, num_running, plain) is None:
+        if self._best(best, num_running, plain, room) is None:
             self._close(num_running)
         elif self._probes():
             count = min(self.FIRST_DRAFTS, self.max_drafts)
-            return dict.fromkeys(requests[: max(1, self._max_rows // count)], count)
+            return dict.fromkeys(requests[: max(1, room // count)], count)
         else:
             for request in requests:
                 self._pause(request)
@@ -151,6 +163,9 @@ class AdaptiveDrafts(DraftPolicy):
 
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         self.costs.add(num_seqs, num_drafts, seconds)
+
+    def knows(self, num_seqs: int, num_drafts: int) -> bool:
+        return self.costs.seconds(num_seqs, num_drafts) is not None
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
         record = self._record(request)
@@ -179,7 +194,7 @@ class AdaptiveDrafts(DraftPolicy):
         return (record.num_right + record.expected) / (record.num_tried + 1)
 
     def _best(
-        self, levels: Mapping[int, int], num_running: int, plain_s: float
+        self, levels: Mapping[int, int], num_running: int, plain_s: float, room: int
     ) -> dict[int, int] | None:
         """The number of drafts for each level that gives the most tokens a second; None where none
         is better than without. levels: how many requests each has."""
@@ -193,8 +208,8 @@ class AdaptiveDrafts(DraftPolicy):
                 levels[level] * sum((level / self.LEVELS) ** n for n in range(1, count + 1))
                 for level, count in counts.items()
             )
-            gain *= min(1.0, self._max_rows / total)  # a step takes no more
-            seconds = self.costs.estimate(num_running, min(total, self._max_rows))
+            gain *= min(1.0, room / total)  # a step takes no more
+            seconds = self.costs.estimate(num_running, min(total, room))
             if seconds is None:
                 if size > self.FIRST_DRAFTS:
                     break

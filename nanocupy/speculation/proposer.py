@@ -13,6 +13,10 @@ class Proposer(ABC):
     Requests are only looked at."""
 
     name: str
+    # Tokens of a step of the engine at most, which says how long others wait for one; None = any.
+    max_step_tokens: int | None = None
+    # Whether the last `propose` was at tokens that it had not read yet, so took longer than others.
+    was_reading = False
 
     @abstractmethod
     def is_promising(self, request: Request) -> bool:
@@ -22,7 +26,8 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
         """At most so many next tokens for each request, the ids of all its tokens being known. Who
-        gets none is left out."""
+        gets none is left out; an empty guess says that there may be one next time, when more of the
+        request's tokens are read."""
 
     @abstractmethod
     def forget(self, request: Request) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanocupy.engine.request import Request, RequestState
 from nanocupy.engine.running import RunningSet
 from nanocupy.engine.schedule import Schedule, ScheduledRequest
-from nanocupy.engine.scheduled_drafts import Drafts
+from nanocupy.engine.scheduled_drafts import Drafts, WantedDrafts
 from nanocupy.speculation.acceptance import CountRight, count_right
 from nanocupy.speculation.policy import DraftPolicy
 from nanocupy.speculation.proposer import Proposer
@@ -70,12 +70,19 @@ class Speculator:
         self.policy = policy
         self.count_right = count_right
         self.counters = SpeculationCounters()
+        self.reads_at_once = False  # whether a step is to be read in the call that launches it
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
+        self._was_reading = False  # the proposer, before the step that is read next
 
-    def wanted(self, running: RunningSet) -> dict[Request, int]:
-        """How many drafts requests shall have in the next step. Where it is not empty, the ids of
-        all steps must be read, and `propose` called."""
+    def configure(self, max_step_tokens: int) -> None:
+        """Steps of the engine have so many tokens at most from now on."""
+        self.proposer.max_step_tokens = max_step_tokens
+
+    def wanted(self, running: RunningSet, room: int) -> dict[Request, int]:
+        """How many drafts requests shall have in the next step, in which there is room for so many
+        if nobody comes. Where it is not empty, the ids of all steps must be read, and the scheduler
+        be told."""
         if self._has_failed:  # whatever it was, the next step comes without drafts
             self._has_failed = False
             return {}
@@ -93,19 +100,24 @@ class Speculator:
             and policy.may_try(request)
             and self.proposer.is_promising(request)
         ]
-        return policy.choose(found, num_running) if found else {}
+        return policy.choose(found, num_running, room) if found else {}
 
-    def propose(self, wanted: dict[Request, int]) -> Drafts:
-        """The drafts of requests that still decode, all of their ids being known."""
+    def asking(self, counts: Mapping[Request, int]) -> WantedDrafts:
+        """What the scheduler is told of those of `wanted` that still decode, all ids being read."""
         self._was_plain = False
-        room = {r: min(n, r.max_total_tokens - r.num_tokens - 1) for r, n in wanted.items()}
+        return WantedDrafts(counts, self.propose, self.policy.beside_prompts)
+
+    def propose(self, room: Mapping[Request, int]) -> Drafts:
+        """Drafts of requests that decode, all of their ids being known, and no more of each than
+        there is room for."""
         self._has_failed = True
-        drafts = self.proposer.propose({r: n for r, n in room.items() if n > 0})
+        drafts = self.proposer.propose(room)
         self._has_failed = False
-        for request in wanted:
+        for request in room:
             if request not in drafts:
                 self.counters.num_missed += 1
                 self.policy.verified(request, 0, 0)
+        self._was_reading = self.proposer.was_reading
         return drafts
 
     def verify(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Sequence[int]]:
@@ -132,14 +144,20 @@ class Speculator:
         return num_right
 
     def stepped(self, schedule: Schedule, seconds: float | None) -> None:
-        """A step was read; seconds it took, or None where that says nothing."""
+        """A step was read; seconds it took of the engine's own, None where nobody knows: such are
+        read at once, until the policy knows."""
         num_drafts = sum(len(item.drafts) for item in schedule) if schedule.has_drafts else 0
         num_seqs = len(schedule.requests)
         self.counters.num_steps += num_drafts > 0
+        is_known = seconds is not None
+        if self._was_reading:  # which is seldom, and took longer
+            self._was_reading, seconds = False, None
         is_decode = schedule.num_tokens - num_drafts == num_seqs and not schedule.swap_out
         # After a step that was waited for, the next one did not run beside the host's work.
         if is_decode and seconds is not None and (num_drafts or self._was_plain):
             self.policy.stepped(num_seqs, num_drafts, seconds)
+        if is_decode and (self.reads_at_once or not is_known):
+            self.reads_at_once = not self.policy.knows(num_seqs, num_drafts)
         self._was_plain = is_decode and not num_drafts
 
     def forget(self, request: Request) -> None:

@@ -73,7 +73,8 @@ def test_for_people(capsys):
         (["--acceptance", "1.1"], "must be numbers from 0 to 1"),
         (["--acceptance", "x"], "must be numbers from 0 to 1"),
         (["--draft-tokens", "8"], "draft_tokens is 8"),
-        (["--speculate", "ngram"], "--draft-shape says what guesses"),
+        (["--speculate", "ngram"], "speculate is ngram; leave it out here: --draft-shape says"),
+        (["--draft-model", "a.nano"], "draft_model is a.nano; leave it out here: --draft-shape"),
     ],
 )
 def test_refusals(argv, message, capsys):

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanocupy import cli
 from nanocupy.bench.shapes import SHAPES, random_checkpoint
 from nanocupy.cuda.cards import capability_of, common_cards
-from nanocupy.cuda.compiler import cubin_folder
+from nanocupy.cuda.compiler import Compiler, cubin_folder
 from nanocupy.engine import device_kernels
 from nanocupy.engine.device_kernels import Outline, kernel_variants
-from nanocupy.engine.device_plan import DeviceSettings, op_sizes
+from nanocupy.engine.device_plan import DeviceSettings, draft_limits, op_sizes
 from nanocupy.engine.runner import RunnerLimits
 from nanocupy.engine.weight_formats import plan_weight_formats
 from nanocupy.errors import ConfigError
+from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from nanocupy.ops.cuda_ops import CudaOps
 from nanocupy.ops.cuda_sizes import DeviceTraits, workspace_plan
 from nanocupy.ops.kernel_variants import VariantCollector
 from tests.checkpoint.hf_folders import write_folder
+from tests.checkpoint.tiny import TinyCheckpoint, tiny_config
 
 HALF = DeviceSettings("bfloat16", "bfloat16", "bfloat16")
 
@@ -84,6 +87,39 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     monkeypatch.setenv("NANOCUPY_CACHE_DIR", str(tmp_path / "file"))
     assert cli.main(["warmup", "--shape", "qwen3-0.6b", "--arch", "sm_80"]) == 2
     assert "cannot be written; set NANOCUPY_CACHE_DIR" in capsys.readouterr().err
+
+
+def test_a_draft_model_s_kernels_are_among_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """All that its runner asks for as it starts beside the model's, and nothing where nothing
+    guesses."""
+    pytest.importorskip("cupy")
+    draft = tiny_config(
+        head_size=64, num_heads=2, num_kv_heads=1, hidden_size=64, intermediate_size=192,
+        max_context=512,
+    )  # fmt: skip
+    write_nanoinfer2(TinyCheckpoint(draft), tmp_path / "draft.nano")
+    compiled: list[set] = []
+
+    def compile_all(self: Compiler, variants: Any, **options: Any) -> list:
+        compiled.append({(file, tuple(sorted(macros.items()))) for file, macros in variants})
+        return []
+
+    monkeypatch.setattr(Compiler, "compile_all", compile_all)
+    argv = ["warmup", "--shape", "qwen3-0.6b", "--arch", "sm_90a", "--max-num-seqs", "4"]
+    named = ["--draft-model", str(tmp_path / "draft.nano")]
+    for more in ([], named, [*named, "--speculate", "off"], ["--speculate", "ngram"]):
+        assert cli.main([*argv, *more]) == 0
+        capsys.readouterr()
+    plain, both, off, ngram = compiled
+    assert plain == off < ngram < both
+    limits = RunnerLimits(2, 16, SHAPES["qwen3-0.6b"].max_context, 2048, 4, 0, 5, 20)
+    for card in common_cards((9, 0)):
+        for file, macros in kernel_variants(draft, HALF, draft_limits(limits, draft), card):
+            assert (file, tuple(sorted(macros.items()))) in both
+    assert cli.main([*argv, "--draft-model", "nowhere.nano"]) == 2
+    assert "nowhere.nano: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from nanocupy.cuda import device as cuda_device
 from nanocupy.cuda import probe
 from nanocupy.cuda.arena import ArenaPlan
-from nanocupy.engine import backend
+from nanocupy.engine import backend, device_plan
 from nanocupy.engine.backend import make_engine, make_runner
 from nanocupy.engine.config import EngineConfig
 from nanocupy.engine.device_plan import (
@@ -120,8 +120,10 @@ def test_host_blocks_take_half_the_machine_at_most(monkeypatch: pytest.MonkeyPat
     assert backend._num_host_blocks(config.with_(host_cache_gb=0), 1000, token_bytes) == 0
 
 
-def test_a_draft_model_beside_the_model(device: PreparedDevice, monkeypatch) -> None:
-    """Both in one budget, blocks for both, kernels for both, each on a stream of its own."""
+@pytest.mark.parametrize("head_dtype", ["auto", "float16"])
+def test_a_draft_model_beside_the_model(head_dtype, device: PreparedDevice, monkeypatch) -> None:
+    """Both in one budget, blocks for both, kernels for both, each on a stream of its own; with a
+    matrix of two types, which both models have once, too."""
     original = device.second_stream
 
     def second_stream() -> Any:
@@ -132,9 +134,13 @@ def test_a_draft_model_beside_the_model(device: PreparedDevice, monkeypatch) -> 
 
     monkeypatch.setattr(device, "second_stream", second_stream)
     draft = TinyCheckpoint(
-        tiny_config(head_size=64, num_heads=1, num_kv_heads=1, num_layers=1, max_context=48), seed=4
-    )
-    config = CONFIG.with_(draft_model="small.nano", draft_tokens=3)
+        tiny_config(
+            head_size=64, num_heads=1, num_kv_heads=1, num_layers=1, max_context=48,
+            tied_lm_head=True,
+        ),
+        seed=4,
+    )  # fmt: skip
+    config = CONFIG.with_(draft_model="small.nano", draft_tokens=3, lm_head_dtype=head_dtype)
     engine = make_engine(CHECKPOINT, config, draft=draft)
     assert isinstance(engine.runner, DeviceRunner)
     proposer = engine.speculator.proposer
@@ -162,12 +168,60 @@ def test_memory_for_a_draft_model_is_planned_or_refused() -> None:
         return ArenaPlan(buffer_specs(config, device, settings, limits)).total_bytes
 
     small = replace(whole, num_blocks=2)
-    least = total(small, model) + total(draft_limits(small), draft)
+    least = total(small, model) + total(draft_limits(small, draft), draft)
     device._memory_bytes = least + 40_000
     some = plan_limits(model, device, settings, **sizes, **drafts)
     assert 2 < some.num_blocks < whole.num_blocks
-    both = total(some, model) + total(draft_limits(some), draft)
+    both = total(some, model) + total(draft_limits(some, draft), draft)
     assert both <= device.free_bytes()
     device._memory_bytes = least - 1
     with pytest.raises(CapacityError, match=r"for the draft model, .* may be used"):
         plan_limits(model, device, settings, **sizes, **drafts)
+
+
+@pytest.mark.parametrize("kv_heads", [(1, 2), (2, 1)], ids=["more of the draft", "fewer"])
+def test_heads_of_both_models_count_in_the_plan(kv_heads: tuple[int, int], monkeypatch) -> None:
+    """A block takes the bytes of both models' heads, and neither cache may have more rows than
+    kernels count."""
+    device, settings = ShimDevice(), DeviceSettings("float32", "float32", "float32", 1.0)
+    device._memory_bytes = 48 << 20
+    model, draft = (
+        tiny_config(head_size=64, num_heads=2, num_kv_heads=n, max_context=4096) for n in kv_heads
+    )
+    sizes = {"max_context": 4096, "max_num_seqs": 4, "max_step_tokens": 32, "block_size": 4}
+    drafts = {"max_drafts": 5, "max_draft_rows": 20, "draft": (draft, settings)}
+    some = plan_limits(model, device, settings, **sizes, **drafts)
+    assert 2 < some.num_blocks < 4 * 1024
+
+    def total(limits: Any, config: Any) -> int:
+        return ArenaPlan(buffer_specs(config, device, settings, limits)).total_bytes
+
+    def both(num_blocks: int) -> int:
+        limits = replace(some, num_blocks=num_blocks)
+        return total(limits, model) + total(draft_limits(limits, draft), draft)
+
+    assert both(some.num_blocks) <= device.free_bytes() < both(some.num_blocks + 4)
+    monkeypatch.setattr(device_plan, "_MAX_CACHE_ROWS", 2 * 4 * 50 + 7)
+    assert plan_limits(model, device, settings, **sizes, **drafts).num_blocks == 50
+
+
+def test_a_draft_model_of_short_context_leaves_its_room_to_the_model() -> None:
+    device, settings = ShimDevice(), DeviceSettings("float32", "float32", "float32", 1.0)
+    device._memory_bytes = 48 << 20
+    model, draft = (
+        tiny_config(head_size=64, num_heads=1, num_kv_heads=1, max_context=context)
+        for context in (4096, 64)
+    )
+    sizes = {"max_context": 4096, "max_num_seqs": 4, "max_step_tokens": 32, "block_size": 4}
+    some = plan_limits(model, device, settings, **sizes, draft=(draft, settings))
+    own = draft_limits(some, draft)
+    assert (own.max_context, own.num_blocks) == (64, 1 + 4 * 16)
+
+    def both(num_blocks: int) -> int:
+        limits = replace(some, num_blocks=num_blocks)
+        pairs = (limits, model), (draft_limits(limits, draft), draft)
+        plans = (buffer_specs(config, device, settings, lim) for lim, config in pairs)
+        return sum(ArenaPlan(specs).total_bytes for specs in plans)
+
+    assert own.num_blocks < some.num_blocks < 4 * 1024
+    assert both(some.num_blocks) <= device.free_bytes() < both(some.num_blocks + 4)

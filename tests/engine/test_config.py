@@ -144,6 +144,31 @@ def test_where_guesses_come_from() -> None:
         EngineConfig(speculate="ngram", draft_model="small.nano")
 
 
+def test_guesses_need_room_in_a_step() -> None:
+    """Beside a token of one sequence at least. Where a full batch leaves none, a smaller one does;
+    and no rows are planned for that no step has."""
+    config = EngineConfig(speculate="ngram", chunk_size=16, max_num_seqs=16)
+    assert (config.max_step_tokens, config.max_draft_rows) == (16, 15)
+    config = EngineConfig(speculate="ngram", chunk_size=2, max_num_seqs=1)
+    assert config.max_draft_rows == 1
+    config = EngineConfig(speculate="ngram", chunk_size=1, max_chunk_size=3, max_num_seqs=1)
+    assert config.max_draft_rows == 2
+    few = {"chunk_size": 1, "max_num_seqs": 1}
+    assert EngineConfig(**few).max_draft_rows == 0
+    assert EngineConfig(**few, draft_model="a", speculate="off").max_draft_rows == 0
+    for more, start, value in (
+        ({"speculate": "ngram"}, "chunk_size is 1", "ngram"),
+        ({"draft_model": "small.nano"}, "chunk_size is 1", "auto"),
+        ({"speculate": "ngram", "max_chunk_size": 1}, "max_chunk_size is 1", "ngram"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            EngineConfig(**few, **more)
+        assert str(raised.value) == (
+            f"{start} and max_num_seqs 1: no step has room for a guess, and speculate is {value}; "
+            "raise one of them, or set speculate to off"
+        )
+
+
 def test_the_weights_are_those_of_the_policy() -> None:
     from nanocupy.engine import policy
 
@@ -223,6 +248,10 @@ def configs(draw: st.DrawFn) -> EngineConfig:
             values[name] = min(values[name], values[limit])
     if values["speculate"] == ("draft" if values["draft_model"] is None else "ngram"):
         values["speculate"] = "auto"
+    if values["max_num_seqs"] == values["max_chunk_size"] == 1 or (
+        values["max_num_seqs"] == values["chunk_size"] == 1 and values["max_chunk_size"] is None
+    ):
+        values["speculate"] = "off"  # a step has no room for guesses
     return EngineConfig(**values)
 
 
@@ -241,6 +270,11 @@ def test_round_trips(config: EngineConfig, tmp_path_factory: pytest.TempPathFact
     assert EngineConfig(**config.to_dict()) == config
     # What we write means the same to YAML 1.1, as most other programs read it.
     assert EngineConfig(**yaml.safe_load(commented_yaml(config))) == config
+
+
+def test_json_escapes_of_one_character_are_one(tmp_path: Path) -> None:
+    text = 'draft_model: "\\ud83d\\ude00.nano"\n'
+    assert EngineConfig.from_file(write(tmp_path, text)).draft_model == "\U0001f600.nano"
 
 
 def test_ways_to_write_a_value(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_draft_model_beside_it():
     wanted = plain("llama", requests)
     device = ShimDevice()
     runner = make_runner("llama", device)
-    of_draft = draft_limits(LIMITS)
+    of_draft = draft_limits(LIMITS, CONFIGS["llama"])
     for seed, least, most in ((3, 1.0, 1.0), (4, 0.0, 0.5)):
         draft = make_runner("llama", device.second_stream(), of_draft, seed)
         proposer = DraftModelProposer(draft, runner.config.vocab_size)
@@ -156,9 +156,10 @@ def test_a_draft_model_beside_it():
 def test_a_draft_model_goes_on_from_what_came():
     """However many of its guesses were right, the last among them or not, the next ones are those
     of a proposer that has never seen the request."""
-    of_draft = draft_limits(LIMITS)
+    of_draft = draft_limits(LIMITS, CONFIGS["llama"])
     weights = load_numpy_weights(TinyCheckpoint(CONFIGS["llama"], seed=3))
-    fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, of_draft), 48)
+    whole = replace(of_draft, max_step_tokens=300)  # all that came is read in one step
+    fresh = DraftModelProposer(NumpyRunner(CONFIGS["llama"], weights, whole), 48)
     proposer = DraftModelProposer(make_runner("llama", ShimDevice(), of_draft), 48)
     rng = random.Random(0)
     outputs = {number: [7] for number in range(3)}
@@ -225,6 +226,22 @@ def test_rows_beyond_one_a_sequence_have_room():
     assert counters.num_proposed >= 30
 
 
+@pytest.mark.parametrize("num_seqs", [1, 6])
+def test_steps_that_hold_few_tokens(num_seqs):
+    """As few as sequences run at once, or one more: guesses have what room is left."""
+    num_tokens = max(num_seqs, 2)
+    limits = replace(
+        LIMITS, max_step_tokens=num_tokens, max_num_seqs=num_seqs, max_draft_rows=num_tokens - 1
+    )
+    requests = {str(i): (i // 2, [i, 7, i, 7], GREEDY.with_(max_tokens=12)) for i in range(7)}
+    wanted = plain("llama", requests)
+    runner = make_runner("llama", ShimDevice(), limits)
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    assert run(engine, requests) == wanted
+    assert 0 < speculator.counters.num_accepted < speculator.counters.num_proposed
+
+
 def test_two_streams_take_one_for_drafts():
     requests = arrivals(6, GREEDY)
     wanted = plain("llama", requests)
@@ -271,6 +288,15 @@ def test_the_kernels_that_drafts_need_are_known_beforehand():
     engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
     assert run(engine, requests) == wanted
     assert asked - known <= {m for m in asked if m[0] == "gemv.cu"}, "batches between the powers"
+
+
+def test_a_draft_model_has_no_kernels_that_check_drafts():
+    limits = draft_limits(LIMITS, CONFIGS["llama"])
+    of_draft, of_model = (
+        {file for file, _ in make_runner("llama", ShimDevice(), lim).kernel_variants()}
+        for lim in (limits, LIMITS)
+    )
+    assert of_model - of_draft == {"drafts.cu"}
 
 
 def test_a_steady_step_sends_its_drafts_alone():

@@ -111,6 +111,78 @@ def test_preempted(mode):
     assert counters.num_swapped_out + counters.num_recomputed
 
 
+@pytest.mark.parametrize("live", [None, 9])
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+def test_a_prompt_is_read_a_chunk_a_step(run_ahead, live, monkeypatch):
+    """Beside another that decodes and goes on to get guesses: before each step of the model the
+    draft model computes a chunk at most, as large as those of the model are now. Until it has read
+    all, that is no miss."""
+    runner = draft_runner("same", chunk=16, deferred=run_ahead)
+    engine = make_engine(runner, chunk=64, run_ahead=run_ahead)
+    if live is not None:
+        engine.configure(SchedulerSettings(6, live, max_draft_tokens=30))
+    chunk = live or 16
+    prompt = [(7 * i + i // 5) % 48 for i in range(70)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    asked = {"short": [3, 4, 5], "long": prompt}
+    wanted = {}
+    for name, ids in asked.items():
+        plain = equalities.make_engine("plain")
+        plain.add_request(name, ids, params)
+        wanted[name] = []
+        while plain.has_unfinished:
+            wanted[name] += [output.token_id for output in plain.step()]
+    original, sizes = runner.launch, []
+
+    def launch(schedule):
+        sizes.append(sum(item.num_tokens for item in schedule if not item.samples))
+        return original(schedule)
+
+    monkeypatch.setattr(runner, "launch", launch)
+    got: dict[str, list[int]] = {name: [] for name in asked}
+    for name in asked:
+        engine.add_request(
+            name, asked[name], params.with_(max_tokens=60 if name == "short" else 24)
+        )
+    guessed_beside = 0
+    while engine.has_unfinished:
+        sizes.clear()
+        before = len(got["short"])
+        for output in engine.step():
+            got[output.request_id].append(output.token_id)
+        assert sum(size > 0 for size in sizes) <= 1
+        assert max(sizes, default=0) <= chunk
+        guessed_beside += max(sizes, default=0) > 1 and len(got["short"]) - before > 1
+    assert got["long"] == wanted["long"]
+    assert got["short"][:24] == wanted["short"]
+    assert guessed_beside >= 3
+    assert engine.speculator.counters.num_missed == 0
+    assert engine.speculator.counters.acceptance == 1
+    check_end(engine)
+
+
+def test_what_takes_longer_to_read_is_not_measured(monkeypatch):
+    """The steps before which the draft model reads a prompt say nothing of those before which it
+    does not."""
+    engine = make_engine(draft_runner("same", chunk=16))
+    proposer, told, reading = engine.speculator.proposer, [], []
+    original = proposer.propose
+
+    def propose(room):
+        found = original(room)
+        reading.append(proposer.was_reading)
+        return found
+
+    monkeypatch.setattr(proposer, "propose", propose)
+    monkeypatch.setattr(engine.speculator.policy, "stepped", lambda *step: told.append(step))
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    engine.add_request("a", [(7 * i) % 48 for i in range(60)], params)
+    while engine.has_unfinished:
+        engine.step()
+    assert reading.count(True) == 4  # 60 tokens of the prompt and one more, but for two, by 16
+    assert reading.count(False) == sum(drafts > 0 for _, drafts, _ in told) > 2
+
+
 def test_a_context_that_ends_before_the_models():
     engine = make_engine(draft_runner("same", max_context=20))
     assert run(engine, requests()) == alone("plain")

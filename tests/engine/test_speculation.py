@@ -106,6 +106,81 @@ def test_few_rows_for_all_drafts():
     assert 0 < counters.num_proposed <= 2 * counters.num_steps
 
 
+class Noting(GuessingProposer):
+    """Gives all that is asked for, as far as the answer goes, and keeps what it was asked for."""
+
+    def __init__(self, answer) -> None:
+        super().__init__(answer, 0.5, 48)
+        self.asked: list[dict] = []
+
+    def is_promising(self, request):
+        return True
+
+    def propose(self, wanted):
+        self.asked.append(dict(wanted))
+        answer, rng = self._answer, self._random
+        return {
+            request: [
+                token_id if rng.random() < 0.5 else self._another(token_id)
+                for token_id in answer(request)[len(request.output_ids) :][:count]
+            ]
+            for request, count in wanted.items()
+        }
+
+
+def noted(policy: DraftPolicy, monkeypatch, **options):
+    """All requests, through an engine whose proposer was asked for `asked` and whose steps were
+    `schedules`."""
+    outputs = alone("plain")
+    proposer = Noting(lambda request: outputs[int(request.request_id)])
+    engine = make_engine("plain", Speculator(proposer, policy), **options)
+    original, schedules = engine.runner.launch, []
+
+    def launch(schedule):
+        schedules.append((schedule, len(engine.scheduler.running)))
+        return original(schedule)
+
+    monkeypatch.setattr(engine.runner, "launch", launch)
+    assert run(engine, requests()) == outputs
+    return proposer.asked, schedules
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk": 7}, {"chunk": 3}, {"num_blocks": TIGHT}, {"max_draft_rows": 3}, {"chunk": 9,
+     "num_blocks": TIGHT, "run_ahead": True}],
+    ids=str,
+)  # fmt: skip
+def test_nothing_is_guessed_that_a_step_has_no_room_for(options, monkeypatch):
+    """Be it tokens, rows or blocks: all that the proposer is asked for is checked."""
+    asked, schedules = noted(DraftPolicy(MAX_DRAFTS), monkeypatch, **options)
+    placed = [
+        {item.request: len(item.drafts) for item in schedule if item.drafts}
+        for schedule, _ in schedules
+        if schedule.has_drafts
+    ]
+    assert asked == placed
+    assert len(asked) > 3
+    if options.get("chunk") == 3:  # a token of each who runs, and no more
+        full = [schedule for schedule, num_running in schedules if num_running >= 3]
+        assert full
+        assert not any(schedule.has_drafts for schedule in full)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+@pytest.mark.parametrize("beside_prompts", [False, True])
+def test_a_step_that_computes_prompts_goes_without(beside_prompts, run_ahead, monkeypatch):
+    """Also where a prompt is admitted in the step for which drafts were wanted; and nothing is
+    guessed for it. Unless the policy wants drafts there."""
+    policy = DraftPolicy(MAX_DRAFTS)
+    monkeypatch.setattr(policy, "beside_prompts", beside_prompts)
+    asked, schedules = noted(policy, monkeypatch, run_ahead=run_ahead)
+    drafted = [schedule for schedule, _ in schedules if schedule.has_drafts]
+    assert len(asked) == len(drafted) > 3
+    mixed = [s for s in drafted if any(not i.samples or i.num_tokens > i.num_rows for i in s)]
+    assert bool(mixed) == beside_prompts
+
+
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
 def test_stop_ids_end_a_request_among_its_drafts(run_ahead):
     stop_ids = tuple(sorted({tokens[len(tokens) // 2] for tokens in alone("plain")}))

@@ -94,6 +94,18 @@ def test_wrong_settings_are_refused() -> None:
         engine.parse(["walk"])
 
 
+@pytest.mark.parametrize("shares", ["1.1", "0.5,-0.1", "nan", "x", "0.5,"])
+def test_shares_of_right_guesses_are_from_0_to_1(shares, capsys) -> None:
+    """Before anything is loaded, and in one line."""
+    with pytest.raises(SystemExit) as raised:
+        engine.main(["speculative", f"--acceptance={shares}"])
+    assert raised.value.code == (
+        f"benchmarks.engine: --acceptance is {shares!r}; it must be numbers from 0 to 1, as in "
+        "0,0.8"
+    )
+    assert engine.parse(["speculative", "--acceptance", "0,1"]).acceptance == [0.0, 1.0]
+
+
 def test_the_commit_of_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A "+" where a kernel or the package differs from the commit, and only there."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]

@@ -14,6 +14,7 @@ from nanocupy.engine.binding import step_dims
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.exporters.nanoinfer2 import write_nanoinfer2
 from nanocupy.model.forward import decoder_forward
 from nanocupy.model.load import load_numpy_weights
 from nanocupy.model.rope import rope_parameters
@@ -158,6 +159,27 @@ def test_totals_and_trace():
     }  # fmt: skip
     assert [e["ph"] for e in events] == ["X", "X", "X", "M", "M", "C"]
     assert events[-1]["args"] == {"weights": 7}
+
+
+def test_a_draft_model_alone_guesses(monkeypatch, capsys, tmp_path):
+    """As in `generate`: to name one is enough, and off is off."""
+    monkeypatch.setitem(SHAPES, "smollm2-135m", CONFIG)
+    write_nanoinfer2(TinyCheckpoint(CONFIG), tmp_path / "draft.nano")
+    argv = ["profile", "--device", "cpu", "--prompt", "9", "--output", "12", "--json"]
+    for more, guesses in (
+        ([], True),
+        (["--speculate", "auto"], True),
+        (["--speculate", "draft"], True),
+        (["--speculate", "off"], False),
+    ):
+        assert cli.main([*argv, "--draft-model", str(tmp_path / "draft.nano"), *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert ("speculation" in found) == guesses
+        if guesses:
+            assert found["speculation"]["proposed"] > 0
+    argv += ["--draft-model", str(tmp_path / "draft.nano"), "--speculate", "ngram"]
+    assert cli.main(argv) == 2
+    assert "leave one out" in capsys.readouterr().err
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):

@@ -173,9 +173,10 @@ def test_each_request_by_its_own_acceptance():
     assert policy._records == {}
 
 
-def test_no_more_than_a_step_takes_is_counted_on():
-    """Drafts beyond the rows of a step bring nothing: fewer for each are as good."""
-    policy = AdaptiveDrafts(7, max_rows=16)
+@pytest.mark.parametrize(("max_rows", "room"), [(16, 99), (99, 16)], ids=["rows", "tokens"])
+def test_no_more_than_a_step_takes_is_counted_on(max_rows, room):
+    """Drafts beyond the room of a step bring nothing: fewer for each are as good."""
+    policy = AdaptiveDrafts(7, max_rows=max_rows)
     requests = [Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(8)]
     asked = []
     policy.costs.seconds = lambda seqs, drafts: 1.0
@@ -183,7 +184,7 @@ def test_no_more_than_a_step_takes_is_counted_on():
     for request in requests:
         for _ in range(30):
             policy.verified(request, 5, 5)
-    wanted = policy.choose(requests, 8)
+    wanted = policy.choose(requests, 8, room)
     assert max(asked) == 16
     assert sum(wanted.values()) <= 16
 
