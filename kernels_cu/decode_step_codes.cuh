@@ -15,6 +15,11 @@ constexpr int CHUNKS_AT_ONCE = GROUP >= 64 ? 2 : 1;  // registers are short
 constexpr int CHUNK_DISTANCE = GROUP_WARPS * CHUNK;  // inputs from a warp's chunk to its next
 constexpr int CHUNK_DISTANCE_BYTES = GROUP_WARPS * CHUNK_BYTES;
 constexpr int QUARTERS = CHUNK / QUARTER;
+// A stage's chunks are read while those of the stage before are multiplied, where a warp takes all of a
+// stage at once.
+constexpr bool READS_AHEAD = CHUNKS_AT_ONCE == WARP_CHUNKS;
+// Sums of a group that are added to in turn, so that they wait for each other less.
+constexpr int CHAINS = GROUP >= 64 ? 2 : 1;
 
 static_assert(STAGE_CHUNKS % GROUP_WARPS == 0, "as many chunks for every warp");
 static_assert(WARP_CHUNKS % CHUNKS_AT_ONCE == 0, "all chunks in whole turns");
@@ -63,30 +68,18 @@ __device__ __forceinline__ void sum_groups(
     }
 }
 
-// What lane 4 g + t has of some chunks: its vectors of codes, the scales, with int4 scales and offsets,
-// of rows g and g + 8 for every group, and of every quarter the inputs 8 t … 8 t + 7 of the token that
-// is column g of products; the sums of groups are those of tokens 2 t and 2 t + 1.
-struct ChunkTurn {
+// What lane 4 g + t has of some chunks of weights: its vectors of codes, and the scales, with int4 scales
+// and offsets, of rows g and g + 8 for every group.
+struct ChunkCodes {
     uint4 codes[CHUNKS_AT_ONCE][CODE_VECTORS];
     uint2 scales[CHUNKS_AT_ONCE][GROUPS];
-    uint4 inputs[CHUNKS_AT_ONCE][QUARTERS];
-    float added[CHUNKS_AT_ONCE][GROUPS][2];
 
-    // from: the first chunk in shared memory; first: of this lane's token, input 8 t of it, from whose
-    // chunk on `left` inputs of the tile exist, a multiple of 32; first_sums: of its groups. What does
-    // not exist counts for nothing, and memory that was never written is not read.
-    __device__ __forceinline__ void load(
-        const unsigned char* from, const scalar_t* first, const float* first_sums, int left) {
-        if (left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {  // nearly always: no branches
+    // from: the first chunk in shared memory, of which `left` inputs exist. What does not exist counts
+    // for nothing, and memory that was never written is not read.
+    __device__ __forceinline__ void load(const unsigned char* from, int left) {
+        if (left > (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE) {  // nearly always: no branches
 #pragma unroll
-            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
-                load_codes(c, from);
-                load_sums(c, first_sums);
-#pragma unroll
-                for (int q = 0; q < QUARTERS; ++q) {
-                    inputs[c][q] = ld_shared_16(first + c * CHUNK_DISTANCE + q * QUARTER);
-                }
-            }
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) load_chunk(c, from);
             return;
         }
 #pragma unroll
@@ -94,23 +87,11 @@ struct ChunkTurn {
 #pragma unroll
             for (int v = 0; v < CODE_VECTORS; ++v) codes[c][v] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < GROUPS; ++i) {
-                scales[c][i] = make_uint2(0, 0);
-                added[c][i][0] = added[c][i][1] = 0.0f;
-            }
-            if (c * CHUNK_DISTANCE < left) {
-                load_codes(c, from);
-                load_sums(c, first_sums);
-            }
-#pragma unroll
-            for (int q = 0; q < QUARTERS; ++q) {
-                const int k = c * CHUNK_DISTANCE + q * QUARTER;
-                inputs[c][q] = make_uint4(0, 0, 0, 0);
-                if (k < left) inputs[c][q] = ld_shared_16(first + k);
-            }
+            for (int i = 0; i < GROUPS; ++i) scales[c][i] = make_uint2(0, 0);
+            if (c * CHUNK_DISTANCE < left) load_chunk(c, from);
         }
     }
-    __device__ __forceinline__ void load_codes(int c, const unsigned char* from) {
+    __device__ __forceinline__ void load_chunk(int c, const unsigned char* from) {
         const unsigned char* chunk = from + c * CHUNK_DISTANCE_BYTES;
 #pragma unroll
         for (int v = 0; v < CODE_VECTORS; ++v) {
@@ -122,7 +103,41 @@ struct ChunkTurn {
                 ld_shared_8(chunk + CODE_BYTES + i * (STRIP * 4) + lane_id() / 4 * 8);
         }
     }
+};
 
+// What it has of their inputs: of every quarter the inputs 8 t … 8 t + 7 of the token that is column g
+// of products, and with int4 the sums of groups, of tokens 2 t and 2 t + 1.
+struct ChunkInputs {
+    uint4 inputs[CHUNKS_AT_ONCE][QUARTERS];
+    float added[CHUNKS_AT_ONCE][GROUPS][2];
+
+    // first: of this lane's token, input 8 t of the first chunk, from which on `left` inputs of the tile
+    // exist, a multiple of 32; first_sums: of its groups.
+    __device__ __forceinline__ void load(const scalar_t* first, const float* first_sums, int left) {
+        if (left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {
+#pragma unroll
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+                load_sums(c, first_sums);
+#pragma unroll
+                for (int q = 0; q < QUARTERS; ++q) {
+                    inputs[c][q] = ld_shared_16(first + c * CHUNK_DISTANCE + q * QUARTER);
+                }
+            }
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+#pragma unroll
+            for (int i = 0; i < GROUPS; ++i) added[c][i][0] = added[c][i][1] = 0.0f;
+            if (c * CHUNK_DISTANCE < left) load_sums(c, first_sums);
+#pragma unroll
+            for (int q = 0; q < QUARTERS; ++q) {
+                const int k = c * CHUNK_DISTANCE + q * QUARTER;
+                inputs[c][q] = make_uint4(0, 0, 0, 0);
+                if (k < left) inputs[c][q] = ld_shared_16(first + k);
+            }
+        }
+    }
     __device__ __forceinline__ void load_sums(int c, const float* first_sums) {
         if (!HAS_GROUP_SUMS) return;
 #pragma unroll
@@ -136,17 +151,21 @@ struct ChunkTurn {
             }
         }
     }
+};
 
+// Their products.
+struct ChunkProduct {
     // Added to sums 0 and 1 of row g, of tokens 2 t and 2 t + 1, and to 2 and 3 of row g + 8.
-    __device__ __forceinline__ void multiply(float (&sums)[4]) const {
-        float group[CHUNKS_AT_ONCE][4];
+    static __device__ __forceinline__ void multiply(
+        float (&sums)[4], const ChunkCodes& weights, const ChunkInputs& values) {
+        float group[CHAINS][CHUNKS_AT_ONCE][4];
         clear(group);
 #pragma unroll
         for (int q = 0; q < QUARTERS; ++q) {
             uint32_t a[CHUNKS_AT_ONCE][2][4];
 #pragma unroll
             for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
-                code_operands(codes[c][code_vector(q)], q, a[c]);
+                code_operands(weights.codes[c][code_vector(q)], q, a[c]);
             }
 #pragma unroll
             for (int half = 0; half < QUARTER_GROUPS; ++half) {
@@ -154,26 +173,34 @@ struct ChunkTurn {
                 for (int n = 0; n < 2; ++n) {
 #pragma unroll
                     for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
-                        const uint4 b = inputs_of_group(inputs[c][q], half);
+                        const uint4 b = inputs_of_group(values.inputs[c][q], half);
                         const uint32_t low = n == 0 ? b.x : b.z, high = n == 0 ? b.y : b.w;
-                        mma_m16n8k16<scalar_t>(group[c], a[c][n], low, high);
+                        mma_m16n8k16<scalar_t>(group[n % CHAINS][c], a[c][n], low, high);
                     }
                 }
                 if ((q + 1) * QUARTER % GROUP != 0) continue;
 #pragma unroll
                 for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
                     const int number = q * QUARTER / GROUP + half;
-                    add_group(sums, group[c], added[c][number], scales[c][number]);
+                    if (CHAINS == 2) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) group[0][c][i] += group[CHAINS - 1][c][i];
+                    }
+                    add_group(sums, group[0][c], values.added[c][number],
+                              weights.scales[c][number]);
                 }
                 clear(group);
             }
         }
     }
-    static __device__ __forceinline__ void clear(float (&sums)[CHUNKS_AT_ONCE][4]) {
+    static __device__ __forceinline__ void clear(float (&sums)[CHAINS][CHUNKS_AT_ONCE][4]) {
 #pragma unroll
-        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+        for (int chain = 0; chain < CHAINS; ++chain) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[c][i] = 0.0f;
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[chain][c][i] = 0.0f;
+            }
         }
     }
     static __device__ __forceinline__ void add_group(
@@ -216,7 +243,7 @@ __device__ __forceinline__ void put_strip_sums(float* to, const float (&sums)[4]
 // tile on; group_sums: of the tile. Where a unit has one stage, only the warps of its group have sums
 // of it: the first ones' of the first unit, the others' of the second, and so on.
 __device__ __forceinline__ void sum_units(
-    RingPlace& place, int units, int num_inputs, const scalar_t* inputs, const float* group_sums,
+    const RingPlace place, int units, int num_inputs, const scalar_t* inputs, const float* group_sums,
     float* partials, bool adds) {
     StepMemory& memory = step_memory();
     const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
@@ -229,30 +256,59 @@ __device__ __forceinline__ void sum_units(
         stage = 1 % stages;
     }
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (int i = group; i < total; i += 2) {
-        const int start = stage * STAGE_INPUTS;
-        const int end = min(start + STAGE_INPUTS, num_inputs);
-        const unsigned char* from = memory.stages[own.stage] + warp * CHUNK_BYTES;
-        mbarrier_wait(&memory.is_full[own.stage], own.phase);
-#pragma unroll 1
-        for (int k = start + warp * CHUNK; k < end; k += CHUNKS_AT_ONCE * CHUNK_DISTANCE) {
-            ChunkTurn turn;
-            turn.load(from, inputs + k, group_sums + k / GROUP * SUM_TOKENS, end - k);
-            turn.multiply(sums);
-            from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;
-        }
+    // Turn `turn` of a warp's in stage `number` of its unit: its first chunk, and that one's first input.
+    const auto chunk_of = [&](int turn) { return warp + turn * CHUNKS_AT_ONCE * GROUP_WARPS; };
+    const auto load_codes = [&](ChunkCodes& weights, int number, int turn) {
+        const int chunk = chunk_of(turn), k = number * STAGE_INPUTS + chunk * CHUNK;
+        weights.load(memory.stages[own.stage] + chunk * CHUNK_BYTES, num_inputs - k);
+    };
+    const auto load_inputs = [&](ChunkInputs& values, int number, int turn) {
+        const int k = number * STAGE_INPUTS + chunk_of(turn) * CHUNK;
+        values.load(inputs + k, group_sums + k / GROUP * SUM_TOKENS, num_inputs - k);
+    };
+    const auto wait = [&] { mbarrier_wait(&memory.is_full[own.stage], own.phase); };
+    const auto leave = [&] {
         mbarrier_arrive_warp(&memory.is_free[own.stage]);
         own.next();
         own.next();
-        int next_unit = unit;
-        for (stage += 2; stage >= stages; stage -= stages) ++next_unit;
+    };
+    ChunkCodes ahead;
+    if (READS_AHEAD && group < total) {
+        wait();
+        load_codes(ahead, stage, 0);
+        leave();
+    }
+#pragma unroll 1
+    for (int i = group; i < total; i += 2) {
+        int next_unit = unit, next_stage = stage + 2;
+        for (; next_stage >= stages; next_stage -= stages) ++next_unit;
+        if (READS_AHEAD) {
+            const ChunkCodes weights = ahead;
+            ChunkInputs values;
+            load_inputs(values, stage, 0);
+            if (i + 2 < total) {
+                wait();
+                load_codes(ahead, next_stage, 0);
+                leave();
+            }
+            ChunkProduct::multiply(sums, weights, values);
+        } else {
+            wait();
+#pragma unroll 1
+            for (int turn = 0; turn < WARP_CHUNKS / CHUNKS_AT_ONCE; ++turn) {
+                ChunkCodes weights;
+                ChunkInputs values;
+                load_codes(weights, stage, turn);
+                load_inputs(values, stage, turn);
+                ChunkProduct::multiply(sums, weights, values);
+            }
+            leave();
+        }
+        stage = next_stage;
         if (next_unit == unit) continue;
         put_strip_sums(partials + (unit * USER_WARPS + warp_id()) * (SEQUENCES * STRIP), sums, adds);
 #pragma unroll
         for (int n = 0; n < 4; ++n) sums[n] = 0.0f;
         unit = next_unit;
     }
-    place.advance(total);
 }
-

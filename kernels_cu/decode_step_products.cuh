@@ -267,8 +267,9 @@ __device__ __forceinline__ void run_product(
                     users_sync();
                 }
             }
-            sum_units(place, units, min(tile_inputs, product.num_inputs - start), own_inputs,
-                      group_sums, partials, start > 0);
+            const int count = min(tile_inputs, product.num_inputs - start);
+            sum_units(place, units, count, own_inputs, group_sums, partials, start > 0);
+            place.advance(units * ((count + STAGE_INPUTS - 1) / STAGE_INPUTS));
         }
         users_sync();
         float sum = 0.0f, second = 0.0f;

@@ -44,6 +44,27 @@ MUTANTS = [
         times=2,
     ),
     Mutant(
+        "a stage is left before it is read",
+        "                load_codes(ahead, next_stage, 0);\n                leave();",
+        "                leave();\n                load_codes(ahead, next_stage, 0);",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "weights that were read ahead meet the inputs before theirs",
+        "const ChunkCodes weights = ahead;",
+        "const ChunkCodes& weights = ahead;",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "products of the second chain are lost",
+        "for (int i = 0; i < 4; ++i) group[0][c][i] += group[CHAINS - 1][c][i];",
+        "for (int i = 0; i < 0; ++i) {}",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
         "a chunk is not announced",
         "mbarrier_arrive_expecting(full, bytes);",
         "mbarrier_arrive_expecting(full, bytes - CHUNK_BYTES);",
@@ -79,8 +100,8 @@ MUTANTS = [
     ),
     Mutant(
         "chunks that do not exist are read",
-        "if (c * CHUNK_DISTANCE < left) load_codes(c, from);",
-        "load_codes(c, from);",
+        "if (c * CHUNK_DISTANCE < left) load_chunk(c, from);",
+        "load_chunk(c, from);",
         "whole chunks",
         LARGE,
     ),
@@ -93,8 +114,8 @@ MUTANTS = [
     ),
     Mutant(
         "a warp's next chunks are those it had",
-        "from += CHUNKS_AT_ONCE * CHUNK_DISTANCE_BYTES;",
-        "",
+        "warp + turn * CHUNKS_AT_ONCE * GROUP_WARPS; };",
+        "warp; };",
         "inputs beyond a stage",
     ),
     Mutant(
@@ -110,8 +131,8 @@ MUTANTS = [
     ),
     Mutant(
         "the scales of the first group for all",
-        "added[c][number], scales[c][number]",
-        "added[c][number], scales[c][0]",
+        "weights.scales[c][number]",
+        "weights.scales[c][0]",
     ),
     Mutant(
         "the halves of a quarter change places",
@@ -121,8 +142,8 @@ MUTANTS = [
     ),
     Mutant(
         "offsets meet the sum of the first group",
-        "added[c][number], scales[c][number]",
-        "added[c][0], scales[c][number]",
+        "values.added[c][number]",
+        "values.added[c][0]",
     ),
     Mutant(
         "every chunk takes the sums of the first",
@@ -139,8 +160,8 @@ MUTANTS = [
     ),
     Mutant(
         "sums of groups that do not exist are read",
-        "                load_codes(c, from);\n                load_sums(c, first_sums);\n            }",
-        "                load_codes(c, from);\n            }\n            load_sums(c, first_sums);",
+        "if (c * CHUNK_DISTANCE < left) load_sums(c, first_sums);",
+        "load_sums(c, first_sums);",
         "whole chunks",
         LARGE,
     ),
