@@ -38,9 +38,10 @@ class StepCosts:
         """Of a step of this kind; None where it is not known."""
         return self._median((bucket(num_seqs), bucket(num_drafts)))
 
-    def estimate(self, num_seqs: int, num_drafts: int) -> float | None:
+    def estimate(self, num_seqs: int, num_drafts: int, *, hopeful: bool = False) -> float | None:
         """The same; where it is not known, from the nearest kind with drafts: more drafts cost in
-        proportion, fewer no less. None where no kind with drafts is known, or none without."""
+        proportion, or if `hopeful` nothing more; fewer no less. None where no kind with drafts is
+        known, or none without."""
         batch = bucket(num_seqs)
         known, plain = self._median((batch, bucket(num_drafts))), self._median((batch, 0))
         if known is not None or plain is None:
@@ -49,7 +50,8 @@ class StepCosts:
         for kind in sorted(kinds, key=lambda kind: abs(self._num_drafts[kind] - num_drafts)):
             seconds = self._median(kind)
             if seconds is not None:
-                return plain + (seconds - plain) * max(1.0, num_drafts / self._num_drafts[kind])
+                more = 1.0 if hopeful else max(1.0, num_drafts / self._num_drafts[kind])
+                return plain + (seconds - plain) * more
         return None
 
     def forget_drafts(self, num_seqs: int) -> None:

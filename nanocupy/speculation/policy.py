@@ -79,6 +79,7 @@ class AdaptiveDrafts(DraftPolicy):
 
     beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
+    HOPEFUL_MARGIN = 1.25  # and by this, where they may cost more than what is counted on
     # What a step with drafts takes beside one without, before any is measured; such a step is made
     # with few drafts.
     FIRST_GUESS, FIRST_DRAFTS = 1.25, 2
@@ -145,9 +146,12 @@ class AdaptiveDrafts(DraftPolicy):
         ]
         wanted = self._best(Counter(levels), num_running, plain, room)
         if wanted is not None:
-            self._num_drafted += 1
             self._probe_pause = self.PROBE_PAUSE
             self._count_paid(bucket(num_running))
+        else:  # where the first draft costs most, more may pay: nobody knows before they are tried
+            wanted = self._best(Counter(levels), num_running, plain, room, hopeful=True)
+        if wanted is not None:
+            self._num_drafted += 1
             chosen = zip(requests, levels, strict=True)
             return {request: wanted[level] for request, level in chosen if wanted[level]}
         best = Counter({int(self.LEVELS * self.BEST): len(requests)})
@@ -194,11 +198,18 @@ class AdaptiveDrafts(DraftPolicy):
         return (record.num_right + record.expected) / (record.num_tried + 1)
 
     def _best(
-        self, levels: Mapping[int, int], num_running: int, plain_s: float, room: int
+        self,
+        levels: Mapping[int, int],
+        num_running: int,
+        plain_s: float,
+        room: int,
+        *,
+        hopeful: bool = False,
     ) -> dict[int, int] | None:
         """The number of drafts for each level that gives the most tokens a second; None where none
-        is better than without. levels: how many requests each has."""
-        best, best_rate = None, self.MARGIN * num_running / plain_s
+        is better than without. levels: how many requests each has; hopeful: as in StepCosts."""
+        margin = self.HOPEFUL_MARGIN if hopeful else self.MARGIN
+        best, best_rate = None, margin * num_running / plain_s
         for size in self._sizes:
             counts = {level: self._count(level / self.LEVELS, size) for level in levels}
             total = sum(levels[level] * count for level, count in counts.items())
@@ -209,7 +220,7 @@ class AdaptiveDrafts(DraftPolicy):
                 for level, count in counts.items()
             )
             gain *= min(1.0, room / total)  # a step takes no more
-            seconds = self.costs.estimate(num_running, min(total, room))
+            seconds = self.costs.estimate(num_running, min(total, room), hopeful=hopeful)
             if seconds is None:
                 if size > self.FIRST_DRAFTS:
                     break

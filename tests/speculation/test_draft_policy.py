@@ -14,12 +14,14 @@ from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
 
 Times = Callable[[int, int], float]
 # Seconds of a step of so many sequences and drafts: verifying is nearly free; a draft model of an
-# eighth of the model's time; drafts as dear as sequences, from a busy machine.
+# eighth of the model's time; drafts as dear as sequences, from a busy machine; steps of one token
+# that have a way of their own, as on a CPU.
 MACHINES: dict[str, Times] = {
     "ngram": lambda seqs, drafts: 1.0 + 0.01 * seqs + (0.06 + 0.01 * drafts if drafts else 0),
     "draft": lambda seqs, drafts: 1.0 + 0.01 * seqs + (0.1 + 0.13 * drafts / seqs if drafts else 0),
     "busy": lambda seqs, drafts: 0.3 + 0.1 * (seqs + drafts),
     "steep": lambda seqs, drafts: 1.0 + 0.4 * drafts / seqs,
+    "jump": lambda seqs, drafts: 1.0 + 0.01 * seqs + (1.6 + 0.01 * drafts if drafts else 0),
 }
 
 
@@ -64,14 +66,15 @@ def simulate(
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.3, 0.5, 0.7, 0.95])
 def test_never_slower_than_without(machine, share, num_seqs):
     rate, plain, _ = simulate(MACHINES[machine], lambda step: share, num_seqs, 1500)
-    assert rate > 0.975 * plain
+    # Where the first draft costs most, finding out does too.
+    assert rate > (0.97 if machine == "jump" else 0.975) * plain
 
 
 @pytest.mark.parametrize(
     ("machine", "num_seqs", "share", "gain"),
     [
         ("ngram", 1, 0.8, 3.0), ("ngram", 16, 0.9, 2.5), ("draft", 1, 0.8, 1.7),
-        ("draft", 8, 0.8, 1.7), ("busy", 1, 0.9, 1.5),
+        ("draft", 8, 0.8, 1.7), ("busy", 1, 0.9, 1.5), ("jump", 1, 0.95, 1.8),
     ],
 )  # fmt: skip
 def test_what_pays_is_taken(machine, num_seqs, share, gain):
@@ -108,7 +111,7 @@ def test_a_new_request_is_expected_to_do_as_others():
     for num_right, wants in ((5, True), (0, False)):
         policy = AdaptiveDrafts(5)
         policy.costs.seconds = lambda seqs, drafts: 1.0
-        policy.costs.estimate = lambda seqs, drafts: 1.0 + 0.45 * drafts / seqs
+        policy.costs.estimate = lambda seqs, drafts, **_: 1.0 + 0.45 * drafts / seqs
         old, new = (Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(2))
         for _ in range(30):
             policy.verified(old, 5, num_right)
@@ -124,7 +127,7 @@ def test_a_batch_that_was_left_alone_is_soon_tried_again_once_drafts_pay():
     assert length == policy.MOST_CLOSED_STEPS
     policy._num_asked = policy._closed[4][0]
     policy.costs.seconds = lambda seqs, drafts: 1.0
-    policy.costs.estimate = lambda seqs, drafts: 1.05
+    policy.costs.estimate = lambda seqs, drafts, **_: 1.05
     requests = [Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(4)]
     for _ in range(policy.PAID_STEPS):
         assert policy.is_open(4)
@@ -161,7 +164,7 @@ def test_each_request_by_its_own_acceptance():
     policy = AdaptiveDrafts(7)
     good, bad = (Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(2))
     policy.costs.seconds = lambda seqs, drafts: 1.0
-    policy.costs.estimate = lambda seqs, drafts: 1.05 + 0.02 * drafts
+    policy.costs.estimate = lambda seqs, drafts, **_: 1.05 + 0.02 * drafts
     for _ in range(30):
         policy.verified(good, 5, 5)
         policy.verified(bad, 2, 0)
@@ -180,7 +183,7 @@ def test_no_more_than_a_step_takes_is_counted_on(max_rows, room):
     requests = [Request(str(i), [1], SamplingParams(), 0, 10**9) for i in range(8)]
     asked = []
     policy.costs.seconds = lambda seqs, drafts: 1.0
-    policy.costs.estimate = lambda seqs, drafts: asked.append(drafts) or 1.0 + 0.01 * drafts
+    policy.costs.estimate = lambda seqs, drafts, **_: asked.append(drafts) or 1.0 + 0.01 * drafts
     for request in requests:
         for _ in range(30):
             policy.verified(request, 5, 5)
