@@ -4,7 +4,7 @@
 
 Answers are greedy. Each prompt is answered without guesses and with them, as they are by default
 and always as many as may be; tokens a second count from the first token on. Where the text of an
-answer repeats that of its prompt, most guesses are right; where it does not, nothing should be lost.
+answer repeats its prompt's, most guesses are right; where it does not, nothing should be lost.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from nanocupy import LLM, SamplingParams
 from nanocupy.speculation.policy import DraftPolicy
 
 TEXT = (
-    "The lighthouse on Gull Island was built in 1871 by Marta Olsen, an engineer from Bergen. It "
-    "is 34 metres tall and its lamp can be seen from 22 kilometres away. In 1932 the lamp was changed "
-    "from oil to electricity. Since 1988 nobody has lived in the lighthouse, and it is kept by a "
-    "group of volunteers from the village of Norvik. Every summer about 4,000 people visit the "
-    "island by boat."
+    "The lighthouse on Gull Island was built in 1871 by Marta Olsen, an engineer from Bergen. "
+    "It is 34 metres tall and its lamp can be seen from 22 kilometres away. In 1932 the lamp was "
+    "changed from oil to electricity. Since 1988 nobody has lived in the lighthouse, and it is "
+    "kept by a group of volunteers from the village of Norvik. Every summer about 4,000 people "
+    "visit the island by boat."
 )
 CODE = """def area(width, height):
     result = width * height
