@@ -1,6 +1,6 @@
-// Products of many tokens with gate and up together, and SwiGLU before anything is written, for compute
-// capability 9.0a: products of warpgroups (wgmma), whose rows are tokens and whose columns are rows of
-// weights, on tiles that the copy engine brings.
+// Products of many tokens with gate and up together, and SwiGLU before anything is written, for
+// compute capability 9.0a: products of warpgroups (wgmma), whose rows are tokens and whose columns are
+// rows of weights, on tiles that the copy engine brings.
 //
 // Owns the order of a block's work. Blocks stay and take one tile after another: 128 tokens by 128
 // outputs, which are as many rows of gate and of up. A warp brings rows of x and weights, step by step
@@ -14,8 +14,11 @@
 //
 // A token's sums are added in the order of its inputs, whatever the tile, the batch or the card.
 //
-// SHARERS   blocks that get the same weights by one copy: 1, 2 or 4
-// STAGES    steps in the ring, from 2
+// SHARERS    blocks that get the same weights by one copy: 1, 2 or 4
+// STAGES     steps in the ring, from 2
+// STAGGERED  1: one warpgroup begins a step behind the other, and stays there, so that they do not come to
+//            the end of a tile together: one's products run while the other waits for its last and
+//            rounds its sums
 #pragma once
 
 #include "tall_products.cuh"
@@ -28,6 +31,9 @@
 #endif
 #ifndef STAGES
 #define STAGES 4
+#endif
+#ifndef STAGGERED
+#define STAGGERED 1
 #endif
 
 constexpr int WARPGROUPS = 2;  // that compute
@@ -57,6 +63,7 @@ constexpr int FETCH_REGISTERS = 24, COMPUTE_REGISTERS = 240;
 // blocks that get the same weights.
 struct TallBarriers {
     uint64_t full[STAGES], free[STAGES];
+    uint64_t begun;  // the first warpgroup's first step is done
 };
 static_assert(sizeof(TallBarriers) <= HEAD_BYTES, "HEAD_BYTES");
 
@@ -220,6 +227,7 @@ __device__ __forceinline__ void multiply_tiles(
     const uint64_t first_weights = operand(shared_address(ring) + INPUT_BYTES, ATOM);
     TallPlace place;
     int before = 0;  // the stage of the step in front
+    if (STAGGERED && warp >= 4) mbarrier_wait(&bars->begun, 0);
     float sums[2 * OUT_TILE / 8][4];
     TallResults results;
     results.clear(matrix.num_rows);
@@ -260,6 +268,9 @@ __device__ __forceinline__ void multiply_tiles(
             start_step(unit > 0);
             results.store(unit, lane_row, matrix, out);
             end_step(unit == 0);
+            if (STAGGERED && unit == 1 && warp < 4 && index == first_tile && lane == 0) {
+                mbarrier_arrive(&bars->begun);
+            }
         }
         matrix.find(index, share, results.row, results.output);  // of what is taken next
 #pragma unroll 1
@@ -287,6 +298,7 @@ __device__ __forceinline__ void run_tall(const TallMatrix& matrix, scalar_t* out
     if (threadIdx.x == 0) {
         prefetch_tensor_map(matrix.inputs);
         prefetch_tensor_map(matrix.weights);
+        mbarrier_init(&bars->begun, 4);
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(bars->full + i, 1);
             mbarrier_init(bars->free + i, WARPS * SHARERS);

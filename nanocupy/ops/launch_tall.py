@@ -30,13 +30,15 @@ class TallTuning:
 
     min_rows: tokens from which the kernel is taken, if it can be. sharers: blocks, 1, 2 or 4, that
     get the same weights by one copy. stages: steps in the ring. group_rows: tokens whose tiles are
-    all taken before the next ones, so that their rows stay in L2.
+    all taken before the next ones, so that their rows stay in L2. staggered: one warpgroup of a
+    block begins a step behind the other.
     """
 
     min_rows: int = MIN_ROWS
     sharers: int = 2
     stages: int = 4
     group_rows: int = 2048
+    staggered: bool = True
 
 
 DEFAULT_TUNING = TallTuning()
@@ -76,9 +78,9 @@ def uses_tall(
     wgmma: bool,
     tuning: TallTuning = DEFAULT_TUNING,
 ) -> bool:
-    """Whether gate and up [2 * num_outputs, num_inputs] of `rows` tokens are for this kernel: enough
-    tokens, 16-bit weights, no bias, numbers of inputs and outputs that are multiples of 8, and
-    UNITS steps of inputs. wgmma: the card has, and gets builds for, what 9.0a has."""
+    """Whether gate and up [2 * num_outputs, num_inputs] of `rows` tokens are for this kernel:
+    enough tokens, 16-bit weights, no bias, numbers of inputs and outputs that are multiples of 8,
+    and UNITS steps of inputs. wgmma: the card has, and gets builds for, what 9.0a has."""
     return (
         wgmma
         and not bias
@@ -124,7 +126,11 @@ def plan_tall(
         max(num_multiprocessors // tuning.sharers, 1),
     )
     return TallLaunch(
-        macros={"SHARERS": tuning.sharers, "STAGES": tuning.stages},
+        macros={
+            "SHARERS": tuning.sharers,
+            "STAGES": tuning.stages,
+            "STAGGERED": int(tuning.staggered),
+        },
         grid=(clusters * tuning.sharers,),
         block=THREADS,
         shared_bytes=shared_bytes,

@@ -96,6 +96,7 @@ def test_tiles_and_rings_do_not_change_a_bit(run) -> None:
             (replace(SMALL, stages=4, group_rows=1024), 3),
             (replace(SMALL, sharers=2), 2),
             (replace(SMALL, sharers=4), 4),
+            (replace(SMALL, staggered=False), 3),
         )
     ]
     assert all(result.tobytes() == results[0].tobytes() for result in results)
@@ -210,7 +211,7 @@ def test_the_plan_knows_the_kernels_constants() -> None:
     assert "BLOCK_THREADS = (WARPGROUPS + 1) * 128;" in text
     assert launch_tall.THREADS == 384
     assert "constexpr int ATOM = 1024;" in text
-    assert set(plan_tall(64, 1024, 64, 132).macros) == {"SHARERS", "STAGES"}
+    assert set(plan_tall(64, 1024, 64, 132).macros) == {"SHARERS", "STAGES", "STAGGERED"}
 
 
 # ------------------------------------------------------------------------------ the compiler

@@ -100,6 +100,8 @@ MUTANTS = [
     Mutant("copies to a block that has not started",
            "        cluster_arrive();\n        cluster_wait();\n", "", SHARED),
     Mutant("a block ends while others need it", "if (SHARERS > 1) cluster_sync();", "", SHARED),
+    Mutant("the second warpgroup never begins", "mbarrier_init(&bars->begun, 4);",
+           "mbarrier_init(&bars->begun, 5);"),
     Mutant("more is expected than comes", "mbarrier_arrive_expecting(full, STAGE_BYTES);",
            "mbarrier_arrive_expecting(full, STAGE_BYTES + 16);"),
     Mutant("less is expected than comes", "mbarrier_arrive_expecting(full, STAGE_BYTES);",
