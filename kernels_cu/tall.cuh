@@ -9,16 +9,16 @@
 // type, as they must be, sums take half of their registers, and are a unit a step turned into results
 // and stored. So the tensor cores wait for neither exponentials nor stores.
 //
-// With SHARERS, so many blocks of a cluster have tiles of tokens side by side and the same outputs: each
-// brings a part of the weights, and the copy engine gives it to all of them.
+// With SHARERS, so many blocks of a cluster have tiles of tokens side by side and the same outputs:
+// each brings a part of the weights, and the copy engine gives it to all of them.
 //
 // A token's sums are added in the order of its inputs, whatever the tile, the batch or the card.
 //
 // SHARERS    blocks that get the same weights by one copy: 1, 2 or 4
 // STAGES     steps in the ring, from 2
-// STAGGERED  1: one warpgroup begins a step behind the other, and stays there, so that they do not come to
-//            the end of a tile together: one's products run while the other waits for its last and
-//            rounds its sums
+// STAGGERED  1: one warpgroup begins a step behind the other, and stays there, so that they do not
+//            come to the end of a tile together: one's products run while the other waits for its
+//            last and rounds its sums
 #pragma once
 
 #include "tall_products.cuh"
@@ -59,8 +59,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // Registers a thread: what all warpgroups have together is what the launch gave them.
 constexpr int FETCH_REGISTERS = 24, COMPUTE_REGISTERS = 240;
 
-// At the start of shared memory. Full: the copies landed; free: all warps that multiply are done, of all
-// blocks that get the same weights.
+// At the start of shared memory. Full: the copies landed; free: all warps that multiply are done, of
+// all blocks that get the same weights.
 struct TallBarriers {
     uint64_t full[STAGES], free[STAGES];
     uint64_t begun;  // the first warpgroup's first step is done
@@ -190,8 +190,8 @@ struct TallResults {
         }
     }
 
-    // Part `unit` of all: of one of the rows lane_row and lane_row + 8 of the tile, 32 outputs. Four lanes
-    // share a row, and each stores 8 side by side.
+    // Part `unit` of all: 32 outputs of one of the rows lane_row and lane_row + 8 of the tile. Four
+    // lanes share a row, and each stores 8 side by side.
     __device__ __forceinline__ void store(
         int unit, int lane_row, const TallMatrix& matrix, scalar_t* out) const {
         // Also so that products that were started before this are not held up: code does not move

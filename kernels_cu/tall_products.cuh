@@ -1,6 +1,6 @@
-// What products of many tokens need of compute capability 9.0a beyond tile_products.cuh: products of 256
-// columns, pairs of 16-bit values in a register, a reciprocal that costs one instruction. The host has
-// twins, and of what else of hopper.cuh such products use.
+// What products of many tokens need of compute capability 9.0a beyond tile_products.cuh: products of
+// 256 columns, pairs of 16-bit values in a register, a reciprocal that costs one instruction. The host
+// has twins, and of what else of hopper.cuh such products use.
 #pragma once
 
 #include "tile_products.cuh"
