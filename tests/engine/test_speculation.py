@@ -345,7 +345,7 @@ def test_the_adaptive_policy_changes_no_token():
     proposer = GuessingProposer(lambda request: outputs[int(request.request_id)], 0.8, 48)
     speculator = Speculator(proposer, AdaptiveDrafts(5))
     speculator.policy.costs.add = lambda *step: None  # this machine's times decide nothing here
-    speculator.policy.costs.estimate = lambda batch, drafts: 1.0 + 0.02 * drafts
+    speculator.policy.costs.estimate = lambda batch, drafts, **_: 1.0 + 0.02 * drafts
     speculator.policy.costs.seconds = lambda batch, drafts: 1.0
     engine = make_engine("plain", speculator)
     assert run(engine, requests()) == outputs
