@@ -74,10 +74,11 @@ struct ChunkCodes {
     uint4 codes[CHUNKS_AT_ONCE][CODE_VECTORS];
     uint2 scales[CHUNKS_AT_ONCE][GROUPS];
 
-    // from: the first chunk in shared memory, of which `left` inputs exist. What does not exist counts
-    // for nothing, and memory that was never written is not read.
+    // from: the first chunk in shared memory, of which `left` inputs exist: all of them where it is
+    // WHOLE. What does not exist counts for nothing, and memory that was never written is not read.
+    template <bool WHOLE>
     __device__ __forceinline__ void load(const unsigned char* from, int left) {
-        if (left > (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE) {  // nearly always: no branches
+        if (WHOLE || left > (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE) {
 #pragma unroll
             for (int c = 0; c < CHUNKS_AT_ONCE; ++c) load_chunk(c, from);
             return;
@@ -113,8 +114,9 @@ struct ChunkInputs {
 
     // first: of this lane's token, input 8 t of the first chunk, from which on `left` inputs of the tile
     // exist, a multiple of 32; first_sums: of its groups.
+    template <bool WHOLE>
     __device__ __forceinline__ void load(const scalar_t* first, const float* first_sums, int left) {
-        if (left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {
+        if (WHOLE || left >= (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE + CHUNK) {
 #pragma unroll
             for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
                 load_sums(c, first_sums);
@@ -238,33 +240,47 @@ __device__ __forceinline__ void put_strip_sums(float* to, const float (&sums)[4]
     }
 }
 
-// The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
-// SEQUENCES, UNIT_ROWS], or added to what is there. inputs: of this lane's token, from input 8 t of the
-// tile on; group_sums: of the tile. Where a unit has one stage, only the warps of its group have sums
-// of it: the first ones' of the first unit, the others' of the second, and so on.
-__device__ __forceinline__ void sum_units(
-    const RingPlace place, int units, int num_inputs, const scalar_t* inputs, const float* group_sums,
-    float* partials, bool adds) {
+// Where a warp is among the units and stages of a product: at every second stage of the ring.
+struct UnitStage {
+    int unit = 0, stage = 0;
+
+    // `stages` of a unit. Without a branch, as all that the loop below does besides products costs as
+    // much time as these.
+    __device__ __forceinline__ UnitStage next(int stages) const {
+        const int beyond = stage + 2 - stages;
+        UnitStage found;
+        found.unit = unit + (beyond < 0 ? 0 : stages == 1 ? 2 : 1);
+        found.stage = beyond < 0 ? stage + 2 : stages == 1 ? 0 : beyond;
+        return found;
+    }
+};
+
+// See sum_units; WHOLE: the tile's inputs fill all their stages.
+template <bool WHOLE>
+__device__ __forceinline__ void sum_own_stages(
+    const RingPlace& place, int units, int num_inputs, const scalar_t* inputs,
+    const float* group_sums, float* partials, bool adds) {
     StepMemory& memory = step_memory();
     const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;
     const int group = warp_id() / GROUP_WARPS, warp = warp_id() % GROUP_WARPS;
+    if (group >= total) return;
     RingPlace own = place;
-    int unit = 0, stage = 0;
+    UnitStage at;
     if (group > 0) {
         own.next();
-        unit = 1 / stages;
-        stage = 1 % stages;
+        at.unit = stages == 1 ? 1 : 0;
+        at.stage = stages == 1 ? 0 : 1;
     }
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    // Turn `turn` of a warp's in stage `number` of its unit: its first chunk, and that one's first input.
+    // Turn `turn` of a warp's in a stage: its first chunk, and that one's first input.
     const auto chunk_of = [&](int turn) { return warp + turn * CHUNKS_AT_ONCE * GROUP_WARPS; };
-    const auto load_codes = [&](ChunkCodes& weights, int number, int turn) {
-        const int chunk = chunk_of(turn), k = number * STAGE_INPUTS + chunk * CHUNK;
-        weights.load(memory.stages[own.stage] + chunk * CHUNK_BYTES, num_inputs - k);
+    const auto load_codes = [&](ChunkCodes& weights, int stage, int turn) {
+        const int chunk = chunk_of(turn), k = stage * STAGE_INPUTS + chunk * CHUNK;
+        weights.load<WHOLE>(memory.stages[own.stage] + chunk * CHUNK_BYTES, num_inputs - k);
     };
-    const auto load_inputs = [&](ChunkInputs& values, int number, int turn) {
-        const int k = number * STAGE_INPUTS + chunk_of(turn) * CHUNK;
-        values.load(inputs + k, group_sums + k / GROUP * SUM_TOKENS, num_inputs - k);
+    const auto load_inputs = [&](ChunkInputs& values, int stage, int turn) {
+        const int k = stage * STAGE_INPUTS + chunk_of(turn) * CHUNK;
+        values.load<WHOLE>(inputs + k, group_sums + k / GROUP * SUM_TOKENS, num_inputs - k);
     };
     const auto wait = [&] { mbarrier_wait(&memory.is_full[own.stage], own.phase); };
     const auto leave = [&] {
@@ -272,43 +288,64 @@ __device__ __forceinline__ void sum_units(
         own.next();
         own.next();
     };
-    ChunkCodes ahead;
-    if (READS_AHEAD && group < total) {
+    // The stage's products are in the sums; `next` is not of its unit: this one has all of its sums.
+    const auto go_to = [&](const UnitStage& next) {
+        if (next.unit != at.unit) {
+            put_strip_sums(
+                partials + (at.unit * USER_WARPS + warp_id()) * (SEQUENCES * STRIP), sums, adds);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) sums[n] = 0.0f;
+        }
+        at = next;
+    };
+    if constexpr (READS_AHEAD) {
+        ChunkCodes weights, ahead;
+        ChunkInputs values;
         wait();
-        load_codes(ahead, stage, 0);
+        load_codes(weights, at.stage, 0);
         leave();
-    }
 #pragma unroll 1
-    for (int i = group; i < total; i += 2) {
-        int next_unit = unit, next_stage = stage + 2;
-        for (; next_stage >= stages; next_stage -= stages) ++next_unit;
-        if (READS_AHEAD) {
-            const ChunkCodes weights = ahead;
-            ChunkInputs values;
-            load_inputs(values, stage, 0);
-            if (i + 2 < total) {
-                wait();
-                load_codes(ahead, next_stage, 0);
-                leave();
-            }
+        for (int i = group + 2; i < total; i += 2) {
+            const UnitStage next = at.next(stages);
+            load_inputs(values, at.stage, 0);
+            wait();
+            load_codes(ahead, next.stage, 0);
             ChunkProduct::multiply(sums, weights, values);
-        } else {
+            leave();  // by now it is read
+            go_to(next);
+            weights = ahead;
+        }
+        load_inputs(values, at.stage, 0);
+        ChunkProduct::multiply(sums, weights, values);
+        go_to(at.next(stages));
+    } else {
+#pragma unroll 1
+        for (int i = group; i < total; i += 2) {
             wait();
 #pragma unroll 1
             for (int turn = 0; turn < WARP_CHUNKS / CHUNKS_AT_ONCE; ++turn) {
                 ChunkCodes weights;
                 ChunkInputs values;
-                load_codes(weights, stage, turn);
-                load_inputs(values, stage, turn);
+                load_codes(weights, at.stage, turn);
+                load_inputs(values, at.stage, turn);
                 ChunkProduct::multiply(sums, weights, values);
             }
             leave();
+            go_to(at.next(stages));
         }
-        stage = next_stage;
-        if (next_unit == unit) continue;
-        put_strip_sums(partials + (unit * USER_WARPS + warp_id()) * (SEQUENCES * STRIP), sums, adds);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) sums[n] = 0.0f;
-        unit = next_unit;
+    }
+}
+
+// The sums of some units and a tile of inputs, each warp's own, to `partials` [units, USER_WARPS,
+// SEQUENCES, UNIT_ROWS], or added to what is there. inputs: of this lane's token, from input 8 t of
+// the tile on; group_sums: of the tile. Where a unit has one stage, only the warps of its group have
+// sums of it: the first ones' of the first unit, the others' of the second, and so on.
+__device__ __forceinline__ void sum_units(
+    const RingPlace& place, int units, int num_inputs, const scalar_t* inputs,
+    const float* group_sums, float* partials, bool adds) {
+    if (num_inputs % STAGE_INPUTS == 0) {
+        sum_own_stages<true>(place, units, num_inputs, inputs, group_sums, partials, adds);
+    } else {
+        sum_own_stages<false>(place, units, num_inputs, inputs, group_sums, partials, adds);
     }
 }

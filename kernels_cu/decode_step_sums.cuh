@@ -66,7 +66,7 @@ struct StageChunks {
 // SEQUENCES, UNIT_ROWS], or added to what is there. Where a unit has one stage, only the warps of its
 // group have sums of it: the first ones' of the first unit, the others' of the second, and so on.
 __device__ __forceinline__ void sum_units(
-    const RingPlace place, int units, int num_inputs, const scalar_t* inputs, const float*,
+    const RingPlace& place, int units, int num_inputs, const scalar_t* inputs, const float*,
     float* partials, bool adds) {
     StepMemory& memory = step_memory();
     const int stages = (num_inputs + STAGE_INPUTS - 1) / STAGE_INPUTS, total = units * stages;

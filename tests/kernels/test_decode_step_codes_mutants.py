@@ -45,17 +45,36 @@ MUTANTS = [
     ),
     Mutant(
         "a stage is left before it is read",
-        "                load_codes(ahead, next_stage, 0);\n                leave();",
-        "                leave();\n                load_codes(ahead, next_stage, 0);",
+        "load_codes(ahead, next.stage, 0);\n            ChunkProduct::multiply(sums, weights, values);\n"
+        "            leave();",
+        "leave();\n            load_codes(ahead, next.stage, 0);\n"
+        "            ChunkProduct::multiply(sums, weights, values);",
         "whole chunks",
         LARGE,
     ),
     Mutant(
         "weights that were read ahead meet the inputs before theirs",
-        "const ChunkCodes weights = ahead;",
-        "const ChunkCodes& weights = ahead;",
+        "            ChunkProduct::multiply(sums, weights, values);\n            leave();",
+        "            ChunkProduct::multiply(sums, ahead, values);\n            leave();",
         "whole chunks",
         LARGE,
+    ),
+    Mutant(
+        "a group of warps takes every stage",
+        "const int beyond = stage + 2 - stages;",
+        "const int beyond = stage + 1 - stages;",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "of units of one stage every one is taken",
+        "stages == 1 ? 2 : 1);",
+        "1);",
+    ),
+    Mutant(
+        "all tiles count as whole",
+        "if (num_inputs % STAGE_INPUTS == 0) {",
+        "if (true) {",
     ),
     Mutant(
         "products of the second chain are lost",
