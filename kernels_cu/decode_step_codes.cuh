@@ -303,18 +303,18 @@ __device__ __forceinline__ void sum_own_stages(
         ChunkInputs values;
         wait();
         load_codes(weights, at.stage, 0);
-        leave();
 #pragma unroll 1
         for (int i = group + 2; i < total; i += 2) {
             const UnitStage next = at.next(stages);
+            leave();  // it was read a turn ago, and nothing is left to wait for
             load_inputs(values, at.stage, 0);
             wait();
             load_codes(ahead, next.stage, 0);
             ChunkProduct::multiply(sums, weights, values);
-            leave();  // by now it is read
             go_to(next);
             weights = ahead;
         }
+        leave();
         load_inputs(values, at.stage, 0);
         ChunkProduct::multiply(sums, weights, values);
         go_to(at.next(stages));

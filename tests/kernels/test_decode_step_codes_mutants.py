@@ -45,17 +45,15 @@ MUTANTS = [
     ),
     Mutant(
         "a stage is left before it is read",
-        "load_codes(ahead, next.stage, 0);\n            ChunkProduct::multiply(sums, weights, values);\n"
-        "            leave();",
-        "leave();\n            load_codes(ahead, next.stage, 0);\n"
-        "            ChunkProduct::multiply(sums, weights, values);",
+        "        wait();\n        load_codes(weights, at.stage, 0);\n",
+        "        wait();\n        leave();\n        load_codes(weights, at.stage, 0);\n",
         "whole chunks",
         LARGE,
     ),
     Mutant(
         "weights that were read ahead meet the inputs before theirs",
-        "            ChunkProduct::multiply(sums, weights, values);\n            leave();",
-        "            ChunkProduct::multiply(sums, ahead, values);\n            leave();",
+        "            ChunkProduct::multiply(sums, weights, values);\n            go_to(next);",
+        "            ChunkProduct::multiply(sums, ahead, values);\n            go_to(next);",
         "whole chunks",
         LARGE,
     ),
