@@ -310,6 +310,7 @@ __device__ __forceinline__ void sum_own_stages(
             load_inputs(values, at.stage, 0);
             wait();
             load_codes(ahead, next.stage, 0);
+            warp_sync();  // reading begins here: not behind the products, where it would be waited for
             ChunkProduct::multiply(sums, weights, values);
             go_to(next);
             weights = ahead;
