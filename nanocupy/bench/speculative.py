@@ -181,8 +181,12 @@ def speculative(
                 policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
             timed = TimedProposer(inner)
             coin = ForcedAcceptance(share)
-            by_device = engine.runner.force_acceptance(coin)
-            engine.speculator = Speculator(timed, policy, count_right if by_device else coin)
+            rule = count_right if engine.runner.force_acceptance(coin) else coin
+            if adaptive:  # a device captures steps of a form when it first comes, which is no loss
+                for count in range(1, num_drafts + 1):
+                    engine.speculator = Speculator(inner, DraftPolicy(count), rule)
+                    _decode(engine, batch, 0)
+            engine.speculator = Speculator(timed, policy, rule)
             kind = "adaptive" if adaptive else f"k{num_drafts}"
             result = _measure(
                 engine, f"{name}/{kind}/a{share:g}", dtype, batch, repeats, share, timed
