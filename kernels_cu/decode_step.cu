@@ -85,8 +85,8 @@ __device__ __forceinline__ StepWords words_from(
 // decode_step: from embeddings to logits, of SEQUENCES tokens, the next of SEQUENCES sequences
 // grid (blocks), all resident at once: at most one for each multiprocessor; block 384; from 9.0;
 //   shared: StepMemory of decode_step_memory.cuh and, behind it, SEQUENCES * 2 * (min(tile_inputs,
-//   the most inputs of a product, up to 64s) + 32); with int4, 4 bytes more for each group of these
-//   inputs, up to whole chunks, and place of SEQUENCES, of which 3 are 4
+//   the most inputs of a product, up to 64s) + 32); with int4, + 4 * (SEQUENCES, or 4 for 3) * (these
+//   inputs, up to 128s) / GROUP
 // layers        uint64 [L, 14], addresses as in StepLayer; all aligned to 16 bytes; with codes [L, 16],
 //               of which the last two words are four floats
 // final_norm    scalar_t [D]; head scalar_t [V, D]; without HAS_HEAD null, as are logits

@@ -57,8 +57,9 @@ constexpr int GROUP_WARPS = USER_WARPS / 2;
 
 static_assert(SEQUENCES >= 1 && SEQUENCES <= 4, "SEQUENCES is 1 to 4");
 static_assert(sizeof(scalar_t) == 2, "weights of 16 bits");
-// With an even ring a place in it is always the same group's, which so knows that the time before has
-// ended when it waits for the next.
+// With an even ring a place in it is, within a product, always the same group's, which so knows that
+// the time before has ended when it waits for the next. From one product to the next the groups may
+// change places: all have met between them, so all stages before were waited for.
 static_assert(RING_STAGES % 2 == 0, "an even ring");
 
 // All threads that compute meet; those that bring weights do not come.

@@ -258,16 +258,15 @@ __device__ __forceinline__ void run_product(
         float* partials = step_partials() + buffer * GROUP_SUMS;
 #pragma unroll 1
         for (int start = 0; start < product.num_inputs; start += tile_inputs) {
+            const int count = min(tile_inputs, product.num_inputs - start);
             if (first == share.first_unit) {
                 if (start > 0) users_sync();  // nobody uses the tile before
-                load(rows, start, min(tile_inputs, product.num_inputs - start));
+                load(rows, start, count);
                 if (HAS_GROUP_SUMS) {
-                    sum_groups(group_sums, rows.row(0), rows.stride,
-                               min(tile_inputs, product.num_inputs - start));
+                    sum_groups(group_sums, rows.row(0), rows.stride, count);
                     users_sync();
                 }
             }
-            const int count = min(tile_inputs, product.num_inputs - start);
             sum_units(place, units, count, own_inputs, group_sums, partials, start > 0);
             place.advance(units * ((count + STAGE_INPUTS - 1) / STAGE_INPUTS));
         }

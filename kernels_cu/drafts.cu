@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(1024) lay_out_drafts(
 // grid ceil(T / block), block any multiple of 32, no shared memory
 // sampled       int32 [T], what was chosen after each row; in place
 // drafts        int32 [T], as lay_out_drafts has them
-// forced        int32 [T]: 1 where the row's draft shall be what the row before it chose, else 0
+// forced        int32 [T]: above 0 where the row's draft shall be what the row before it chose
 // REF: engine.runner.Runner.force_acceptance
 // COST: 12 * T bytes
 extern "C" __global__ void __launch_bounds__(1024) force_drafts(

@@ -1,6 +1,6 @@
 // The product of gate and up with SwiGLU for prompts, on warpgroups' tensor cores, for compute
-// capability 9.0a. The macros, SHARERS and STAGES, stand in tall.cuh; nanocupy/ops/launch_tall.py
-// chooses them.
+// capability 9.0a. The macros, SHARERS, STAGES and STAGGERED, stand in tall.cuh;
+// nanocupy/ops/launch_tall.py chooses them.
 //
 // Launched with or without programmatic overlap; dependents may start at once.
 #include "types.cuh"

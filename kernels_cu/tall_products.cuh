@@ -35,7 +35,7 @@ __device__ __forceinline__ void unpack_two<__half>(uint32_t x, float& low, float
         : "r"(x));
 }
 
-// 1 / x, with an error of one unit in the last place.
+// 1 / x, with an error of one unit in the last place; 0 from 2^126 on.
 __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -271,6 +271,7 @@ def op_sizes(config: ModelConfig, settings: DeviceSettings, limits: RunnerLimits
         layers_alike=len(forms) == 1 and not any(s is not None and s.has_order for s in stored),
         layer_format=next(iter(forms)) if len(forms) == 1 else None,
         coded_head=LM_HEAD in settings.quantized,
+        has_mlp_bias=config.has_mlp_bias,
     )
 
 

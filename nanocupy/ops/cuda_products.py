@@ -33,6 +33,7 @@ from nanocupy.ops.packed_matrix import PackedMatrix
 _i32, _f32 = np.int32, np.float32
 # Planned once: a model has few shapes, and steps that are no graphs ask for the same again.
 _plan_wide = functools.cache(plan_wide)
+_plan_tall = functools.cache(plan_tall)
 
 
 class ProductOps(QuantizedProducts):
@@ -244,7 +245,7 @@ class ProductOps(QuantizedProducts):
 
     def _tall(self, x: Array, weight: Array, out: Array) -> None:
         (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
-        plan = plan_tall(
+        plan = _plan_tall(
             num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
             max_shared_bytes=self._traits.max_shared_bytes, tuning=self._tall_tuning,
         )  # fmt: skip

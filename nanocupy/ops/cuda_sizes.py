@@ -11,6 +11,8 @@ from nanocupy.ops import launch_attention_fused as fused
 from nanocupy.ops import launch_decode_step as whole
 from nanocupy.ops import launch_shapes as shapes
 from nanocupy.ops.launch_quantized import PackedFormat
+from nanocupy.ops.launch_tall import MIN_ROWS as TALL_ROWS
+from nanocupy.ops.launch_tall import uses_tall
 
 TYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, FP8: 4}
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -56,14 +58,21 @@ class OpSizes:
     layers_alike: bool = True
     layer_format: PackedFormat | None = None
     coded_head: bool = False
+    has_mlp_bias: bool = True  # of gate and up
 
 
 def workspace_plan(sizes: OpSizes, traits: DeviceTraits) -> dict[str, tuple[tuple[int, ...], str]]:
     """name -> (shape, dtype) of every workspace the ops need; `counters`, `step_words` and
     `step_moments` must be zero at first."""
+    rows = sizes.max_tokens
+    if uses_tall(
+        rows, sizes.intermediate_size, sizes.hidden_size, ITEMSIZES[sizes.dtype],
+        bias=sizes.has_mlp_bias, wgmma=traits.wgmma and not traits.force_plain,
+    ):  # fmt: skip
+        rows = TALL_ROWS - 1  # from there on nobody needs what SwiGLU takes
     plan: dict[str, tuple[tuple[int, ...], str]] = {
         "normed": ((sizes.max_tokens * sizes.hidden_size,), sizes.dtype),
-        "gate_up": ((sizes.max_tokens * 2 * sizes.intermediate_size,), sizes.dtype),
+        "gate_up": ((rows * 2 * sizes.intermediate_size,), sizes.dtype),
         "product": ((sizes.max_tokens * sizes.hidden_size,), "float32"),
         "head_rows": ((sizes.max_rows * sizes.hidden_size,), sizes.lm_head_dtype or sizes.dtype),
     }

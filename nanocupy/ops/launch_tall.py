@@ -42,7 +42,6 @@ class TallTuning:
 
 
 DEFAULT_TUNING = TallTuning()
-NEVER = TallTuning(min_rows=2**31)
 
 
 @dataclass(frozen=True)
@@ -107,19 +106,20 @@ def plan_tall(
 
     max_shared_bytes: what a block can have. Raises ValueError for what the kernel does not take.
     """
-    if not uses_tall(
-        rows, num_outputs, num_inputs, 2, bias=False, wgmma=True,
-        tuning=TallTuning(0, tuning.sharers),
-    ):  # fmt: skip
-        raise ValueError(
-            f"{rows} tokens, weights [2 * {num_outputs}, {num_inputs}]: tall kernels take "
-            f"multiples of 8 inputs and outputs, and more than {K_STEP * (UNITS - 1)} inputs"
-        )
     shared_bytes = tuning.stages * _STAGE_BYTES + _HEAD_BYTES + _ALIGNMENT
     if tuning.sharers not in SHARERS or tuning.stages < 2 or shared_bytes > max_shared_bytes:
         raise ValueError(
             f"{tuning.sharers} blocks that share weights and a ring of {tuning.stages} steps: tall "
             f"kernels take {SHARERS} and from 2 on what {max_shared_bytes} bytes hold"
+        )
+    if not uses_tall(
+        rows, num_outputs, num_inputs, 2, bias=False, wgmma=True,
+        tuning=TallTuning(0, tuning.sharers),
+    ):  # fmt: skip
+        raise ValueError(
+            f"{rows} tokens, weights [2 * {num_outputs}, {num_inputs}]: tall kernels take 1 token "
+            f"at least, multiples of 8 inputs and outputs, more than {K_STEP * (UNITS - 1)} "
+            f"inputs, and {_MOST_TILES} tiles at most"
         )
     clusters = min(
         _num_tiles(rows, num_outputs, tuning.sharers),

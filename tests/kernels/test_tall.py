@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nanocupy.ops import launch_tall
-from nanocupy.ops.launch_tall import DEFAULT_TUNING, NEVER, TallTuning, plan_tall, uses_tall
+from nanocupy.ops.launch_tall import DEFAULT_TUNING, TallTuning, plan_tall, uses_tall
 from tests.kernels.tall_runs import SMALL, check, launch, make_product, reference
 from tests.ops.cases import DTYPES
 
@@ -119,6 +119,7 @@ def test_infinity_and_nan_stay_in_their_token(run) -> None:
     bad[[3, 200]] = True
     assert finite[~bad].all()
     assert not finite[200].any()
+    assert not finite[3].all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -182,7 +183,7 @@ def test_what_is_taken_and_what_is_refused() -> None:
         (False, (rows, 64, 448, 2), {}),
         (True, (rows, 64, 456, 2), {}),
         (False, (0, 64, 1024, 2), {"tuning": TallTuning(min_rows=0)}),
-        (False, (1 << 20, 64, 1024, 2), {"tuning": NEVER}),
+        (False, (1 << 20, 64, 1024, 2), {"tuning": TallTuning(min_rows=2**31)}),
         (False, (1 << 30, 1 << 20, 1024, 2), {}),
     ):  # fmt: skip
         assert uses_tall(*arguments, **(usual | how)) == taken, arguments
