@@ -29,6 +29,7 @@ from nanocupy.ops.cuda_sampling import DecodePlaces
 from nanocupy.ops.cuda_sizes import DeviceTraits, fused_bounds, query_buckets, workspace_plan
 from nanocupy.ops.kernel_variants import Variant, VariantCollector
 from nanocupy.ops.launch_decode_step import table_words
+from nanocupy.ops.launch_tall import MIN_ROWS
 from nanocupy.ops.launch_wide import TOKENS
 from nanocupy.ops.packed_matrix import PackedMatrix
 
@@ -83,7 +84,7 @@ def kernel_variants(
         run_calls(bind_calls(calls[-1:], ops, lambda name, shape: Outline(*shape), weights, dims))
 
     most, most_seqs = limits.max_step_tokens, min(limits.max_num_seqs, limits.max_step_tokens)
-    counts = {1, min(64, most), *(n for n in TOKENS if n < most), most}
+    counts = {1, min(64, most), *(n for n in (*TOKENS, MIN_ROWS - 1) if n < most), most}
     if every_size:
         counts |= {bucket(n, most) for n in range(1, min(256, most))}
     for num_tokens in sorted(counts):

@@ -19,6 +19,8 @@ from nanocupy.ops.launch_quantized_stream import DEFAULT_TUNING as DEFAULT_STREA
 from nanocupy.ops.launch_quantized_stream import StreamTuning
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
+from nanocupy.ops.launch_tall import DEFAULT_TUNING as DEFAULT_TALL
+from nanocupy.ops.launch_tall import TallTuning
 from nanocupy.ops.launch_wide import DEFAULT_TUNING as DEFAULT_WIDE
 from nanocupy.ops.launch_wide import WideTuning
 from nanocupy.ops.tensor_maps import TensorMaps
@@ -53,6 +55,7 @@ class CudaLauncher:
         quantized_tuning: QuantizedTuning = DEFAULT_QUANTIZED,
         stream_tuning: StreamTuning = DEFAULT_STREAM,
         wide_tuning: WideTuning = DEFAULT_WIDE,
+        tall_tuning: TallTuning = DEFAULT_TALL,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -67,6 +70,7 @@ class CudaLauncher:
         self._quantized_tuning = quantized_tuning
         self._stream_tuning = stream_tuning
         self._wide_tuning = wide_tuning
+        self._tall_tuning = tall_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._starts_alone = False  # whether the next must not

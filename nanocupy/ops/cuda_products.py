@@ -2,7 +2,8 @@
 
 A few rows take kernels with everything folded in; some more take tensor-core kernels with all or
 all but the norm, where these are the faster on 9.0a up to 256 rows; still more take cuBLAS between
-a norm before and what follows. The rounding points are the same. A quantised weight is multiplied
+a norm before and what follows, but for gate and up of prompts on 9.0a, whose kernel writes what
+SwiGLU makes of them alone. The rounding points are the same. A quantised weight is multiplied
 as it is (`cuda_quantized`) or, for larger batches, unpacked to the storage type first.
 """
 
@@ -22,6 +23,9 @@ from nanocupy.ops.launch_gemv import MAX_ROWS, GemvLaunch, plan_gemv
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import FILE as SKINNY
 from nanocupy.ops.launch_skinny import SkinnyLaunch, plan_skinny, uses_skinny
+from nanocupy.ops.launch_tall import ENTRY as TALL_ENTRY
+from nanocupy.ops.launch_tall import FILE as TALL
+from nanocupy.ops.launch_tall import plan_tall, uses_tall
 from nanocupy.ops.launch_wide import FILE as WIDE
 from nanocupy.ops.launch_wide import plan_wide, uses_wide
 from nanocupy.ops.packed_matrix import PackedMatrix
@@ -104,6 +108,9 @@ class ProductOps(QuantizedProducts):
             self._norm_rows(x, None, norm_weight, eps, normed)
             if wide:
                 self._wide("wide_swiglu", normed, weight, bias, out)
+                return
+            if self._is_tall(normed, bias, out):
+                self._tall(normed, weight, out)
                 return
             gate_up = self._workspace("gate_up", num_rows, 2 * width)
             self._product_with_bias(normed, weight, bias, gate_up)
@@ -226,6 +233,26 @@ class ProductOps(QuantizedProducts):
         self._launch(
             WIDE, entry, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
             *maps, *args, *map(_i32, numbers), **types, **plan.macros,
+        )  # fmt: skip
+
+    def _is_tall(self, x: Array, bias: Array | None, out: Array) -> bool:
+        (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+        return uses_tall(
+            num_rows, num_outputs, num_inputs, ITEMSIZES[self._sizes.dtype], bias=bias is not None,
+            wgmma=self._traits.wgmma and not self._traits.force_plain, tuning=self._tall_tuning,
+        )  # fmt: skip
+
+    def _tall(self, x: Array, weight: Array, out: Array) -> None:
+        (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+        plan = plan_tall(
+            num_outputs, num_inputs, num_rows, self._traits.num_multiprocessors,
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._tall_tuning,
+        )  # fmt: skip
+        maps = self._maps.matrix(x, plan.input_box), self._maps.matrix(weight, plan.weight_box)
+        self._launch(
+            TALL, TALL_ENTRY, LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster),
+            *maps, out, *map(_i32, (num_rows, num_outputs, num_inputs, plan.group)),
+            **self._types, **plan.macros,
         )  # fmt: skip
 
     def _product_with_bias(self, x: Array, weight: Array, bias: Array | None, out: Array) -> None:

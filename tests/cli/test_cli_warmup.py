@@ -185,6 +185,7 @@ def test_what_a_card_needs_is_among_what_is_compiled(shape: str) -> None:
         files = {file for file, _ in warm}
         assert {"gemv.cu", "sampling.cu", "penalties.cu", "rope.cu", "embed.cu"} <= files
         assert ("attention_prefill_hopper.cu" in files) == card.wgmma
+        assert ("tall.cu" in files) == card.wgmma
         rooms = {dict(macros)["TOKENS"] for file, macros in keys(256, card) if file == "wide.cu"}
         assert bool(rooms) == card.wgmma
         for num_seqs in (1, 32, 256):

@@ -283,6 +283,16 @@ VARIANTS = (
     ),
     Variants("stamp.cu", ("stamp_step",), ({"SCALAR": BFLOAT16},)),
     Variants(
+        "tall.cu",
+        ("tall_swiglu",),
+        (
+            {"SCALAR": BFLOAT16},
+            {"SCALAR": FLOAT16, "SHARERS": 4, "STAGES": 3},
+            {"SCALAR": BFLOAT16, "SHARERS": 1, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT32},
+        ),
+    ),
+    Variants(
         "wide.cu",
         ("wide_linear", "wide_linear_add", "wide_swiglu", "wide_logits"),
         (

@@ -10,6 +10,8 @@ import pytest
 
 from nanocupy.ops.cuda_sizes import OpSizes
 from nanocupy.ops.launch_skinny import SkinnyTuning
+from nanocupy.ops.launch_tall import ENTRY as TALL_ENTRY
+from nanocupy.ops.launch_tall import TallTuning
 from nanocupy.ops.launch_wide import ALWAYS, WideRange, WideTuning
 from nanocupy.ops.launch_wide import NEVER as NEVER_WIDE
 from nanocupy.ops.numpy_ops import NumpyOps
@@ -34,12 +36,13 @@ def launched(
     dtype: str = "bfloat16",
     residual: str = "",
     outputs: int = 45,
+    bias: bool = True,
     **tunings: Any,
 ) -> list[str]:
     """The kernels that the op launched, its result compared with the reference."""  # fmt: skip
     storage = DTYPES[dtype]
     wide = DTYPES[residual or dtype]
-    call = make_call(op, storage, rows, outputs, inputs, bias=True, residual=wide)
+    call = make_call(op, storage, rows, outputs, inputs, bias=bias, residual=wide)
     sizes = OpSizes(
         max_tokens=rows + 3, max_num_seqs=rows, max_rows=rows, max_context=64, hidden_size=inputs,
         intermediate_size=outputs, vocab_size=outputs, num_heads=4, num_kv_heads=2, head_size=64,
@@ -148,3 +151,41 @@ def test_gate_and_up_count_as_both(op: str) -> None:
 def test_what_goes_to_others(op: str, rows: int, inputs: int, how: dict[str, Any]) -> None:
     how = {"traits": HOPPER, "outputs": 48, "wide_tuning": ALWAYS, **how}
     assert WIDE_ENTRIES[op] not in launched(op, rows, inputs, **how)
+
+
+TALL = TallTuning(min_rows=257)
+
+
+def test_gate_and_up_of_prompts_take_one_product() -> None:
+    how = {"outputs": 136, "tall_tuning": TALL, "bias": False}
+    assert launched("norm_swiglu", 300, 456, HOPPER, **how) == ["rms_norm_rows", TALL_ENTRY]
+    found = launched("norm_swiglu", 257, 520, HOPPER, dtype="float16", residual="float32", **how)
+    assert found == ["rms_norm_rows", TALL_ENTRY]
+
+
+@pytest.mark.parametrize("op", ["norm_linear", "linear_add"])
+def test_other_products_of_prompts_do_not(op: str) -> None:
+    how = {"outputs": 136, "tall_tuning": TALL, "bias": False}
+    assert TALL_ENTRY not in launched(op, 300, 456, HOPPER, **how)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "how"),
+    [
+        (260, 448, {}),
+        (260, 460, {}),
+        (260, 456, {"outputs": 44}),
+        (260, 456, {"bias": True}),
+        (260, 456, {"traits": MODERN}),
+        (260, 456, {"traits": replace(HOPPER, force_plain=True)}),
+        (260, 456, {"dtype": "float32"}),
+        (260, 456, {"tall_tuning": TallTuning(min_rows=261)}),
+        (260, 456, {"tall_tuning": TallTuning()}),
+    ],
+    ids=["few", "inputs", "outputs", "bias", "card", "plain", "type", "rows", "default"],
+)
+def test_which_prompts_go_to_cublas(rows: int, inputs: int, how: dict[str, Any]) -> None:
+    how = {"traits": HOPPER, "outputs": 48, "tall_tuning": TALL, "bias": False, **how}
+    found = launched("norm_swiglu", rows, inputs, **how)
+    assert TALL_ENTRY not in found
+    assert found[-1] == "swiglu_rows"
