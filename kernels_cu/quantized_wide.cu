@@ -10,9 +10,10 @@
 
 // quantized_wide_linear: out = x @ weight.T + bias, of num_rows tokens
 // grid a cluster for each tile of weights; clusters of 1, 2, 4 or 8 blocks along x, at most K / 128 up
-// block 128 * WARPGROUPS + 64
+// block 128 * WARPGROUPS + (64 up to 32 TOKENS, else 128)
 // shared 128, and the more of: an inbox of 8 * OUT_TILE * cluster * (TOKENS / 2 / cluster up); and
-//   1024 + INPUT_STAGES * 256 * TOKENS + STAGES * OUT_TILE / 16 * CHUNK_BYTES
+//   1024 + INPUT_STAGES * TOKENS * (256, with int4 and 512 / GROUP) + STAGES * OUT_TILE / 16 *
+//   CHUNK_BYTES
 // x       scalar_t [num_rows, K], 1 to TOKENS rows
 // packed  [R / 16 up, K / 128 up, CHUNK_BYTES], as quantized_format.cuh says
 // unit    of scales and offsets, a power of two

@@ -6,8 +6,8 @@
 //
 // A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the codes of
 // its own strips through a ring of its own: with launches that overlap it is full before the kernel in
-// front has ended. Two warps more bring the inputs, a chunk of 128 at a time, through a ring that all
-// warps read, and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
+// front has ended. Other warps bring the inputs, a chunk of 128 at a time, through a ring that all of
+// these read, and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
 // products of those before are at work; the sums of a group are multiplied by its scale and added to
 // those before, the sum of its inputs by its offset.
 //

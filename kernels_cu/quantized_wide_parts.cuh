@@ -38,7 +38,7 @@
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define WIDE_CODES (HAS_TILE_PRODUCTS && SCALAR == 2 && GROUP >= 32)
 
-constexpr int FETCH_WARPS = 2;  // that bring inputs
+constexpr int FETCH_WARPS = TOKENS > 32 ? 4 : 2;  // that bring inputs
 constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 
 #if WIDE_CODES
@@ -46,8 +46,10 @@ constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 constexpr int HALF = CHUNK / 2;                  // inputs: a row of 128 bytes of an operand, swizzled
 constexpr int HALF_BYTES = TOKENS * HALF * 2;
 constexpr int ATOM = 1024;                       // bytes of 8 such rows
-// Inputs whose codes become operands at once, while products of the ones before are at work.
-constexpr int UNIT = GROUP >= HALF && MIN_BLOCKS == 1 ? HALF : QUARTER;
+// Inputs whose codes become operands at once, while products of the ones before are at work: fewer where
+// registers are few.
+constexpr bool MANY_SUMS = (ROW_TILES + 1) * TOKENS / 2 >= 80;
+constexpr int UNIT = GROUP >= HALF && MIN_BLOCKS == 1 && !MANY_SUMS ? HALF : QUARTER;
 constexpr int STAGE_CODES = ROW_TILES * CHUNK_BYTES;  // of a warp
 constexpr int RING_BYTES = STAGES * STAGE_CODES;
 constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk's inputs
@@ -269,7 +271,11 @@ struct PendingGroup {
 #pragma unroll
         for (int n = 0; n < TOKENS / 8; ++n) {
             float own[2] = {0.0f, 0.0f};
-            if constexpr (WEIGHT_KIND == 1) load_floats<float, 2>(inputs + n * 8, own);
+            if constexpr (WEIGHT_KIND == 1) {
+                const uint2 words = ld_shared_8(inputs + n * 8);
+                own[0] = float_of(words.x);
+                own[1] = float_of(words.y);
+            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 sums[n][i] = fmaf(scale[i / 2], group[n][i], sums[n][i]);

@@ -16,16 +16,19 @@ from nanocupy.ops.launch_skinny import INBOX_HEAD, SPLITS
 FILE = "quantized_wide.cu"
 TOKENS = (16, 32, 48, 64)  # a build's room; batches are rounded up
 MAX_ROWS = TOKENS[-1]  # tokens; more take the matrix in 16 bits
-FETCH_WARPS = 2
+LEAST_GROUP = 32  # inputs of a scale
+FETCH_WARPS = {16: 2, 32: 2, 48: 4, 64: 4}  # of a block, by its room for tokens
 MIN_INPUT_STAGES, MAX_INPUT_STAGES = 4, 7
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _MOST_STAGES = 12
 _ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
-# Of a thread: beside sums, and what the compiler gives a block of so many warpgroups that multiply.
-_OTHER_REGISTERS = 88
-_REGISTERS = {1: {1: 4, 2: 3, 3: 2, 4: 1}, 2: {1: 2, 2: 1, 3: 0, 4: 0}}
-_REGISTER_LIMITS = (0, 96, 128, 168, 240)
+# Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is to
+# fit on a multiprocessor, and where two, with two warps that fetch and with four.
+_REGISTERS = {
+    (1, 2): (168, 168, 128, 96), (2, 2): (168, 96, 0, 0),
+    (1, 4): (168, 168, 128, 96), (2, 4): (128, 80, 0, 0),
+}  # fmt: skip
 
 # Of an H100, as in wide_cost, guessed before any measurement: KB (1000 bytes) a microsecond and
 # multiprocessor, from memory, from L2 while all read, and what one takes in alone.
@@ -38,6 +41,10 @@ _INT4_CLOCKS, _BYTE_CLOCKS, _FETCH_CLOCKS, _FETCH_START = 210, 290, 7, 250
 _STEP_CLOCKS = 400  # of a warp that is alone with a chunk of a strip
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
 _ALONE_US = 1.0  # where the next kernel's block finds no room beside one
+_NOMINAL_TOKENS = (32, 64)  # by which splits are chosen
+# Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was seen
+# in skinny.cu.
+_UNEVEN_SPLITS, _UNEVEN_TURNS = 4, 0.5
 _PLACED = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
 
 
@@ -79,11 +86,17 @@ class WideCodesLaunch:
 
 
 def uses_wide_codes(
-    rows: int, dtype: str, *, wgmma: bool, tuning: WideCodesTuning = DEFAULT_TUNING
+    packed: PackedFormat,
+    rows: int,
+    dtype: str,
+    *,
+    wgmma: bool,
+    tuning: WideCodesTuning = DEFAULT_TUNING,
 ) -> bool:
     """Whether a product of `rows` tokens, which multiplies codes, is for these kernels. dtype: the
     storage type; wgmma: the card has, and gets builds for, what 9.0a has."""
-    return wgmma and dtype == "bfloat16" and tuning.min_rows <= rows <= MAX_ROWS
+    can_be = wgmma and dtype == "bfloat16" and packed.group >= LEAST_GROUP
+    return can_be and tuning.min_rows <= rows <= MAX_ROWS
 
 
 def plan_wide_codes(
@@ -109,18 +122,20 @@ def plan_wide_codes(
             f"{rows} tokens, weights [{num_outputs}, {num_inputs}]: quantized kernels take 1 to "
             f"{MAX_ROWS} tokens and a multiple of 8 inputs"
         )
+    if packed.group < LEAST_GROUP:
+        raise ValueError(f"groups of {packed.group} inputs: these kernels take {LEAST_GROUP} up")
     tokens = next(n for n in TOKENS if n >= rows)
     weight_rows = -(-num_outputs // 8) * 16 if pairs else num_outputs
     shape = _Shape(packed, weight_rows, num_inputs, num_multiprocessors)
-    # Splits change the order of sums, so they follow from the largest batch alone.
-    splits = shape.best(MAX_ROWS, max_shared_bytes, tuning).splits
-    part = shape.best(tokens, max_shared_bytes, replace(tuning, splits=splits))
+    if tuning.splits is None:
+        tuning = replace(tuning, splits=shape.best_splits(max_shared_bytes, tuning))
+    part = shape.best(tokens, max_shared_bytes, tuning)
     macros = packed.macros | {
         "TOKENS": tokens, "OUT_TILE": part.tile, "WARPGROUPS": part.warpgroups,
         "STAGES": part.stages, "INPUT_STAGES": part.input_stages, "MIN_BLOCKS": part.resident,
     }  # fmt: skip
     return WideCodesLaunch(
-        macros, (shape.num_tiles(part) * part.splits,), 128 * part.warpgroups + 32 * FETCH_WARPS,
+        macros, (shape.num_tiles(part) * part.splits,), 32 * (4 * part.warpgroups + part.fetch_warps),
         part.bytes, part.splits, shape.us(part),
     )  # fmt: skip
 
@@ -143,6 +158,10 @@ class _Part:
     @property
     def tile(self) -> int:
         return 64 * self.warpgroups * self.parts
+
+    @property
+    def fetch_warps(self) -> int:
+        return FETCH_WARPS[self.tokens]
 
     @property
     def chunks(self) -> int:
@@ -171,8 +190,10 @@ class _Part:
         return INBOX_HEAD + max(self.inbox_bytes, _ALIGNMENT + rings)
 
     @property
-    def registers(self) -> int:
-        return self.parts * self.tokens // 2 + _OTHER_REGISTERS
+    def registers(self) -> float:
+        """Of a thread, without any spilled: sums of a group and those of each strip so far, operands,
+        and what more each strip keeps. Found by building them all."""
+        return (self.parts + 1) * self.tokens / 2 + 55 + 8.5 * self.parts
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,17 @@ class _Shape:
 
     def num_tiles(self, part: _Part) -> int:
         return -(-self.weight_rows // part.tile)
+
+    def best_splits(self, max_shared_bytes: int, tuning: WideCodesTuning) -> int:
+        """They change the order of sums, so they do not depend on the batch: those that are best
+        for two batches."""
+        def us(splits: int) -> float:
+            chosen = replace(tuning, splits=splits)
+            return sum(
+                self.us(self.best(tokens, max_shared_bytes, chosen)) for tokens in _NOMINAL_TOKENS
+            )
+
+        return min(SPLITS, key=us)
 
     def best(self, tokens: int, max_shared_bytes: int, tuning: WideCodesTuning) -> _Part:
         found = list(self._parts(tokens, max_shared_bytes, tuning))
@@ -222,8 +254,10 @@ class _Shape:
         """Microseconds until the multiprocessor with most to do is done."""
         blocks = self.num_tiles(part) * part.splits
         share = blocks / (self.num_multiprocessors * _PLACED[part.splits])
-        turns = -(-share // 1)
+        turns = max(1.0, -(-share // 1))
         together = min(part.resident, turns)  # blocks of a multiprocessor at once
+        if part.resident > 1 and part.splits >= _UNEVEN_SPLITS:
+            turns += _UNEVEN_TURNS
         strips = part.tile // STRIP
         codes = strips * part.chunks * self.packed.chunk_bytes / 1e3  # KB of a block
         inputs = part.chunks * part.input_bytes / 1e3
@@ -235,7 +269,7 @@ class _Shape:
         each = _INT4_CLOCKS if self.packed.kind == "int4" else _BYTE_CLOCKS
         each += 12 * (CHUNK // self.packed.group - 1)
         issue = turns * part.chunks * (strips / 4 * each) / _CLOCKS
-        fetch = part.chunks * (part.tokens * 2 / FETCH_WARPS * _FETCH_CLOCKS + _FETCH_START)
+        fetch = part.chunks * (part.tokens * 2 / part.fetch_warps * _FETCH_CLOCKS + _FETCH_START)
         serial = part.chunks * part.parts * _STEP_CLOCKS
         alone = turns / together * max(fetch, serial) / _CLOCKS
         sent = 4 * part.tile * part.tokens * (part.splits - 1) / part.splits / 1e3
@@ -247,8 +281,7 @@ class _Shape:
 
 def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> _Part | None:
     """With as many stages as there is room for; None where there is none for two."""
-    limit = _REGISTER_LIMITS[_REGISTERS[part.resident][part.warpgroups]]
-    if part.registers > limit:
+    if part.registers > _REGISTERS[part.resident, part.fetch_warps][part.warpgroups - 1]:
         return None
     most = min(max_shared_bytes, tuning.shared_kb << 10) if part.resident > 1 else max_shared_bytes
     room = most - INBOX_HEAD - _ALIGNMENT
