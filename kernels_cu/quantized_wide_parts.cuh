@@ -123,7 +123,7 @@ struct WarpCodes {
     // Copy a chunk of strip `m` to where its oldest was: all lanes have read that.
     __device__ __forceinline__ void bring(int m) {
         if (steps_left > 0 && m < num_strips) {
-            unsigned char* const to = ring + place + m * CHUNK_BYTES;
+            unsigned char* const to = keep_pointer(ring + place + m * CHUNK_BYTES);
             const unsigned char* const source = from + m * strip_bytes;
 #pragma unroll
             for (int i = 0; i < CODE_VECTORS; ++i) copy_weights_16(to + i * 512, source + i * 512);

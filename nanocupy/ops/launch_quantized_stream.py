@@ -46,10 +46,10 @@ class StreamTuning:
     """What a bench may vary; None leaves the choice to the plan.
 
     min_rows: tokens from which these products are taken (above MAX_BATCH: never), whatever the
-    codes. out_tile, splits: rows of weights of a block, blocks that share their inputs. warps_k: warps of a block that do.
-    strips: of 16 rows, that a warp works on at once; warp_strips: in all. warps: of a block, at
-    most. stages: of the ring, at most. shared_kb: of a block where two are to fit on a
-    multiprocessor of an H100, so that the next kernel's codes come while one runs.
+    codes. out_tile, splits: rows of weights of a block, blocks that share their inputs. warps_k:
+    warps of a block that do. strips: of 16 rows, that a warp works on at once; warp_strips: in all.
+    warps: of a block, at most. stages: of the ring, at most. shared_kb: of a block where two are to
+    fit on a multiprocessor of an H100, so that the next kernel's codes come while one runs.
     """
 
     min_rows: int | None = None

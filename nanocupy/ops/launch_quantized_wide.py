@@ -23,8 +23,8 @@ _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _MOST_STAGES = 12
 _ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
-# Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is to
-# fit on a multiprocessor, and where two, with two warps that fetch and with four.
+# Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is
+# to fit on a multiprocessor, and where two, with two warps that fetch and with four.
 _REGISTERS = {
     (1, 2): (168, 168, 128, 96), (2, 2): (168, 96, 0, 0),
     (1, 4): (168, 168, 128, 96), (2, 4): (128, 80, 0, 0),
@@ -42,8 +42,8 @@ _STEP_CLOCKS = 400  # of a warp that is alone with a chunk of a strip
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
 _ALONE_US = 1.0  # where the next kernel's block finds no room beside one
 _NOMINAL_TOKENS = (32, 64)  # by which splits are chosen
-# Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was seen
-# in skinny.cu.
+# Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was
+# seen in skinny.cu.
 _UNEVEN_SPLITS, _UNEVEN_TURNS = 4, 0.5
 _PLACED = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
 
@@ -134,9 +134,10 @@ def plan_wide_codes(
         "TOKENS": tokens, "OUT_TILE": part.tile, "WARPGROUPS": part.warpgroups,
         "STAGES": part.stages, "INPUT_STAGES": part.input_stages, "MIN_BLOCKS": part.resident,
     }  # fmt: skip
+    blocks = shape.num_tiles(part) * part.splits
+    threads = 32 * (4 * part.warpgroups + part.fetch_warps)
     return WideCodesLaunch(
-        macros, (shape.num_tiles(part) * part.splits,), 32 * (4 * part.warpgroups + part.fetch_warps),
-        part.bytes, part.splits, shape.us(part),
+        macros, (blocks,), threads, part.bytes, part.splits, shape.us(part)
     )  # fmt: skip
 
 
@@ -191,8 +192,8 @@ class _Part:
 
     @property
     def registers(self) -> float:
-        """Of a thread, without any spilled: sums of a group and those of each strip so far, operands,
-        and what more each strip keeps. Found by building them all."""
+        """Of a thread, without any spilled: sums of a group and those of each strip so far,
+        operands, and what more each strip keeps. Found by building them all."""
         return (self.parts + 1) * self.tokens / 2 + 55 + 8.5 * self.parts
 
 

@@ -1,5 +1,5 @@
-"""Runs products of up to 64 tokens with packed codes by warpgroups: launch, arguments, and what must
-come out."""
+"""Runs products of up to 64 tokens with packed codes by warpgroups: launch, arguments, and what
+must come out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Products of up to 64 tokens with quantised weights by warpgroups against the NumPy ops in float64,
-and against themselves.
+"""Products of up to 64 tokens with quantised weights by warpgroups against the NumPy ops in
+float64, and against themselves.
 
 On the shim with twins of warpgroups' products, on a device of compute capability 9.0 with the real
 ones. Each variant of the macros meets every op at sizes that leave a rest everywhere: outputs in
