@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from nanocupy.ops.launch_quantized import PackedFormat
 
 
-
 @dataclass(frozen=True)
 class Build:
     """Which kernels multiply codes, and how they are launched."""
@@ -328,9 +327,7 @@ def tables(
                     times = batches.packed_op_us(product, kind, list(builds.values()))
                     cells = "".join(map(cell, [read, floats, *times]))
                     print(f"{kind:5s} {product.label:26s}{cells}", flush=True)
-                    timed = [
-                        (us, i) for i, us in enumerate(times) if isinstance(us, float)
-                    ]
+                    timed = [(us, i) for i, us in enumerate(times) if isinstance(us, float)]
                     if timed and number < 4:
                         best[kind].append(list(builds.values())[min(timed)[1]])
             layer_lines(batches, kinds, builds, best, ceiling, record)

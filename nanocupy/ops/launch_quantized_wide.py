@@ -212,6 +212,7 @@ class _Shape:
     def best_splits(self, max_shared_bytes: int, tuning: WideCodesTuning) -> int:
         """They change the order of sums, so they do not depend on the batch: those that are best
         for two batches."""
+
         def us(splits: int) -> float:
             chosen = replace(tuning, splits=splits)
             return sum(

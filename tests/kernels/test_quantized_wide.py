@@ -214,8 +214,8 @@ def test_plans_of_real_shapes(
         form = packed_format(kind, inputs, group or inputs)
         assert form is not None
         rings = macros["STAGES"] * tile // 16 * form.chunk_bytes
-        rings += macros["INPUT_STAGES"] * tokens * (
-            256 + (512 // form.group if kind == "int4" else 0)
+        rings += (
+            macros["INPUT_STAGES"] * tokens * (256 + (512 // form.group if kind == "int4" else 0))
         )
         slots = -(-tokens // 2 // launch.cluster)
         inbox = 8 * tile * launch.cluster * slots
