@@ -9,7 +9,8 @@
 
 #if HAS_TILE_PRODUCTS
 
-// As cp_async_16_or_zero of device.cuh, of 4 bytes, aligned to 4.
+// As cp_async_16_or_zero of device.cuh, of 4 bytes, aligned to 4. `global` may be anything where it is not
+// read.
 __device__ __forceinline__ void cp_async_4_or_zero(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(valid ? 4 : 0)

@@ -156,18 +156,17 @@ struct InputCopies {
         const int input = (share.first_step + step) * CHUNK + lane * 2;
         const bool inside = input < matrix.num_inputs;
         const bool inside_after = input + HALF < matrix.num_inputs;
-        const int piece = lane / 16 * 4 + lane % 4, word = lane / 4 % 4 * 4;
+        const int place = (lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;
 #pragma unroll 1
         for (int octet = fetch_warp; octet < OCTETS; octet += FETCH_WARPS) {
             const scalar_t* from = matrix.x + octet * 8 * matrix.num_inputs + input;
+            unsigned char* const own = to + octet * ATOM;
+            const int rows = matrix.num_rows - octet * 8;
 #pragma unroll
             for (int row = 0; row < 8; ++row) {
-                const bool valid = octet * 8 + row < matrix.num_rows;
-                unsigned char* const at = to + octet * ATOM + row * 128 + (piece ^ row) * 16 + word;
-                cp_async_4_or_zero(at, valid && inside ? from : matrix.x, valid && inside);
-                cp_async_4_or_zero(
-                    at + HALF_BYTES, valid && inside_after ? from + HALF : matrix.x,
-                    valid && inside_after);
+                unsigned char* const at = own + row * 128 + (place ^ row * 16);
+                cp_async_4_or_zero(at, from, row < rows && inside);
+                cp_async_4_or_zero(at + HALF_BYTES, from + HALF, row < rows && inside_after);
                 from += matrix.num_inputs;
             }
         }
@@ -178,30 +177,33 @@ struct InputCopies {
         const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
         const uint32_t ones[4] = {one, one, one, one};
         const int row = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll 1
-        for (int octet = fetch_warp; octet < OCTETS; octet += FETCH_WARPS) {
+#pragma unroll
+        for (int i = 0; i < (OCTETS + FETCH_WARPS - 1) / FETCH_WARPS; ++i) {
+            const int octet = i * FETCH_WARPS + fetch_warp;
+            if (octet >= OCTETS) break;
             const unsigned char* const from = inputs + octet * ATOM + row * 128;
-            // Two sums for each group, so that products do not wait for each other.
-            float parts[GROUPS][2][4];
-#pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) parts[g][0][i] = parts[g][1][i] = 0.0f;
-            }
+            // Two sums for each 32 inputs, so that products do not wait for each other.
+            float parts[CHUNK / QUARTER][2][4];
 #pragma unroll
             for (int q = 0; q < CHUNK / QUARTER; ++q) {
                 const uint4 b =
                     ld_shared_16(from + q / 2 * HALF_BYTES + ((q % 2 * 4 + t) ^ row) * 16);
-                float(&part)[2][4] = parts[q * QUARTER / GROUP];
-                mma_m16n8k16<scalar_t>(part[0], ones, b.x, b.y);
-                mma_m16n8k16<scalar_t>(part[1], ones, b.z, b.w);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) parts[q][0][j] = parts[q][1][j] = 0.0f;
+                mma_m16n8k16<scalar_t>(parts[q][0], ones, b.x, b.y);
+                mma_m16n8k16<scalar_t>(parts[q][1], ones, b.z, b.w);
             }
             if (lane_id() < 4) {  // all rows are alike
+                constexpr int EACH = GROUP / QUARTER;
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    const float pair[2] = {
-                        parts[g][0][0] + parts[g][1][0], parts[g][0][1] + parts[g][1][1]};
-                    store_floats<float, 2>(to + g * TOKENS + octet * 8 + t * 2, pair);
+                    float total[2] = {0.0f, 0.0f};
+#pragma unroll
+                    for (int q = g * EACH; q < (g + 1) * EACH; ++q) {
+                        total[0] += parts[q][0][0] + parts[q][1][0];
+                        total[1] += parts[q][0][1] + parts[q][1][1];
+                    }
+                    store_floats<float, 2>(to + g * TOKENS + octet * 8 + t * 2, total);
                 }
             }
         }

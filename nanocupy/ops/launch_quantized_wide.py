@@ -19,6 +19,7 @@ MAX_ROWS = TOKENS[-1]  # tokens; more take the matrix in 16 bits
 LEAST_GROUP = 32  # inputs of a scale
 FETCH_WARPS = {16: 2, 32: 2, 48: 4, 64: 4}  # of a block, by its room for tokens
 MIN_INPUT_STAGES, MAX_INPUT_STAGES = 4, 7
+_LANDED_STAGES = 3  # of inputs, that are not on their way
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _MOST_STAGES = 12
@@ -36,8 +37,9 @@ _MEMORY_RATE, _L2_RATE, _INTAKE_RATE = 21.0, 43.0, 65.0
 _LATENCY_US = 1.2  # of memory under load: what is on its way in it bounds the rate
 _CLOCKS = 1700.0  # a microsecond
 # Instructions of a warp for a chunk of a strip, counted in the builds; those of inputs, for each
-# token and chunk, and what a chunk takes beside them.
-_INT4_CLOCKS, _BYTE_CLOCKS, _FETCH_CLOCKS, _FETCH_START = 210, 290, 7, 250
+# token of a warp that fetches and chunk, and what a chunk takes beside them and until it is there.
+_INT4_CLOCKS, _BYTE_CLOCKS = 210, 290
+_FETCH_CLOCKS, _FETCH_START, _FETCH_LATENCY = 12, 250, 1500
 _STEP_CLOCKS = 400  # of a warp that is alone with a chunk of a strip
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
 _ALONE_US = 1.0  # where the next kernel's block finds no room beside one
@@ -271,7 +273,8 @@ class _Shape:
         each = _INT4_CLOCKS if self.packed.kind == "int4" else _BYTE_CLOCKS
         each += 12 * (CHUNK // self.packed.group - 1)
         issue = turns * part.chunks * (strips / 4 * each) / _CLOCKS
-        fetch = part.chunks * (part.tokens * 2 / part.fetch_warps * _FETCH_CLOCKS + _FETCH_START)
+        fetch = part.tokens / part.fetch_warps * _FETCH_CLOCKS + _FETCH_START
+        fetch = part.chunks * max(fetch, _FETCH_LATENCY / (part.input_stages - _LANDED_STAGES))
         serial = part.chunks * part.parts * _STEP_CLOCKS
         alone = turns / together * max(fetch, serial) / _CLOCKS
         sent = 4 * part.tile * part.tokens * (part.splits - 1) / part.splits / 1e3
@@ -287,7 +290,7 @@ def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> 
         return None
     most = min(max_shared_bytes, tuning.shared_kb << 10) if part.resident > 1 else max_shared_bytes
     room = most - INBOX_HEAD - _ALIGNMENT
-    wanted = tuning.input_stages or (MAX_INPUT_STAGES if part.tokens <= 16 else 5)
+    wanted = tuning.input_stages or (6 if part.resident > 1 else MAX_INPUT_STAGES)
     input_stages = min(max(wanted, MIN_INPUT_STAGES), MAX_INPUT_STAGES)
     stages = (room - input_stages * part.input_bytes) // part.stage_bytes
     stages = min(stages, tuning.stages or _MOST_STAGES, max(2, part.chunks))

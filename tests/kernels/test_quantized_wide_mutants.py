@@ -93,8 +93,8 @@ MUTANTS = [
     ),
     Mutant(
         "a group's products not waited for",
-        "wgmma_wait<0>();\n                    hold_registers(group);\n                    pending.add",
-        "hold_registers(group);\n                    pending.add",
+        "wgmma_wait<0>();\n                    hold_registers(group);\n",
+        "hold_registers(group);\n",
     ),
     Mutant(
         "the last products not waited for",
@@ -151,29 +151,31 @@ MUTANTS = [
     ),
     Mutant(
         "words in their natural order",
-        "lane / 16 * 4 + lane % 4, word = lane / 4 % 4 * 4;",
-        "lane / 4, word = lane % 4 * 4;",
+        "(lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;",
+        "lane * 4;",
     ),
-    Mutant("pieces not exchanged", "(piece ^ row) * 16 + word;", "piece * 16 + word;"),
+    Mutant("pieces not exchanged", "(place ^ row * 16);", "place;"),
     Mutant("sums of pieces not exchanged", "((q % 2 * 4 + t) ^ row) * 16", "(q % 2 * 4 + t) * 16"),
-    Mutant("the second half is the first", "to + octet * ATOM + row * 128", "to + row * 128"),
+    Mutant("eight tokens in the place of others", "to + octet * ATOM;", "to;"),
     Mutant(
         "the halves of a chunk alike",
-        "inside_after ? from + HALF : matrix.x",
-        "inside_after ? from : matrix.x",
+        "from + HALF, row < rows",
+        "from, row < rows",
     ),
     Mutant(
         "inputs beyond the matrix", "input + HALF < matrix.num_inputs;", "true;", inputs=1440 + 32
     ),
-    Mutant("tokens beyond the batch", "octet * 8 + row < matrix.num_rows;", "true;"),
+    Mutant(
+        "tokens beyond the batch",
+        "cp_async_4_or_zero(at, from, row < rows && inside);",
+        "cp_async_4_or_zero(at, from, inside);",
+    ),
     Mutant(
         "sums of every other eight tokens alone",
-        "octet < OCTETS; octet += FETCH_WARPS) {\n            const unsigned char*",
-        "octet < FETCH_WARPS; octet += FETCH_WARPS) {\n            const unsigned char*",
+        "if (octet >= OCTETS) break;",
+        "if (octet >= FETCH_WARPS) break;",
     ),
-    Mutant(
-        "half of a group summed", "parts[g][0][0] + parts[g][1][0], parts", "parts[g][0][0], parts"
-    ),
+    Mutant("half of a group summed", "parts[q][0][0] + parts[q][1][0];", "parts[q][0][0];"),
     Mutant(
         "the sums of another stage",
         "const float* const chunk_sums = first_sums + place.stage * GROUP_SUMS;",
