@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.bench_skinny import builds_of as skinny_builds
+from benchmarks.bench_wide import builds_of as wide_builds
 from benchmarks.gemv_device import CODES, EPS, MODELS, ROTATED_BYTES, Product, products_of
 from benchmarks.gemv_layers import Layers
 from benchmarks.records import write_record
@@ -294,7 +295,11 @@ def builds_of(
     card = bench.loader.num_multiprocessors, bench.loader.max_shared_bytes
     small = [(file, {"SCALAR": CODES[bench.dtype.name]}) for file in ("norm.cu", "activation.cu")]
     skinny = {"": FLOATS[0]["skinny_tuning"]}
-    return [*found.values(), *skinny_builds(models, rows_list, skinny, card), *small]
+    floats = [
+        *skinny_builds(models, rows_list, skinny, card),
+        *wide_builds(models, rows_list, {"": ALWAYS_FLOATS}, card),
+    ]
+    return [*found.values(), *floats, *small]
 
 
 def batch_file(
