@@ -6,8 +6,9 @@
 //
 // A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the codes of
 // its own strips through a ring of its own: with launches that overlap it is full before the kernel in
-// front has ended. Other warps bring the inputs, a chunk of 128 at a time, through a ring that all of
-// these read, and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
+// front has ended. The inputs come a chunk of 128 at a time, by the copy engine, through a ring that all
+// of these read; other warps put their words where the codes have them and with int4 sum them by group,
+// on tensor cores. Codes become operands as they are, while
 // products of those before are at work; the sums of a group are multiplied by its scale and added to
 // those before, the sum of its inputs by its offset.
 //
@@ -58,7 +59,7 @@ __device__ __forceinline__ void multiply_codes(
                         vector = ld_shared_16(chunk + code_vector(quarter) * 512);
                     }
                     hold_vector(vector);
-                    code_operands(vector, quarter, pairs);
+                    wide_operands(vector, quarter, pairs);
 #pragma unroll
                     for (int i = 0; i < 8; ++i) a[unit % 2][q * 2 + i / 4][i % 4] = pairs[i / 4][i % 4];
                 }
@@ -100,18 +101,22 @@ __device__ __forceinline__ void multiply_codes(
 // The whole kernel.
 template <bool PAIRS, typename Epilogue>
 __device__ __forceinline__ void run_wide_codes(
-    const SkinnyMatrix& matrix, const PackedCodes& packed, const Epilogue& epilogue) {
+    const SkinnyMatrix& matrix, const TensorMap* map, const PackedCodes& packed,
+    const Epilogue& epilogue) {
     const SkinnyShare<PAIRS> share(matrix);
     // Inboxes lie in the same place in all blocks of a cluster: first.
     CodeBarriers* const bars = reinterpret_cast<CodeBarriers*>(dynamic_shared());
     const SkinnyMerge merge = {share.ranks, share.rank, (matrix.num_rows + 1) / 2, &bars->inbox};
-    const uint32_t misplaced = shared_address(dynamic_shared() + INBOX_HEAD) % ATOM;
-    unsigned char* const inputs = dynamic_shared() + INBOX_HEAD + (ATOM - misplaced) % ATOM;
+    uint64_t* const landed = reinterpret_cast<uint64_t*>(dynamic_shared() + INBOX_HEAD);
+    constexpr int HEAD = INBOX_HEAD + LANDED_BYTES;
+    const uint32_t misplaced = shared_address(dynamic_shared() + HEAD) % ATOM;
+    unsigned char* const inputs = dynamic_shared() + HEAD + (ATOM - misplaced) % ATOM;
     const int warp = shuffle(warp_id(), 0);  // known to be the same in all lanes
 
     if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int i = 0; i < INPUT_STAGES; ++i) {
+            mbarrier_init(landed + i, 1);
             mbarrier_init(bars->full + i, FETCH_WARPS);
             mbarrier_init(bars->free + i, WARPS_N);
         }
@@ -133,7 +138,8 @@ __device__ __forceinline__ void run_wide_codes(
     grid_dependency_wait();
 
     if (warp >= WARPS_N) {  // --------------------------------------------------- warps that fetch
-        const InputCopies<PAIRS> copies = {share, bars, inputs, input_sums, warp - WARPS_N};
+        const InputCopies<PAIRS> copies = {
+            share, map, bars, landed, inputs, input_sums, warp - WARPS_N};
         copies.run();
         warp_sync();
         if (share.ranks > 1) {  // where every thread comes to

@@ -23,7 +23,8 @@ _LANDED_STAGES = 3  # of inputs, that are not on their way
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _MOST_STAGES = 12
-_ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
+_BOX_COLUMNS = 64  # rows of 128 bytes
+_RING_HEAD = 64 + 1024  # barriers of copies, and an alignment: what comes before may end anywhere
 # Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is
 # to fit on a multiprocessor, and where two, with two warps that fetch and with four.
 _REGISTERS = {
@@ -47,7 +48,7 @@ _NOMINAL_TOKENS = (32, 64)  # by which splits are chosen
 # Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was
 # seen in skinny.cu.
 _UNEVEN_SPLITS, _UNEVEN_TURNS = 4, 0.5
-_PLACED = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
+_PLACED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class WideCodesLaunch:
     shared_bytes: int
     cluster: int
     us: float
+
+    @property
+    def input_box(self) -> tuple[int, int]:
+        """Of the map of x."""
+        return self.macros["TOKENS"], _BOX_COLUMNS
 
 
 def uses_wide_codes(
@@ -190,7 +196,7 @@ class _Part:
     def bytes(self) -> int:
         """Shared memory of a block: rings, where sums meet afterwards."""
         rings = self.stages * self.stage_bytes + self.input_stages * self.input_bytes
-        return INBOX_HEAD + max(self.inbox_bytes, _ALIGNMENT + rings)
+        return INBOX_HEAD + max(self.inbox_bytes, _RING_HEAD + rings)
 
     @property
     def registers(self) -> float:
@@ -289,7 +295,7 @@ def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> 
     if part.registers > _REGISTERS[part.resident, part.fetch_warps][part.warpgroups - 1]:
         return None
     most = min(max_shared_bytes, tuning.shared_kb << 10) if part.resident > 1 else max_shared_bytes
-    room = most - INBOX_HEAD - _ALIGNMENT
+    room = most - INBOX_HEAD - _RING_HEAD
     wanted = tuning.input_stages or (6 if part.resident > 1 else MAX_INPUT_STAGES)
     input_stages = min(max(wanted, MIN_INPUT_STAGES), MAX_INPUT_STAGES)
     stages = (room - input_stages * part.input_bytes) // part.stage_bytes

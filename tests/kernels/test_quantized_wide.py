@@ -219,7 +219,7 @@ def test_plans_of_real_shapes(
         )
         slots = -(-tokens // 2 // launch.cluster)
         inbox = 8 * tile * launch.cluster * slots
-        assert launch.shared_bytes == 128 + max(1024 + rings, inbox) <= 227 << 10
+        assert launch.shared_bytes == 128 + max(1088 + rings, inbox) <= 227 << 10
         if macros["MIN_BLOCKS"] == 2:
             assert 2 * launch.shared_bytes <= 226 << 10
 
