@@ -10,7 +10,7 @@
 
 // quantized_wide_linear: out = x @ weight.T + bias, of num_rows tokens
 // grid a cluster for each tile of weights; clusters of 1, 2, 4 or 8 blocks along x, at most K / 128 up
-// block 128 * WARPGROUPS + (64 up to 32 TOKENS, else 128)
+// block 128 * WARPGROUPS + (64 up to 16 TOKENS and, with MIN_BLOCKS above 1, up to 32; else 128)
 // shared 128, and the more of: an inbox of 8 * OUT_TILE * cluster * (TOKENS / 2 / cluster up); and
 //   1088 + INPUT_STAGES * TOKENS * (256, with int4 and 512 / GROUP) + STAGES * OUT_TILE / 16 *
 //   CHUNK_BYTES

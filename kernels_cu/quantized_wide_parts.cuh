@@ -38,7 +38,8 @@
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define WIDE_CODES (HAS_TILE_PRODUCTS && SCALAR == 2 && GROUP >= 32)
 
-constexpr int FETCH_WARPS = TOKENS > 32 ? 4 : 2;  // that bring inputs
+// Warps that bring inputs: as many where registers are not what keeps a second block away.
+constexpr int FETCH_WARPS = TOKENS > 32 || (TOKENS > 16 && MIN_BLOCKS == 1) ? 4 : 2;
 constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 
 #if WIDE_CODES
