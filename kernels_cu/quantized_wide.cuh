@@ -134,6 +134,7 @@ __device__ __forceinline__ void run_wide_codes(
             codes.next();
         }
     }
+    if (threadIdx.x == BLOCK_THREADS) prefetch_tensor_map(map);
     block_sync();  // to the barriers being made
     grid_dependency_wait();
 

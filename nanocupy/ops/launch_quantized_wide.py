@@ -31,17 +31,17 @@ _REGISTERS = {
     (1, 4): (168, 168, 128, 96), (2, 4): (128, 80, 0, 0),
 }  # fmt: skip
 
-# Of an H100, as in wide_cost: KB (1000 bytes) a microsecond and
-# multiprocessor, from memory, from L2 while all read, and what one takes in alone.
+# Of an H100, as in wide_cost: KB (1000 bytes) a microsecond and multiprocessor, from memory, from
+# L2 while all read, and what one takes in alone.
 _MEMORY_RATE, _L2_RATE, _INTAKE_RATE = 21.0, 43.0, 65.0
 _LATENCY_US = 1.2  # of memory under load: what is on its way in it bounds the rate
 _CLOCKS = 1700.0  # a microsecond
-# A quarter of a multiprocessor takes so many clocks for a chunk of a strip, and more for each token:
-# measured with int4 (0.039 us a strip of all, 264 clocks, with 32 tokens, 0.05 with 64). What 8 bits
-# take beyond is counted. A warp with several strips takes at least the last for each.
+# A quarter of a multiprocessor takes so many clocks for a chunk of a strip, and more for each
+# token: measured with int4 (264 with 32 tokens, 340 with 64). What 8 bits take beyond is counted.
+# A warp takes the last at least for each of its strips, one after the other.
 _STRIP_CLOCKS, _BYTE_CLOCKS, _TOKEN_CLOCKS, _STEP_CLOCKS = 185, 80, 2.5, 650
-# And for the inputs of a chunk, on top of that, as measured too (1220 where they came by 4 bytes):
-# now counted, for each eight tokens of a warp that fetches, and beside them; and until they are there.
+# The inputs of a chunk come on top of that, as measured too (1220 where they came by 4 bytes): now
+# a guess, for each eight tokens of a warp that fetches, and beside them; and until they are there.
 _FETCH_CLOCKS, _FETCH_START, _FETCH_LATENCY = 100, 300, 1700
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
 _ALONE_US = 1.0  # where the next kernel's block finds no room beside one
