@@ -1,7 +1,8 @@
 """Products with quantised weights: µs and GB/s by matrix, kind and batch, beside the read rate.
 
     python -m benchmarks.bench_quantized [--kind int4] [--rows 1,8,32] [--shape NAME] [--record]
-    python -m benchmarks.bench_quantized --variants [--kind int4] [--rows 1] [--shape NAME]
+    python -m benchmarks.bench_quantized --variants [--stream] [--kind int4] [--rows 1]
+        [--shape NAME]
 
 Every time is of a captured graph of many launches, whose matrices take turns over more memory than
 L2 holds. Every build is checked against float64 on sampled outputs before it is timed. Bytes are
@@ -36,7 +37,14 @@ from benchmarks.gemv_device import (
     Product,
     products_of,
 )
-from benchmarks.quantized_batches import BUILDS, builds_of, tables
+from benchmarks.quantized_batches import (
+    BUILDS,
+    STREAM_VARIANTS,
+    Build,
+    batch_file,
+    builds_of,
+    tables,
+)
 from benchmarks.quantized_batches import VARIANTS as BATCH_VARIANTS
 from benchmarks.records import write_record
 from nanocupy.ops.launch_gemv import DEFAULT_TUNING as GEMV_TUNING
@@ -52,14 +60,10 @@ from nanocupy.ops.launch_quantized import (
     packed_format,
     plan_quantized,
 )
-from nanocupy.ops.launch_quantized_stream import (
-    MIN_ROWS,
-    StreamLaunch,
-    StreamTuning,
-    part_rows,
-    plan_stream,
-    stream_rows,
-)
+from nanocupy.ops.launch_quantized_stream import FILE as STREAM_FILE
+from nanocupy.ops.launch_quantized_stream import MIN_ROWS, part_rows, plan_stream, stream_rows
+from nanocupy.ops.launch_quantized_wide import FILE as WIDE_FILE
+from nanocupy.ops.launch_quantized_wide import plan_wide_codes
 from nanocupy.ops.numpy_ops import NumpyOps
 from nanocupy.ops.packed_matrix import random_scales, unit_of_largest
 
@@ -130,20 +134,35 @@ class QuantizedBench(Bench):
         self.cupy.cuda.Device().synchronize()
         return Matrices(form, unit, list(whole))
 
-    def stream_plan(
-        self, product: Product, kind: str, rows: int, tuning: StreamTuning
-    ) -> StreamLaunch:
-        """Of the launches of a batch. Raises ValueError where there is no such build."""
+    def batch_plan(
+        self, product: Product, kind: str, rows: int, build: Build
+    ) -> tuple[str, dict[str, int]] | None:
+        """The file and macros of the launches of a batch; None: those of up to 8 tokens. Raises
+        ValueError where there is no such build."""
         form = self.format(product, kind)
-        card = {
-            "clusters": self.loader.compute_capability >= (9, 0),
-            "max_shared_bytes": self.loader.max_shared_bytes,
-        }
-        most = stream_rows(form, product.inputs, **card, tuning=tuning)
-        return plan_stream(
-            form, product.outputs, product.inputs, part_rows(rows, most) if most else rows,
-            self.loader.num_multiprocessors, pairs=product.pairs, **card, tuning=tuning,
+        wgmma = self.loader.arch == "sm_90a"
+        file = batch_file(form, self.dtype.name, rows, build, wgmma=wgmma)
+        num_multiprocessors = self.loader.num_multiprocessors
+        most_bytes = self.loader.max_shared_bytes
+        if file == WIDE_FILE:
+            wide = plan_wide_codes(
+                form, product.outputs, product.inputs, rows, num_multiprocessors,
+                pairs=product.pairs, max_shared_bytes=most_bytes, tuning=build.wide,
+            )  # fmt: skip
+            return file, wide.macros
+        if file != STREAM_FILE:
+            return None
+        clusters = self.loader.compute_capability >= (9, 0)
+        most = stream_rows(
+            form, product.inputs, clusters=clusters, max_shared_bytes=most_bytes,
+            tuning=build.stream,
         )  # fmt: skip
+        stream = plan_stream(
+            form, product.outputs, product.inputs, part_rows(rows, most) if most else rows,
+            num_multiprocessors, pairs=product.pairs, clusters=clusters,
+            max_shared_bytes=most_bytes, tuning=build.stream,
+        )  # fmt: skip
+        return file, stream.macros
 
     def plan(self, product: Product, form: PackedFormat, rows: int, tuning: QuantizedTuning):
         return plan_quantized(
@@ -340,6 +359,9 @@ def main() -> None:
     )
     parser.add_argument("--record", action="store_true", help="append to benchmarks/records")
     parser.add_argument("--variants", action="store_true", help="times of other builds instead")
+    parser.add_argument(
+        "--stream", action="store_true", help="of quantized_stream.cu, from 9 tokens on"
+    )
     parser.add_argument("--kind", action="append", choices=sorted(KIND_CODES))
     parser.add_argument("--rows", default="", help="batch sizes, 1 to 64 (1,8,32)")
     parser.add_argument("--shape", action="append", choices=sorted(MODELS))
@@ -365,11 +387,13 @@ def main() -> None:
     elif few:
         main_table(bench, products, kinds, few, args.record)
     if many:
-        builds = BATCH_VARIANTS if args.variants else BUILDS
+        variants = STREAM_VARIANTS if args.stream else BATCH_VARIANTS
+        builds = variants if args.variants else BUILDS
         bench.loader.prefetch(builds_of(bench, models, kinds, many, list(builds.values())))
         tables(
-            bench, models, kinds, many, head=args.head, variants=args.variants, record=args.record
-        )
+            bench, models, kinds, many, head=args.head, record=args.record,
+            variants=variants if args.variants else None,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

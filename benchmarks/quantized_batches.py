@@ -2,23 +2,26 @@
 
 Owns two tables of bench_quantized. Each column is the op as it runs in a step, its norm included:
 launches of a captured graph that may each start before the one before has ended. "16 bits" is the
-better of skinny.cu and of a norm, cuBLAS and what follows, without warpgroups' products; "before"
-are the kernels of up to 8 tokens; both take 32 a launch. Then the four products of a layer and
-their norms in a row, each reading what the one before wrote. Matrices take turns over more than L2
-holds. Every build is checked against float64 on sampled outputs, and a layer's overlapped launches
-against single ones, bit by bit.
+best of skinny.cu, of wide.cu and of a norm, cuBLAS and what follows; "before" are the kernels of up
+to 8 tokens, "stream" those of quantized_stream.cu; both take 32 a launch. "wgmma" are the products
+of warpgroups, quantized_wide.cu, and "now" is what a step takes. Then the four products of a layer
+and their norms in a row, each reading what the one before wrote; "best" has each product's best
+build of the first table. Matrices take turns over more than L2 holds. Every build is checked
+against float64 on sampled outputs, and a layer's overlapped launches against single ones, bit by
+bit.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.bench_skinny import builds_of as skinny_builds
+from benchmarks.bench_wide import builds_of as wide_builds
 from benchmarks.gemv_device import CODES, EPS, MODELS, ROTATED_BYTES, Product, products_of
 from benchmarks.gemv_layers import Layers
 from benchmarks.records import write_record
@@ -32,33 +35,93 @@ from nanocupy.ops.launch_quantized_stream import (
     StreamTuning,
     uses_stream,
 )
+from nanocupy.ops.launch_quantized_wide import DEFAULT_TUNING as DEFAULT_WIDE
+from nanocupy.ops.launch_quantized_wide import FILE as WIDE_FILE
+from nanocupy.ops.launch_quantized_wide import NEVER as NEVER_WIDE
+from nanocupy.ops.launch_quantized_wide import WideCodesTuning, uses_wide_codes
 from nanocupy.ops.launch_skinny import SkinnyTuning
+from nanocupy.ops.launch_wide import ALWAYS as ALWAYS_FLOATS
+from nanocupy.ops.launch_wide import NEVER as NEVER_FLOATS
 from nanocupy.ops.packed_matrix import PackedMatrix
 
 if TYPE_CHECKING:
     from benchmarks.bench_quantized import QuantizedBench
+    from nanocupy.ops.launch_quantized import PackedFormat
 
-BEFORE = StreamTuning(min_rows=MAX_BATCH + 1)
-NOW = replace(DEFAULT_TUNING, min_rows=1)  # for few tokens too
-BUILDS = {"before": BEFORE, "now": NOW}
-VARIANTS = {
+
+@dataclass(frozen=True)
+class Build:
+    """Which kernels multiply codes, and how they are launched."""
+
+    stream: StreamTuning = DEFAULT_TUNING
+    wide: WideCodesTuning = NEVER_WIDE
+
+
+STREAM = replace(DEFAULT_TUNING, min_rows=1)  # for few tokens too
+WGMMA = replace(DEFAULT_WIDE, min_rows=1)
+NOW = Build(wide=DEFAULT_WIDE)
+BUILDS = {
+    "before": Build(StreamTuning(min_rows=MAX_BATCH + 1)),
+    "stream": Build(STREAM),
+    "wgmma": Build(wide=WGMMA),
     "now": NOW,
-    "split 1": replace(NOW, splits=1),
-    "split 2": replace(NOW, splits=2),
-    "split 4": replace(NOW, splits=4),
-    "split 8": replace(NOW, splits=8),
-    "by 1 K": replace(NOW, warps_k=1),
-    "by 2 K": replace(NOW, warps_k=2),
-    "4 by 2 K": replace(NOW, splits=4, warps_k=2),
-    "8 warps": replace(NOW, warps=8),
-    "12 warps": replace(NOW, warps=12),
-    "strips 1": replace(NOW, strips=1),
-    "strips 2": replace(NOW, strips=2),
-    "stages 2": replace(NOW, stages=2),
-    "stages 4": replace(NOW, stages=4),
-    "alone": replace(NOW, shared_kb=0),
 }
-OURS, CUBLAS = SkinnyTuning(max_rows=64), SkinnyTuning(max_rows=0)
+STREAM_VARIANTS = {
+    "stream": Build(STREAM),
+    "split 1": Build(replace(STREAM, splits=1)),
+    "split 2": Build(replace(STREAM, splits=2)),
+    "split 4": Build(replace(STREAM, splits=4)),
+    "split 8": Build(replace(STREAM, splits=8)),
+    "by 1 K": Build(replace(STREAM, warps_k=1)),
+    "by 2 K": Build(replace(STREAM, warps_k=2)),
+    "4 by 2 K": Build(replace(STREAM, splits=4, warps_k=2)),
+    "8 warps": Build(replace(STREAM, warps=8)),
+    "12 warps": Build(replace(STREAM, warps=12)),
+    "strips 1": Build(replace(STREAM, strips=1)),
+    "strips 2": Build(replace(STREAM, strips=2)),
+    "stages 2": Build(replace(STREAM, stages=2)),
+    "stages 4": Build(replace(STREAM, stages=4)),
+    "alone": Build(replace(STREAM, shared_kb=0)),
+}
+
+
+def _wgmma(**changes: int) -> Build:
+    return Build(wide=replace(WGMMA, **changes))
+
+
+# tile / warpgroups / splits, and a block alone on its multiprocessor or two
+VARIANTS = {
+    "wgmma": _wgmma(),
+    "split 1": _wgmma(splits=1),
+    "split 2": _wgmma(splits=2),
+    "split 4": _wgmma(splits=4),
+    "split 8": _wgmma(splits=8),
+    "1 group": _wgmma(warpgroups=1),
+    "2 groups": _wgmma(warpgroups=2),
+    "3 groups": _wgmma(warpgroups=3),
+    "4 groups": _wgmma(warpgroups=4),
+    "tile 64": _wgmma(out_tile=64),
+    "tile 128": _wgmma(out_tile=128),
+    "tile 192": _wgmma(out_tile=192),
+    "tile 256": _wgmma(out_tile=256),
+    "tile 512": _wgmma(out_tile=512),
+    "alone": _wgmma(resident=1),
+    "two": _wgmma(resident=2),
+    "stages 4": _wgmma(stages=4),
+    "inputs 4": _wgmma(input_stages=4),
+    "inputs 7": _wgmma(input_stages=7),
+    "192/3/4": _wgmma(out_tile=192, warpgroups=3, splits=4, resident=1),
+    "256/4/4": _wgmma(out_tile=256, warpgroups=4, splits=4, resident=1),
+    "256/4/8": _wgmma(out_tile=256, warpgroups=4, splits=8, resident=1),
+    "256/4/1": _wgmma(out_tile=256, warpgroups=4, splits=1, resident=1),
+    "384/3/2": _wgmma(out_tile=384, warpgroups=3, splits=2, resident=1),
+}
+NOT_WIDE = {"wide_tuning": NEVER_FLOATS}
+FLOATS = (
+    {"skinny_tuning": SkinnyTuning(max_rows=64), **NOT_WIDE},
+    {"skinny_tuning": SkinnyTuning(max_rows=0), **NOT_WIDE},
+    {"wide_tuning": ALWAYS_FLOATS},
+)
 NUM_LAYERS = 4  # of packed matrices: more than L2 holds
 
 
@@ -69,8 +132,9 @@ class Batches:
         self.bench, self.model, self.rows = bench, model, rows
         loader, cupy, dtype = bench.loader, bench.cupy, bench.dtype
         traits = DeviceTraits(
-            loader.compute_capability, loader.num_multiprocessors, loader.max_shared_bytes
-        )
+            loader.compute_capability, loader.num_multiprocessors, loader.max_shared_bytes,
+            wgmma=loader.arch == "sm_90a",
+        )  # fmt: skip
         hidden, queries, keys, ffn, vocab = MODELS[model]
         sizes = OpSizes(
             max_tokens=rows, max_num_seqs=rows, max_rows=rows, max_context=4096,
@@ -83,10 +147,10 @@ class Batches:
             for name, (shape, kind) in workspace_plan(sizes, traits).items()
         }
 
-        def ops(skinny: SkinnyTuning = OURS, stream: StreamTuning = DEFAULT_TUNING) -> CudaOps:
+        def ops(build: Build = NOW, **tunings: Any) -> CudaOps:
             return CudaOps(
-                loader, bench.cublas.matmul, spaces, sizes, traits, skinny_tuning=skinny,
-                stream_tuning=stream,
+                loader, bench.cublas.matmul, spaces, sizes, traits, stream_tuning=build.stream,
+                wide_codes_tuning=build.wide, **tunings,
             )  # fmt: skip
 
         self.ops = ops
@@ -147,28 +211,25 @@ class Batches:
         def check(product: Product, x: Any, norm: Any, before: Any, got: Any) -> None:
             self.bench.check(product, x, norm, before, weights[0], got)
 
-        return min(
-            self.op_us(product, self.ops(skinny), weights, check) for skinny in (OURS, CUBLAS)
-        )
+        return min(self.op_us(product, self.ops(**how), weights, check) for how in FLOATS)
 
-    def packed_op_us(self, product: Product, kind: str, tunings: list[StreamTuning]) -> list[Any]:
+    def packed_op_us(self, product: Product, kind: str, builds: list[Build]) -> list[Any]:
         """Of each build, or why not."""
         matrices, weights = self.packed(product, kind, ROTATED_BYTES)
 
         def check(product: Product, x: Any, norm: Any, before: Any, got: Any) -> None:
             self.bench.check_quantized(product, x, norm, before, matrices, got)
 
-        def one(tuning: StreamTuning) -> float:
-            if uses_stream(self.rows, tuning):  # else the ops take other kernels
-                self.bench.stream_plan(product, kind, self.rows, tuning)
-            return self.op_us(product, self.ops(stream=tuning), weights, check)
+        def one(build: Build) -> float:
+            self.bench.batch_plan(product, kind, self.rows, build)  # or there is no such build
+            return self.op_us(product, self.ops(build), weights, check)
 
-        return [attempt(one, tuning) for tuning in tunings]
+        return [attempt(one, build) for build in builds]
 
     # --------------------------------------------------------------- layers
 
-    def layer_us(self, ops: CudaOps, kind: str | None) -> float:
-        """Of the four products of a layer and their norms; kind None: in 16 bits."""
+    def layer_us(self, ops: CudaOps | list[CudaOps], kind: str | None) -> float:
+        """Of the four products of a layer and their norms; ops: of each; kind None: in 16 bits."""
         layers = Layers(self.bench, self.model, self.rows)
         if kind:
             products = [
@@ -178,9 +239,12 @@ class Batches:
             layers.num_layers = min(map(len, products))
             layers.weights = [list(parts) for parts in zip(*products, strict=False)]
         starts = [
-            self.start_op(ops, product, source, layers.norm, target)
-            for product, (source, target) in zip(layers.products, layers.buffers, strict=True)
-        ]
+            self.start_op(own, product, source, layers.norm, target)
+            for own, product, (source, target) in zip(
+                ops if isinstance(ops, list) else [ops] * 4, layers.products, layers.buffers,
+                strict=True,
+            )
+        ]  # fmt: skip
 
         def run() -> None:
             for weights in layers.weights:
@@ -212,31 +276,47 @@ def cell(value: float | str) -> str:
 
 def builds_of(
     bench: QuantizedBench, models: list[str], kinds: list[str], rows_list: list[int],
-    tunings: list[StreamTuning],
+    builds: list[Build],
 ) -> list[tuple[str, dict[str, int]]]:  # fmt: skip
     """What must be compiled for these batches, but for the kernels before."""
     found = {}
     for kind in kinds:
         for product in (p for model in models for p in products_of(model)):
             for rows in rows_list:
-                for tuning in tunings:
+                for build in builds:
                     try:
-                        macros = bench.stream_plan(product, kind, rows, tuning).macros
+                        plan = bench.batch_plan(product, kind, rows, build)
                     except ValueError:
                         continue
-                    macros = {"SCALAR": CODES[bench.dtype.name], **macros}
-                    found[tuple(sorted(macros.items()))] = (FILE, macros)
+                    if plan:
+                        file, macros = plan
+                        macros = {"SCALAR": CODES[bench.dtype.name], **macros}
+                        found[file, tuple(sorted(macros.items()))] = (file, macros)
     card = bench.loader.num_multiprocessors, bench.loader.max_shared_bytes
     small = [(file, {"SCALAR": CODES[bench.dtype.name]}) for file in ("norm.cu", "activation.cu")]
-    return [*found.values(), *skinny_builds(models, rows_list, {"": OURS}, card), *small]
+    skinny = {"": FLOATS[0]["skinny_tuning"]}
+    floats = [
+        *skinny_builds(models, rows_list, skinny, card),
+        *wide_builds(models, rows_list, {"": ALWAYS_FLOATS}, card),
+    ]
+    return [*found.values(), *floats, *small]
+
+
+def batch_file(
+    packed: PackedFormat, dtype: str, rows: int, build: Build, *, wgmma: bool
+) -> str | None:
+    """The file of kernels that a batch takes; None: those before."""
+    if uses_wide_codes(packed, rows, dtype, wgmma=wgmma, tuning=build.wide):
+        return WIDE_FILE
+    return FILE if uses_stream(rows, packed.kind, build.stream) else None
 
 
 def tables(
     bench: QuantizedBench, models: list[str], kinds: list[str], rows_list: list[int],
-    *, head: bool, variants: bool, record: bool,
+    *, head: bool, variants: dict[str, Build] | None, record: bool,
 ) -> None:  # fmt: skip
     """Print both tables, a line as soon as it is there."""
-    builds = VARIANTS if variants else BUILDS
+    builds = variants or BUILDS
     ceiling = bench.pool.nbytes / bench.read_us(bench.pool.nbytes) / 1e3
     print(f"{bench.name}, {bench.dtype.name}, streaming read {ceiling:.0f} GB/s; us with norms")
     for model in models:
@@ -244,39 +324,44 @@ def tables(
             batches = Batches(bench, model, rows)
             names = "".join(f"{name:>9s}" for name in ("read", "16 bits", *builds))
             print(f"{model}, {rows} tokens\n{'':32s}{names}")
-            for product in products_of(model)[: 5 if head else 4]:
+            best: dict[str, list[Build]] = {kind: [] for kind in kinds}
+            for number, product in enumerate(products_of(model)[: 5 if head else 4]):
                 floats = attempt(batches.floats_op_us, product)
                 for kind in kinds:
                     read = bench.packed_bytes(product, kind) / ceiling / 1e3
                     times = batches.packed_op_us(product, kind, list(builds.values()))
                     cells = "".join(map(cell, [read, floats, *times]))
                     print(f"{kind:5s} {product.label:26s}{cells}", flush=True)
-            layer_lines(batches, kinds, builds, ceiling, record)
+                    timed = [(us, i) for i, us in enumerate(times) if isinstance(us, float)]
+                    if timed and number < 4:
+                        best[kind].append(list(builds.values())[min(timed)[1]])
+            layer_lines(batches, kinds, builds, best, ceiling, record)
 
 
 def layer_lines(
     batches: Batches,
     kinds: list[str],
-    builds: dict[str, StreamTuning],
+    builds: dict[str, Build],
+    best_builds: dict[str, list[Build]],
     ceiling: float,
     record: bool,
 ) -> None:
-    """Of a layer, a line for each kind; ceiling: of reads, GB/s."""
+    """Of a layer, a line for each kind; best_builds: of each product; ceiling: of reads, GB/s."""
     bench, layer = batches.bench, products_of(batches.model)[:4]
-    floats = [
-        attempt(batches.layer_us, batches.ops(skinny=skinny), None) for skinny in (OURS, CUBLAS)
-    ]
+    floats = [attempt(batches.layer_us, batches.ops(**how), None) for how in FLOATS]
     best = min((us for us in floats if isinstance(us, float)), default="-")
     for kind in kinds:
         num_bytes = sum(bench.packed_bytes(product, kind) for product in layer)
         read = num_bytes / ceiling / 1e3
         times = {
-            name: attempt(batches.layer_us, batches.ops(stream=tuning), kind)
-            for name, tuning in builds.items()
+            name: attempt(batches.layer_us, batches.ops(build), kind)
+            for name, build in builds.items()
         }
         cells = "".join(map(cell, [read, best, *times.values()]))
-        print(f"{kind:5s} {'a layer':26s}{cells}", flush=True)
-        now = times["now"]
+        chosen = [batches.ops(build) for build in best_builds[kind]]
+        mixed = attempt(batches.layer_us, chosen, kind) if len(chosen) == 4 else "-"
+        print(f"{kind:5s} {'a layer':26s}{cells}  best{cell(mixed)}", flush=True)
+        now = times.get("now")
         if record and isinstance(now, float) and isinstance(best, float):
             write_record(
                 "quantized", f"quantized-layer/{batches.model}/{kind}/m{batches.rows}", [now],

@@ -17,6 +17,8 @@ from nanocupy.ops.launch_quantized import DEFAULT_TUNING as DEFAULT_QUANTIZED
 from nanocupy.ops.launch_quantized import QuantizedTuning
 from nanocupy.ops.launch_quantized_stream import DEFAULT_TUNING as DEFAULT_STREAM
 from nanocupy.ops.launch_quantized_stream import StreamTuning
+from nanocupy.ops.launch_quantized_wide import DEFAULT_TUNING as DEFAULT_WIDE_CODES
+from nanocupy.ops.launch_quantized_wide import WideCodesTuning
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.launch_skinny import DEFAULT_TUNING, SkinnyTuning
 from nanocupy.ops.launch_tall import DEFAULT_TUNING as DEFAULT_TALL
@@ -56,6 +58,7 @@ class CudaLauncher:
         stream_tuning: StreamTuning = DEFAULT_STREAM,
         wide_tuning: WideTuning = DEFAULT_WIDE,
         tall_tuning: TallTuning = DEFAULT_TALL,
+        wide_codes_tuning: WideCodesTuning = DEFAULT_WIDE_CODES,
     ) -> None:
         self._kernels = kernels
         self._matmul = matmul
@@ -71,6 +74,7 @@ class CudaLauncher:
         self._stream_tuning = stream_tuning
         self._wide_tuning = wide_tuning
         self._tall_tuning = tall_tuning
+        self._wide_codes_tuning = wide_codes_tuning
         # Every kernel waits by itself for the one before, so each may start before that has ended.
         self._overlap = not plain and traits.compute_capability >= (9, 0)
         self._starts_alone = False  # whether the next must not

@@ -1,8 +1,9 @@
 """Products with quantised weights on a GPU, and what brings such weights there.
 
-Codes are multiplied as they are while a batch is small, by one kernel up to 8 tokens and another,
-in launches of up to 32, up to 64; for others the matrix is unpacked to the storage type, in a
-workspace, once for each product.
+Codes are multiplied as they are while a batch is small: by one kernel up to 8 tokens, or 16 with
+codes of a byte, by another in launches of up to 32 up to 64, and from 17 on by warpgroups where the
+card has them; for others the matrix is unpacked to the storage type, in a workspace, once for each
+product.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from nanocupy.ops.launch_quantized_stream import (
     stream_rows,
     uses_stream,
 )
+from nanocupy.ops.launch_quantized_wide import FILE as WIDE_FILE
+from nanocupy.ops.launch_quantized_wide import MAX_ROWS as MAX_WIDE_ROWS
+from nanocupy.ops.launch_quantized_wide import plan_wide_codes, uses_wide_codes
 from nanocupy.ops.launch_shapes import LaunchShape
 from nanocupy.ops.packed_matrix import PackedMatrix
 
@@ -43,11 +47,18 @@ _PACK_WARPS = 8
 _plan = functools.cache(plan_quantized)
 _stream_plan = functools.cache(plan_stream)
 _stream_rows = functools.cache(stream_rows)
+_wide_plan = functools.cache(plan_wide_codes)
 _STREAM_ENTRIES = {
     "quantized_linear": "quantized_stream_linear",
     "quantized_linear_add": "quantized_stream_linear_add",
     "quantized_swiglu": "quantized_stream_swiglu",
     "quantized_logits": "quantized_stream_logits",
+}
+_WIDE_ENTRIES = {
+    "quantized_linear": "quantized_wide_linear",
+    "quantized_linear_add": "quantized_wide_linear_add",
+    "quantized_swiglu": "quantized_wide_swiglu",
+    "quantized_logits": "quantized_wide_logits",
 }
 
 
@@ -158,13 +169,21 @@ class QuantizedProducts(CudaLauncher):
 
     def _folds_norm(self, weight: PackedMatrix, num_rows: int, out: Array) -> bool:
         """Whether a product of rms_norm(x) computes that itself, which is then one launch."""
-        if self._stream_rows(weight, num_rows):
+        if self._is_wide_codes(weight, num_rows) or self._stream_rows(weight, num_rows):
             return False
         return self._quantized_plan(weight, num_rows, out, True).folds_norm
 
+    def _is_wide_codes(self, weight: PackedMatrix, num_rows: int) -> bool:
+        """Whether warpgroups multiply the codes."""
+        return uses_wide_codes(
+            weight.format, min(num_rows, MAX_WIDE_ROWS), self._sizes.dtype,
+            wgmma=self._traits.wgmma and not self._traits.force_plain,
+            tuning=self._wide_codes_tuning,
+        )  # fmt: skip
+
     def _stream_rows(self, weight: PackedMatrix, num_rows: int) -> int:
         """The most tokens of a launch, where codes stream past inputs in shared memory; else 0."""
-        if not uses_stream(min(num_rows, MAX_BATCH), self._stream_tuning):
+        if not uses_stream(min(num_rows, MAX_BATCH), weight.format.kind, self._stream_tuning):
             return 0
         return _stream_rows(
             weight.format, weight.shape[1], clusters=self._traits.compute_capability >= (9, 0),
@@ -177,11 +196,14 @@ class QuantizedProducts(CudaLauncher):
     ) -> None:  # fmt: skip
         """All launches of a product; the arguments as `_quantized_part` has them."""
         num_rows = len(x)
-        most = self._stream_rows(weight, num_rows)
+        is_wide = self._is_wide_codes(weight, num_rows)
+        most = MAX_WIDE_ROWS if is_wide else self._stream_rows(weight, num_rows)
         each = part_rows(num_rows, most) if most else launch_tokens(self._traits.max_shared_bytes)
         for first in range(0, num_rows, each):
             part = slice(first, min(first + each, num_rows))
-            if most:
+            if is_wide:
+                self._wide_part(entry, weight, x[part], after, out[part], wide=wide)
+            elif most:
                 self._stream_part(
                     entry, weight, x[part], after, out[part], min(each, num_rows), wide=wide
                 )
@@ -189,6 +211,25 @@ class QuantizedProducts(CudaLauncher):
                 self._quantized_part(
                     entry, weight, x[part], before, after, out[part], norm=norm, wide=wide
                 )
+
+    def _wide_part(
+        self, entry: str, weight: PackedMatrix, x: Array, after: tuple[Any, ...], out: Array,
+        *, wide: bool,
+    ) -> None:  # fmt: skip
+        """One launch, by warpgroups."""
+        num_rows, num_outputs = out.shape
+        plan = _wide_plan(
+            weight.format, num_outputs, weight.shape[1], num_rows,
+            self._traits.num_multiprocessors, pairs=weight.pairs,
+            max_shared_bytes=self._traits.max_shared_bytes, tuning=self._wide_codes_tuning,
+        )  # fmt: skip
+        shape = LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster)
+        self._launch(
+            WIDE_FILE, _WIDE_ENTRIES[entry], shape, self._maps.matrix(x, plan.input_box),
+            weight.packed, _f32(weight.unit), *after, out, _i32(num_rows), _i32(num_outputs),
+            _i32(weight.shape[1]),
+            **(self._row_types if wide else self._types), **plan.macros,
+        )  # fmt: skip
 
     def _stream_part(
         self, entry: str, weight: PackedMatrix, x: Array, after: tuple[Any, ...], out: Array,

@@ -253,6 +253,30 @@ VARIANTS = (
             {"SCALAR": FLOAT32, "WEIGHT_KIND": 1, "TOKENS": 16},
         ),
     ),
+    Variants(
+        "quantized_wide.cu",
+        (
+            "quantized_wide_linear",
+            "quantized_wide_linear_add",
+            "quantized_wide_swiglu",
+            "quantized_wide_logits",
+        ),
+        (
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32, "MIN_BLOCKS": 2},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 64, "OUT_TILE": 256, "GROUP": 64},
+            {
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 0,
+                "TOKENS": 48,
+                "OUT_TILE": 192,
+                "WARPGROUPS": 3,
+                "RESIDUAL": FLOAT32,
+            },
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 2, "TOKENS": 16, "GROUP": 32, "WARPGROUPS": 1},
+            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32, "FORCE_PLAIN": 1},
+            {"SCALAR": FLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32},
+        ),
+    ),
     Variants("random.cu", ("fill_normal",), _scalars()),
     Variants("rope.cu", ("rope_table", "rope_write_kv"), (*_heads(), *_caches())),
     Variants(

@@ -25,7 +25,8 @@ ENTRIES = {
 # Kernels that read before the wait what no kernel in flight writes: weights, older cache blocks.
 READ_BEFORE = (
     "gemv.cu", "norm.cu", "skinny.cu", "attention_decode_fused.cu", "attention_prefill_hopper.cu",
-    "decode_step.cu", "quantized.cu", "quantized_stream.cu", "wide.cu",
+    "decode_step.cu", "quantized.cu", "quantized_stream.cu", "quantized_wide.cu",
+    "wide.cu",
 )  # fmt: skip
 # Where PTX and intrinsics stand.
 INTRINSICS = (
@@ -37,6 +38,7 @@ INTRINSICS = (
     "hopper.cuh",
     "tile_products.cuh",
     "tall_products.cuh",
+    "code_products.cuh",
 )
 # What has no op in the interface: where its meaning is written instead.
 ELSEWHERE = {

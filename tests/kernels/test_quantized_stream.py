@@ -236,9 +236,11 @@ def test_launches_of_a_batch_have_one_length() -> None:
 
 
 def test_what_is_taken_and_what_is_refused() -> None:
-    taken = [rows for rows in range(100) if uses_stream(rows)]
-    assert taken == list(range(MIN_ROWS, MAX_BATCH + 1))
-    assert not uses_stream(32, StreamTuning(min_rows=MAX_BATCH + 1))
+    for kind, least in (("int4", MIN_ROWS), ("int8", 17), ("fp8", 17)):
+        taken = [rows for rows in range(100) if uses_stream(rows, kind)]
+        assert taken == list(range(least, MAX_BATCH + 1))
+        assert uses_stream(1, kind, StreamTuning(min_rows=1))
+        assert not uses_stream(32, kind, StreamTuning(min_rows=MAX_BATCH + 1))
     assert plan("int4", 32, 0, 64).grid == (0,)
     for rows, inputs in ((0, 64), (MAX_ROWS + 1, 64), (1, 12)):
         with pytest.raises(ValueError, match="quantized kernels"):

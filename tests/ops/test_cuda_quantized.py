@@ -18,11 +18,14 @@ from nanocupy.quantized import QuantizedMatrix
 from tests.kernels.backends import TOLERANCES, assert_close
 from tests.kernels.quantized_runs import ENTRIES, make_call
 from tests.kernels.quantized_stream_runs import ENTRIES as STREAM_ENTRIES
+from tests.kernels.quantized_wide_runs import ENTRIES as WIDE_ENTRIES
 from tests.ops.cases import DTYPES
 from tests.shim import build
 from tests.shim.device import MODERN, OLD, _ShimKernel, shim_ops
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+HOPPER = replace(MODERN, wgmma=True)
 
 
 def packed_on(ops: CudaOps, weight: QuantizedMatrix, pairs: bool) -> PackedMatrix:
@@ -89,6 +92,26 @@ def test_more_rows_take_a_norm_before_and_a_launch_for_each_32(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ENTRIES)
+def test_up_to_16_rows_of_bytes_take_the_kernel_of_few(op: str) -> None:
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    for rows, kind, group_size in ((9, "int8", 32), (16, "fp8", None)):
+        assert launched(op, rows, kind=kind, group_size=group_size) == [*norm, ENTRIES[op]]
+
+
+@pytest.mark.parametrize("op", ENTRIES)
+def test_from_17_rows_on_warpgroups_multiply_codes(op: str) -> None:
+    norm = [] if op == "linear_add" else ["rms_norm_rows"]
+    for rows, kind, group_size in ((17, "int8", 32), (33, "int4", 32), (64, "fp8", None)):
+        names = launched(op, rows, HOPPER, kind=kind, group_size=group_size)
+        assert names == [*norm, WIDE_ENTRIES[op]]
+    assert launched(op, 16, HOPPER) == [*norm, STREAM_ENTRIES[op]]
+    for how in ({"dtype": "float16"}, {"group_size": 16}):
+        assert launched(op, 17, HOPPER, **how) == [*norm, STREAM_ENTRIES[op]]
+    if op == "lm_head":  # of any number
+        assert launched(op, 65, HOPPER) == [*norm, *[WIDE_ENTRIES[op]] * 2]
+
+
+@pytest.mark.parametrize("op", ENTRIES)
 def test_many_rows_unpack_the_matrix_first(op: str) -> None:
     names = launched(op, 65)
     if op == "lm_head":  # whatever their number
@@ -146,6 +169,7 @@ def test_a_launch_is_planned_once() -> None:
 def test_a_wider_residual_stream(op: str) -> None:
     for rows in (2, 12):
         launched(op, rows, residual="float32")
+    launched(op, 20, HOPPER, residual="float32")
 
 
 def test_whole_steps_with_quantised_weights() -> None:

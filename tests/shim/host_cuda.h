@@ -406,4 +406,5 @@ inline uint64_t globaltimer_ns() {
 #include "host_bulk_copy.h"
 #include "host_tile_products.h"
 #include "host_tall_products.h"
+#include "host_code_products.h"
 #include "host_small_numbers.h"

@@ -22,6 +22,7 @@ struct AsyncCopy {
     char* to;
     const char* from;  // null: zeros
     int group;
+    int num_bytes;
 };
 
 // What a waiting lane brought to a warp collective.
@@ -227,13 +228,15 @@ inline void* place_at_rank(void* own, size_t bytes, int rank, int line) {
 
 // ------------------------------------------------------------------------------ async copies
 
-inline void copy_async(void* to, const void* from, int line) {
-    if (!in_shared(to, 16)) fail("line %d: cp.async not into shared memory", line);
-    if ((uintptr_t(to) | uintptr_t(from)) & 15) fail("line %d: cp.async not aligned to 16", line);
+inline void copy_async(void* to, const void* from, int line, int num_bytes = 16) {
+    if (!in_shared(to, num_bytes)) fail("line %d: cp.async not into shared memory", line);
+    if ((uintptr_t(to) | uintptr_t(from)) & (num_bytes - 1)) {
+        fail("line %d: cp.async not aligned to %d", line, num_bytes);
+    }
     if (self->num_copies == MAX_PENDING_COPIES) fail("line %d: too many copies under way", line);
-    memset(to, 0xff, 16);
+    memset(to, 0xff, num_bytes);
     self->copies[self->num_copies++] = {
-        static_cast<char*>(to), static_cast<const char*>(from), self->group};
+        static_cast<char*>(to), static_cast<const char*>(from), self->group, num_bytes};
 }
 
 // The copies of all but the newest `left` groups land now. Those that no commit has closed are not
@@ -244,9 +247,9 @@ inline void land_copies(int left) {
         const AsyncCopy copy = self->copies[lands_backwards ? count - 1 - turn : turn];
         if (copy.group >= self->group - left) continue;
         if (copy.from) {
-            memcpy(copy.to, copy.from, 16);
+            memcpy(copy.to, copy.from, copy.num_bytes);
         } else {
-            memset(copy.to, 0, 16);
+            memset(copy.to, 0, copy.num_bytes);
         }
     }
     int kept = 0;

@@ -12,10 +12,12 @@ namespace shim {
 constexpr int MAX_PRODUCTS = 64;  // of a thread, not waited for
 
 struct Product {
-    void (*perform)(float* d, uint64_t a, uint64_t b, int add);
+    void (*perform)(const Product& product);
     float* d;
     uint64_t a, b;
     int add, group;
+    const uint32_t* registers;  // of a, where it lies there: they may not change meanwhile
+    uint32_t quad[4][4];        // and those of the four lanes that have the same rows
 };
 
 struct Products {
@@ -45,23 +47,39 @@ inline float operand_value(uint64_t operand, int row, int k) {
 }
 
 template <typename T, int N>
-void multiply(float* d, uint64_t a, uint64_t b, int add) {
-    const int first_row = self->warp % 4 * 16 + self->lane / 4, first_column = self->lane % 4 * 2;
-    float rows[2][16];
-    for (int h = 0; h < 2; ++h) {
-        for (int k = 0; k < 16; ++k) rows[h][k] = operand_value<T>(a, first_row + 8 * h, k);
-    }
+void multiply_rows(const Product& product, const float (&rows)[2][16]) {
+    const int first_column = self->lane % 4 * 2;
+    float* const d = product.d;
     for (int n = 0; n < N / 8; ++n) {
         for (int j = 0; j < 2; ++j) {
             float column[16];
-            for (int k = 0; k < 16; ++k) column[k] = operand_value<T>(b, n * 8 + first_column + j, k);
+            for (int k = 0; k < 16; ++k) {
+                column[k] = operand_value<T>(product.b, n * 8 + first_column + j, k);
+            }
             for (int h = 0; h < 2; ++h) {
-                float sum = add ? d[n * 4 + 2 * h + j] : 0.0f;
+                float sum = product.add ? d[n * 4 + 2 * h + j] : 0.0f;
                 for (int k = 0; k < 16; ++k) sum += rows[h][k] * column[k];
                 d[n * 4 + 2 * h + j] = sum;
             }
         }
     }
+}
+
+template <typename T, int N>
+void multiply(const Product& product) {
+    const int first_row = self->warp % 4 * 16 + self->lane / 4;
+    float rows[2][16];
+    for (int h = 0; h < 2; ++h) {
+        for (int k = 0; k < 16; ++k) rows[h][k] = operand_value<T>(product.a, first_row + 8 * h, k);
+    }
+    multiply_rows<T, N>(product, rows);
+}
+
+inline Product& new_product(int add) {
+    Products& own = own_products();
+    if (!add) own.count = 0;  // what a launch that failed has left
+    if (own.count == MAX_PRODUCTS) fail("too many products under way");
+    return own.list[own.count++];
 }
 
 }  // namespace shim
@@ -165,7 +183,7 @@ inline void wgmma_wait() {
     for (int i = 0; i < own.count; ++i) {
         const shim::Product product = own.list[i];
         if (product.group < own.group - N) {
-            product.perform(product.d, product.a, product.b, product.add);
+            product.perform(product);
         } else {
             own.list[kept++] = product;
         }
@@ -188,9 +206,7 @@ inline uint64_t operand_at(uint64_t operand, int num_bytes) { return operand + (
 template <typename T, int N>
 struct Wgmma {
     static void shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) {
-        shim::Products& own = shim::own_products();
-        if (!add) own.count = 0;  // what a launch that failed has left
-        if (own.count == shim::MAX_PRODUCTS) shim::fail("too many products under way");
-        own.list[own.count++] = {shim::multiply<T, N>, &d[0][0], a, b, add, own.group};
+        shim::new_product(add) = {
+            shim::multiply<T, N>, &d[0][0], a, b, add, shim::own_products().group, nullptr, {}};
     }
 };
