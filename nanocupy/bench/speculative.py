@@ -83,11 +83,20 @@ class TimedProposer(Proposer):
     def forget(self, request: Request) -> None:
         self._inner.forget(request)
 
+    @property
+    def max_step_tokens(self) -> int:
+        return self._inner.max_step_tokens
+
+    @max_step_tokens.setter
+    def max_step_tokens(self, value: int) -> None:
+        self._inner.max_step_tokens = value
+
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
         start = time.perf_counter()
         found = self._inner.propose(wanted)
+        self.was_reading = self._inner.was_reading
         most = max(map(len, found.values()), default=0)
-        if most:
+        if most and not self.was_reading:
             self.seconds.append((time.perf_counter() - start) / most)
         return found
 
@@ -181,8 +190,9 @@ def speculative(
                 policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
             timed = TimedProposer(inner)
             coin = ForcedAcceptance(share)
-            rule = count_right if engine.runner.force_acceptance(coin) else coin
-            if adaptive:  # a device captures steps of a form when it first comes, which is no loss
+            on_device = engine.runner.force_acceptance(coin)
+            rule = count_right if on_device else coin
+            if adaptive and on_device:  # steps are captured when one of their form first comes
                 for count in range(1, num_drafts + 1):
                     engine.speculator = Speculator(inner, DraftPolicy(count), rule)
                     _decode(engine, batch, 0)

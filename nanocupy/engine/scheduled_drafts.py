@@ -1,9 +1,9 @@
 """Drafts in a step: which get a place in it, and what is counted of them when they are read.
 
-Drafts take what a step has left, and nobody waits or leaves for one. A step that computes prompts
-goes without, unless drafts are wanted beside prompts: its time is the prompt's, drafts would make
-it longer for all, by what finding them takes and by inputs that come from the host, and what they
-cost there tells nothing of what they cost elsewhere. Pure Python.
+Drafts take what a step has left, and nobody waits or leaves for one. A step that computes more
+than one token of a prompt goes without, unless drafts are wanted beside prompts: its time is the
+prompt's, drafts would make it longer for all, by what finding them takes and by inputs that come
+from the host, and what they cost there tells nothing of what they cost elsewhere. Pure Python.
 """
 
 from __future__ import annotations

@@ -95,15 +95,19 @@ class DraftModelProposer(Proposer):
         """The request's mirror, with all tokens that there are and no others; None where the draft
         model cannot read them."""
         mirror = self._mirrors.pop(request, None)
-        if mirror is None:
+        if mirror is not None:
+            self._mirrors[request] = (
+                mirror  # the last that was asked for, and nobody's for no moment
+            )
+        else:
             if max(request.prompt_ids) >= self.runner.config.vocab_size:
                 self._unfit.add(request)
                 return None
-            mirror = self._new_mirror(request)
+            mirror = self._mirrors[request] = self._new_mirror(request)
         first = self._first_wrong(mirror.output_ids, request.output_ids)
         new_ids = request.output_ids[first:]
         if new_ids and max(new_ids) >= self.runner.config.vocab_size:
-            self._memory.drop(mirror)
+            self.forget(request)
             self._unfit.add(request)
             return None
         # A guess is sampled before it is computed: of all right but the last, that one's position
@@ -116,7 +120,6 @@ class DraftModelProposer(Proposer):
         mirror.num_computed_tokens = min(
             mirror.num_computed_tokens, num_right, mirror.num_tokens - 1
         )
-        self._mirrors[request] = mirror
         return mirror
 
     def _new_mirror(self, request: Request) -> Request:

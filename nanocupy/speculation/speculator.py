@@ -63,6 +63,10 @@ class Speculator:
     """Drafts for the requests of one engine. count_right: how many drafts count; benches put
     another rule in place of the one that keeps the model's own output."""
 
+    # Steps that are read at once at most, where their times stay unknown all the same, as where
+    # others come between them all the time; and after which that is tried again.
+    PATIENCE_STEPS, REST_STEPS = 8, 256
+
     def __init__(
         self, proposer: Proposer, policy: DraftPolicy, count_right: CountRight = count_right
     ) -> None:
@@ -71,6 +75,8 @@ class Speculator:
         self.count_right = count_right
         self.counters = SpeculationCounters()
         self.reads_at_once = False  # whether a step is to be read in the call that launches it
+        self._num_at_once = 0  # steps that were, since one's time was told
+        self._rest = 0  # steps until any may be again
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
         self._was_reading = False  # the proposer, before the step that is read next
@@ -152,13 +158,22 @@ class Speculator:
         is_known = seconds is not None
         if self._was_reading:  # which is seldom, and took longer
             self._was_reading, seconds = False, None
-        is_decode = schedule.num_tokens - num_drafts == num_seqs and not schedule.swap_out
+        is_swap = bool(schedule.swap_out or schedule.swap_in)
+        is_decode = schedule.num_tokens - num_drafts == num_seqs and not is_swap
         # After a step that was waited for, the next one did not run beside the host's work.
         if is_decode and seconds is not None and (num_drafts or self._was_plain):
             self.policy.stepped(num_seqs, num_drafts, seconds)
-        if is_decode and (self.reads_at_once or not is_known):
-            self.reads_at_once = not self.policy.knows(num_seqs, num_drafts)
+            self._num_at_once = 0
+        wanted = is_decode and (self.reads_at_once or not is_known)
+        self._read_at_once(wanted and not self.policy.knows(num_seqs, num_drafts))
         self._was_plain = is_decode and not num_drafts
+
+    def _read_at_once(self, wanted: bool) -> None:
+        self._rest = max(0, self._rest - 1)
+        self.reads_at_once = wanted and not self._rest
+        self._num_at_once += self.reads_at_once
+        if self._num_at_once > self.PATIENCE_STEPS:
+            self.reads_at_once, self._num_at_once, self._rest = False, 0, self.REST_STEPS
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -118,3 +118,25 @@ def test_a_caller_that_takes_long_now_and_then(run_ahead):
     plain, checking = measured(lambda n: 4.0 if n % 3 == 0 else 0.01, run_ahead=run_ahead)
     assert PLAIN * 0.94 <= plain <= HOST + PLAIN + 1e-9
     assert checking == pytest.approx(FINDING + HOST + CHECKING, rel=0.05)
+
+
+def test_others_that_come_all_the_time_do_not_end_run_ahead():
+    """No two steps of decodes in a row, so that none is measured: steps are not read at once for
+    ever, or a caller that takes nearly as long as a step would double the time of all."""
+    clock = Clock()
+    runner = TimedRunner(clock, deferred=True)
+    policy = AdaptiveDrafts(2)
+    speculator = Speculator(Guessing(clock), policy, lambda drafts, chosen: 0)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
+    engine._times = StepTimes(clock)
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    engine.add_request("long", [1, 2, 3], params)
+    num_at_once = 0
+    for number in range(90):
+        if number % 2 == 0:
+            engine.add_request(f"short-{number}", [1, 2], SamplingParams(max_tokens=1))
+        engine.step()
+        num_at_once += speculator.reads_at_once
+        clock.now += 0.9 * PLAIN
+    assert engine.has_unfinished
+    assert 0 < num_at_once <= speculator.PATIENCE_STEPS
