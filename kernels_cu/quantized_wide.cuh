@@ -6,9 +6,8 @@
 //
 // A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the codes of
 // its own strips through a ring of its own: with launches that overlap it is full before the kernel in
-// front has ended. The inputs come a chunk of 128 at a time, by the copy engine, through a ring that all
-// of these read; other warps put their words where the codes have them and with int4 sum them by group,
-// on tensor cores. Codes become operands as they are, while
+// front has ended. Other warps bring the inputs, a chunk of 128 at a time, through a ring that all of
+// these read, and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
 // products of those before are at work; the sums of a group are multiplied by its scale and added to
 // those before, the sum of its inputs by its offset.
 //
@@ -101,22 +100,18 @@ __device__ __forceinline__ void multiply_codes(
 // The whole kernel.
 template <bool PAIRS, typename Epilogue>
 __device__ __forceinline__ void run_wide_codes(
-    const SkinnyMatrix& matrix, const TensorMap* map, const PackedCodes& packed,
-    const Epilogue& epilogue) {
+    const SkinnyMatrix& matrix, const PackedCodes& packed, const Epilogue& epilogue) {
     const SkinnyShare<PAIRS> share(matrix);
     // Inboxes lie in the same place in all blocks of a cluster: first.
     CodeBarriers* const bars = reinterpret_cast<CodeBarriers*>(dynamic_shared());
     const SkinnyMerge merge = {share.ranks, share.rank, (matrix.num_rows + 1) / 2, &bars->inbox};
-    uint64_t* const landed = reinterpret_cast<uint64_t*>(dynamic_shared() + INBOX_HEAD);
-    constexpr int HEAD = INBOX_HEAD + LANDED_BYTES;
-    const uint32_t misplaced = shared_address(dynamic_shared() + HEAD) % ATOM;
-    unsigned char* const inputs = dynamic_shared() + HEAD + (ATOM - misplaced) % ATOM;
+    const uint32_t misplaced = shared_address(dynamic_shared() + INBOX_HEAD) % ATOM;
+    unsigned char* const inputs = dynamic_shared() + INBOX_HEAD + (ATOM - misplaced) % ATOM;
     const int warp = shuffle(warp_id(), 0);  // known to be the same in all lanes
 
     if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int i = 0; i < INPUT_STAGES; ++i) {
-            mbarrier_init(landed + i, 1);
             mbarrier_init(bars->full + i, FETCH_WARPS);
             mbarrier_init(bars->free + i, WARPS_N);
         }
@@ -134,13 +129,11 @@ __device__ __forceinline__ void run_wide_codes(
             codes.next();
         }
     }
-    if (threadIdx.x == BLOCK_THREADS) prefetch_tensor_map(map);
     block_sync();  // to the barriers being made
     grid_dependency_wait();
 
     if (warp >= WARPS_N) {  // --------------------------------------------------- warps that fetch
-        const InputCopies<PAIRS> copies = {
-            share, map, bars, landed, inputs, input_sums, warp - WARPS_N};
+        const InputCopies<PAIRS> copies = {share, bars, inputs, input_sums, warp - WARPS_N};
         copies.run();
         warp_sync();
         if (share.ranks > 1) {  // where every thread comes to

@@ -38,8 +38,7 @@
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define WIDE_CODES (HAS_TILE_PRODUCTS && SCALAR == 2 && GROUP >= 32)
 
-// Warps that bring inputs: as many where registers are not what keeps a second block away.
-constexpr int FETCH_WARPS = TOKENS > 32 || (TOKENS > 16 && MIN_BLOCKS == 1) ? 4 : 2;
+constexpr int FETCH_WARPS = TOKENS > 32 ? 4 : 2;  // that bring inputs
 constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 
 #if WIDE_CODES
@@ -56,25 +55,22 @@ constexpr int RING_BYTES = STAGES * STAGE_CODES;
 constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk's inputs
 constexpr int OCTETS = TOKENS / 8;
 // Chunks of inputs that are on their way at a time. Of the others one is read, one may be read still, and
-// one has its words in their places: so warps that multiply do not wait for those that fetch.
+// one has landed: so warps that multiply do not wait for those that copy.
 constexpr int INPUTS_AHEAD = INPUT_STAGES - 3;
 
 static_assert(TOKENS % 16 == 0 && TOKENS <= 64 && INPUT_BYTES == 2 * HALF_BYTES, "TOKENS");
 static_assert(WARPGROUPS <= 4 && STAGES >= 2 && STRIP == 16 && CHUNK == K_STEP, "WARPGROUPS");
 
-// At the start of shared memory. Full: words are in their places; free: all warps that multiply are done.
+// At the start of shared memory. Full: the copies landed; free: all warps that multiply are done.
 struct CodeBarriers {
     uint64_t inbox;
     uint64_t full[INPUT_STAGES], free[INPUT_STAGES];
 };
-// Behind them those of the inputs' copies, where an inbox may lie afterwards.
-constexpr int LANDED_BYTES = 64;
-static_assert(INPUT_STAGES * sizeof(uint64_t) <= LANDED_BYTES, "INPUT_STAGES");
 static_assert(sizeof(CodeBarriers) <= INBOX_HEAD && INPUTS_AHEAD >= 1, "INPUT_STAGES");
 
-// int4 codes become 16 more than they are, as operands: bits 3 to 6 of a bfloat16 count its ones there. With
-// the 128 of code_pair most of a group's sum would be what the offset takes away again, and tensor cores
-// cut sums off: eight times as much of the result would be lost.
+// int4 codes become 16 more than they are, as operands: bits 3 to 6 of a bfloat16 count its ones there.
+// With the 128 of code_pair most of a group's sum would be what the offset takes away again, and tensor
+// cores cut sums off: eight times as much of the result would be lost.
 constexpr float WIDE_BIAS = 16.0f;
 
 // As code_operands of quantized_format.cuh.
@@ -165,118 +161,101 @@ struct WarpCodes {
     }
 };
 
-// The inputs on their way through their ring, by the warps that fetch. The copy engine brings boxes of 64
-// inputs as they are. An operand of wgmma has in k what the codes have there: of every 32 inputs, lane t of
-// four brings 8 t …, two to each of four places. So words of two inputs go to places of their own: word
-// 4 t + i of 16 becomes word 4 i + t. A lane reads the 64 bytes of a token's 32 inputs, and writes them
-// where they were.
-//
-// Copies are the engine's, not cp.async of these warps: their fence waits for what they have under way
-// themselves.
+// The inputs on their way through their ring, by the warps that fetch. An operand of wgmma has in k what
+// the codes have there: of every 32 inputs, lane t of four brings 8 t …, two to each of four places. So
+// words of two inputs go to places of their own: word 4 t + i of 16 becomes word 4 i + t.
 template <bool PAIRS>
 struct InputCopies {
     const SkinnyShare<PAIRS>& share;
-    const TensorMap* map;  // of x, with a box [TOKENS, HALF]
     CodeBarriers* bars;
-    uint64_t* landed;      // [INPUT_STAGES], as the copy engine left them
-    unsigned char* ring;   // [INPUT_STAGES, 2, TOKENS, HALF], swizzled
-    float* sums;           // with int4, of the inputs by group: [INPUT_STAGES, GROUPS, TOKENS]
-    int fetch_warp;        // has every FETCH_WARPS-th eight tokens
+    unsigned char* ring;  // [INPUT_STAGES, 2, TOKENS, HALF], swizzled
+    float* sums;          // with int4, of the inputs by group: [INPUT_STAGES, GROUPS, TOKENS]
+    int fetch_warp;       // has every FETCH_WARPS-th eight tokens
 
-    // By one thread: start the copies of a chunk.
-    __device__ __forceinline__ void bring(const RingPlace<INPUT_STAGES>& place, int step) const {
-        const uint32_t to = shared_address(ring) + place.stage * INPUT_BYTES;
-        const int input = (share.first_step + step) * CHUNK;
-        mbarrier_wait(bars->free + place.stage, place.parity ^ 1);
-        mbarrier_arrive_expecting(landed + place.stage, INPUT_BYTES);
-        copy_box(to, map, landed + place.stage, input, 0);
-        copy_box(to + HALF_BYTES, map, landed + place.stage, input + HALF, 0);
+    __device__ __forceinline__ void copy(unsigned char* to, int step) const {
+        const SkinnyMatrix& matrix = share.matrix;
+        const int lane = lane_id();
+        const int input = (share.first_step + step) * CHUNK + lane * 2;
+        const bool inside = input < matrix.num_inputs;
+        const bool inside_after = input + HALF < matrix.num_inputs;
+        const int place = (lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;
+#pragma unroll 1
+        for (int octet = fetch_warp; octet < OCTETS; octet += FETCH_WARPS) {
+            const scalar_t* from = matrix.x + octet * 8 * matrix.num_inputs + input;
+            unsigned char* const own = to + octet * ATOM;
+            const int rows = matrix.num_rows - octet * 8;
+#pragma unroll
+            for (int row = 0; row < 8; ++row) {
+                unsigned char* const at = own + row * 128 + (place ^ row * 16);
+                cp_async_4_or_zero(at, from, row < rows && inside);
+                cp_async_4_or_zero(at + HALF_BYTES, from + HALF, row < rows && inside_after);
+                from += matrix.num_inputs;
+            }
+        }
     }
 
-    // Words of a chunk to their places, of this warp's tokens; and their sums by group. first: the byte of
-    // this lane's first piece, of its warp's first token; ones_by_group: of a product that sums.
-    __device__ __forceinline__ void arrange(
-        int first, float* to, const uint4& ones_by_group) const {
-        constexpr int MOST = (OCTETS + FETCH_WARPS - 1) / FETCH_WARPS, APART = FETCH_WARPS * ATOM;
-        const int count = OCTETS % FETCH_WARPS == 0
-                              ? MOST
-                              : (OCTETS - fetch_warp + FETCH_WARPS - 1) / FETCH_WARPS;
-        unsigned char* pieces[4];
+    // The sums of a chunk's inputs, of the tokens that this warp has copied.
+    __device__ __forceinline__ void sum(const unsigned char* inputs, float* to) const {
+        const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
+        const uint32_t ones[4] = {one, one, one, one};
+        const int row = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) pieces[t] = ring + (first ^ t * 16);
-        uint4 v[MOST][4];
+        for (int i = 0; i < (OCTETS + FETCH_WARPS - 1) / FETCH_WARPS; ++i) {
+            const int octet = i * FETCH_WARPS + fetch_warp;
+            if (octet >= OCTETS) break;
+            const unsigned char* const from = inputs + octet * ATOM + row * 128;
+            // Two sums for each 32 inputs, so that products do not wait for each other.
+            float parts[CHUNK / QUARTER][2][4];
 #pragma unroll
-        for (int i = 0; i < MOST; ++i) {
+            for (int q = 0; q < CHUNK / QUARTER; ++q) {
+                const uint4 b =
+                    ld_shared_16(from + q / 2 * HALF_BYTES + ((q % 2 * 4 + t) ^ row) * 16);
 #pragma unroll
-            for (int t = 0; t < 4; ++t) {
-                if (i < count) v[i][t] = ld_shared_16(pieces[t] + i * APART);
+                for (int j = 0; j < 4; ++j) parts[q][0][j] = parts[q][1][j] = 0.0f;
+                mma_m16n8k16<scalar_t>(parts[q][0], ones, b.x, b.y);
+                mma_m16n8k16<scalar_t>(parts[q][1], ones, b.z, b.w);
             }
-        }
+            if (lane_id() < 4) {  // all rows are alike
+                constexpr int EACH = GROUP / QUARTER;
 #pragma unroll
-        for (int i = 0; i < MOST; ++i) {
-            if (i >= count) break;
-            const uint4(&w)[4] = v[i];
-            const int at = i * APART;
-            st_shared_16(pieces[0] + at, make_uint4(w[0].x, w[1].x, w[2].x, w[3].x));
-            st_shared_16(pieces[1] + at, make_uint4(w[0].y, w[1].y, w[2].y, w[3].y));
-            st_shared_16(pieces[2] + at, make_uint4(w[0].z, w[1].z, w[2].z, w[3].z));
-            st_shared_16(pieces[3] + at, make_uint4(w[0].w, w[1].w, w[2].w, w[3].w));
-        }
-        if constexpr (WEIGHT_KIND == 1) {
-            const uint32_t ones[4] = {
-                ones_by_group.x, ones_by_group.y, ones_by_group.z, ones_by_group.w};
-            float parts[MOST][2][4] = {};  // two of eight tokens: products wait for each other less
+                for (int g = 0; g < GROUPS; ++g) {
+                    float total[2] = {0.0f, 0.0f};
 #pragma unroll
-            for (int t = 0; t < 4; ++t) {
-#pragma unroll
-                for (int i = 0; i < MOST; ++i) {
-                    if (i >= count) break;
-                    mma_m16n8k16<scalar_t>(parts[i][0], ones, v[i][t].x, v[i][t].y);
-                    mma_m16n8k16<scalar_t>(parts[i][1], ones, v[i][t].z, v[i][t].w);
+                    for (int q = g * EACH; q < (g + 1) * EACH; ++q) {
+                        total[0] += parts[q][0][0] + parts[q][1][0];
+                        total[1] += parts[q][0][1] + parts[q][1][1];
+                    }
+                    store_floats<float, 2>(to + g * TOKENS + octet * 8 + t * 2, total);
                 }
             }
-            to += lane_id() / 4 * TOKENS + fetch_warp * 8 + lane_id() % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < MOST; ++i) {
-                if (i >= count || lane_id() >= 4 * GROUPS) break;  // rows beyond have no groups
-                const float total[2] = {
-                    parts[i][0][0] + parts[i][1][0], parts[i][0][1] + parts[i][1][1]};
-                store_floats<float, 2>(to + i * (FETCH_WARPS * 8), total);
-            }
         }
+    }
+
+    // This warp's oldest copies have landed: they will be seen by products.
+    __device__ __forceinline__ void publish(int stage) const {
+        warp_sync();
+        if (WEIGHT_KIND == 1) sum(ring + stage * INPUT_BYTES, sums + stage * GROUP_SUMS);
+        shared_to_async_fence();
+        warp_sync();
+        if (lane_id() == 0) mbarrier_arrive(bars->full + stage);
     }
 
     // By whole warps, which have waited for the kernel in front.
     __device__ __forceinline__ void run() const {
-        // A lane's token of eight and its 32 inputs of a chunk. Four lanes in a row have one token where
-        // it is summed: what is no number in another must not meet it. Else eight have one quarter, whose
-        // pieces lie in different banks.
-        const int row = WEIGHT_KIND == 1 ? lane_id() / 4 : lane_id() % 8;
-        const int quarter = WEIGHT_KIND == 1 ? lane_id() % 4 : lane_id() / 8;
-        const int first = fetch_warp * ATOM + quarter / 2 * HALF_BYTES + row * 128 +
-                          (quarter % 2 * 4 ^ row) * 16;
-        // Row m of that product's first operand has ones where its lanes have inputs of group m.
-        const uint32_t one = lane_id() / 4 % 8 == lane_id() % 4 * QUARTER / GROUP
-                                 ? pack_pair<scalar_t>(1.0f, 1.0f)
-                                 : 0u;
-        uint4 ones = make_uint4(one, one, one, one);
-        hold_vector(ones);  // not made anew for every product
-        RingPlace<INPUT_STAGES> place, oldest;
+        RingPlace<INPUT_STAGES> place, landed;
 #pragma unroll 1
         for (int step = 0; step < share.num_steps + INPUTS_AHEAD; ++step) {
             if (step < share.num_steps) {
-                if (fetch_warp == 0 && lane_id() == 0) bring(place, step);
+                mbarrier_wait(bars->free + place.stage, place.parity ^ 1);
+                warp_sync();
+                copy(ring + place.stage * INPUT_BYTES, step);
                 place.next();
             }
+            cp_async_commit();
             if (step >= INPUTS_AHEAD) {
-                mbarrier_wait(landed + oldest.stage, oldest.parity);
-                warp_sync();
-                arrange(
-                    oldest.stage * INPUT_BYTES + first, sums + oldest.stage * GROUP_SUMS, ones);
-                shared_to_async_fence();
-                warp_sync();
-                if (lane_id() == 0) mbarrier_arrive(bars->full + oldest.stage);
-                oldest.next();
+                cp_async_wait<INPUTS_AHEAD>();
+                publish(landed.stage);
+                landed.next();
             }
         }
     }

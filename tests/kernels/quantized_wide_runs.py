@@ -10,7 +10,7 @@ import numpy as np
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.launch_quantized_wide import FILE, WideCodesTuning, plan_wide_codes
 from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, TOLERANCES, Mapped, assert_close
+from tests.kernels.backends import CODES, TOLERANCES, assert_close
 from tests.kernels.gemv_runs import Run
 from tests.kernels.quantized_runs import NUM_MULTIPROCESSORS, Storage, make_call, pack
 from tests.kernels.skinny_runs import normed_input
@@ -55,7 +55,7 @@ def launch_op(
         norm = {name: arguments[name] for name in ("norm_weight", "eps")}
         rows_of = {"rows": arguments["rows"]} if "rows" in arguments else {}
         x = normed_input({"x": x, "weight": arguments["norm_weight"], **norm, **rows_of})
-    args: list[Any] = [Mapped(x, plan.input_box), codes, np.float32(unit)]
+    args = [x, codes, np.float32(unit)]
     args += [] if op == "lm_head" else [arguments["bias"]]
     args += [target, *map(np.int32, (rows, num_outputs, num_inputs))]
     built = {"SCALAR": CODES[storage.name], **plan.macros, **macros}

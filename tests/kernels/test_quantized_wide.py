@@ -18,6 +18,7 @@ import pytest
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.launch_quantized_wide import (
     DEFAULT_TUNING,
+    FETCH_WARPS,
     LEAST_GROUP,
     MAX_INPUT_STAGES,
     MAX_ROWS,
@@ -25,7 +26,6 @@ from nanocupy.ops.launch_quantized_wide import (
     NEVER,
     TOKENS,
     WideCodesTuning,
-    fetch_warps,
     plan_wide_codes,
     uses_wide_codes,
 )
@@ -208,8 +208,7 @@ def test_plans_of_real_shapes(
         assert launch.cluster <= min(8, -(-inputs // 128))
         assert launch.grid[0] == -(-outputs * (2 if pairs else 1) // tile) * launch.cluster
         assert tile % (64 * warpgroups) == 0
-        fetching = fetch_warps(tokens, macros["MIN_BLOCKS"])
-        assert launch.block == 128 * warpgroups + 32 * fetching <= 640
+        assert launch.block == 128 * warpgroups + 32 * FETCH_WARPS[tokens] <= 640
         assert macros["STAGES"] >= 2
         assert MIN_INPUT_STAGES <= macros["INPUT_STAGES"] <= MAX_INPUT_STAGES
         form = packed_format(kind, inputs, group or inputs)
@@ -220,7 +219,7 @@ def test_plans_of_real_shapes(
         )
         slots = -(-tokens // 2 // launch.cluster)
         inbox = 8 * tile * launch.cluster * slots
-        assert launch.shared_bytes == 128 + max(1088 + rings, inbox) <= 227 << 10
+        assert launch.shared_bytes == 128 + max(1024 + rings, inbox) <= 227 << 10
         if macros["MIN_BLOCKS"] == 2:
             assert 2 * launch.shared_bytes <= 226 << 10
 
@@ -230,12 +229,16 @@ def test_what_is_taken_and_what_is_refused() -> None:
     few = packed_format("int4", 1024, 16)
     assert form is not None
     assert few is not None
-    taken = [n for n in range(100) if uses_wide_codes(form, n, "bfloat16", wgmma=True)]
-    assert taken == list(range(17, MAX_ROWS + 1))
-    assert not uses_wide_codes(form, 32, "bfloat16", wgmma=False)
-    assert not uses_wide_codes(form, 32, "float16", wgmma=True)
-    assert not uses_wide_codes(few, 32, "bfloat16", wgmma=True)
-    assert not uses_wide_codes(form, 32, "bfloat16", wgmma=True, tuning=NEVER)
+    bytes_form = packed_format("int8", 1024, 128)
+    assert bytes_form is not None
+    for kind_form, first in ((form, 33), (bytes_form, 17)):
+        taken = [n for n in range(100) if uses_wide_codes(kind_form, n, "bfloat16", wgmma=True)]
+        assert taken == list(range(first, MAX_ROWS + 1))
+    assert not uses_wide_codes(form, 48, "bfloat16", wgmma=False)
+    assert not uses_wide_codes(form, 48, "float16", wgmma=True)
+    assert not uses_wide_codes(few, 48, "bfloat16", wgmma=True)
+    assert not uses_wide_codes(form, 48, "bfloat16", wgmma=True, tuning=NEVER)
+    assert uses_wide_codes(form, 1, "bfloat16", wgmma=True, tuning=WideCodesTuning(min_rows=1))
     assert plan("int4", 32, 0, 64).grid == (0,)
     for rows, inputs in ((0, 64), (MAX_ROWS + 1, 64), (1, 12)):
         with pytest.raises(ValueError, match="quantized kernels"):
@@ -253,13 +256,10 @@ def test_the_plan_knows_the_kernels_constants() -> None:
     named = set(re.findall(r"^// (\w+(?:, \w+)*)  +\S", text, re.MULTILINE))
     named = {name for names in named for name in names.split(", ") if name.isupper()}
     assert set(plan("int4", 128, 64, 1024).macros) == named
-    found = re.search(r"int FETCH_WARPS = (.+) \? (\d+) : (\d+);", text)
+    found = re.search(r"int FETCH_WARPS = TOKENS > (\d+) \? (\d+) : (\d+);", text)
     assert found is not None
-    many = found[1].replace("||", "or").replace("&&", "and")
-    for tokens in TOKENS:
-        for resident in (1, 2):
-            is_many = eval(many, {"TOKENS": tokens, "MIN_BLOCKS": resident})
-            assert fetch_warps(tokens, resident) == int(found[2 if is_many else 3])
+    limit, many, few = map(int, found.groups())
+    assert {tokens: many if tokens > limit else few for tokens in TOKENS} == FETCH_WARPS
     assert f"// INPUT_STAGES  chunks of inputs in their ring: {MIN_INPUT_STAGES} to " in text
     assert f"GROUP >= {LEAST_GROUP})" in text
 

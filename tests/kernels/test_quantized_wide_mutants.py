@@ -75,17 +75,14 @@ MUTANTS = [
         "mbarrier_init(bars->full + i, 1);",
     ),
     Mutant(
-        "inputs that have not landed", "mbarrier_wait(landed + oldest.stage, oldest.parity);", ""
+        "inputs that have not landed",
+        "cp_async_wait<INPUTS_AHEAD>();",
+        "cp_async_wait<INPUTS_AHEAD + 1>();",
     ),
     Mutant(
-        "inputs that landed the round before",
-        "mbarrier_wait(landed + oldest.stage, oldest.parity);",
-        "mbarrier_wait(landed + oldest.stage, 0);",
-    ),
-    Mutant(
-        "half of a chunk announced",
-        "mbarrier_arrive_expecting(landed + place.stage, INPUT_BYTES);",
-        "mbarrier_arrive_expecting(landed + place.stage, INPUT_BYTES / 2);",
+        "sums of inputs that other lanes copied",
+        "        warp_sync();\n        if (WEIGHT_KIND == 1) sum(",
+        "        if (WEIGHT_KIND == 1) sum(",
     ),
     Mutant(
         "registers written while products use them",
@@ -103,7 +100,6 @@ MUTANTS = [
         "the last products not waited for",
         "wgmma_wait<0>();\n    hold_registers(group);",
         "hold_registers(group);",
-        inputs=1408,
     ),
     Mutant(
         "the last group is lost",
@@ -142,8 +138,8 @@ MUTANTS = [
     ),
     Mutant(
         "inputs of the first chunks in every block",
-        "(share.first_step + step) * CHUNK;",
-        "step * CHUNK;",
+        "(share.first_step + step) * CHUNK + lane * 2;",
+        "step * CHUNK + lane * 2;",
         tuning=SPLIT,
     ),
     Mutant("strips of the first tile", "share.first_tile * (OUT_TILE / STRIP) +", ""),
@@ -155,35 +151,31 @@ MUTANTS = [
     ),
     Mutant(
         "words in their natural order",
-        "pieces[1] + at, make_uint4(w[0].y, w[1].y, w[2].y, w[3].y)",
-        "pieces[1] + at, w[1]",
+        "(lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;",
+        "lane * 4;",
     ),
-    Mutant("pieces not exchanged", "(quarter % 2 * 4 ^ row) * 16;", "quarter % 2 * 64;"),
-    Mutant("pieces exchanged within two", "ring + (first ^ t * 16)", "ring + (first ^ t % 2 * 16)"),
+    Mutant("pieces not exchanged", "(place ^ row * 16);", "place;"),
+    Mutant("sums of pieces not exchanged", "((q % 2 * 4 + t) ^ row) * 16", "(q % 2 * 4 + t) * 16"),
+    Mutant("eight tokens in the place of others", "to + octet * ATOM;", "to;"),
     Mutant(
-        "eight tokens in the place of others",
-        "const int at = i * APART;",
-        "const int at = 0;",
-        rows=50,
-    ),
-    Mutant("the same eight tokens for all warps", "fetch_warp * ATOM + quarter", "quarter"),
-    Mutant("the halves of a chunk alike", "input + HALF, 0);", "input, 0);"),
-    Mutant(
-        "32 inputs in the place of others",
-        "quarter / 2 * HALF_BYTES + row * 128",
-        "row * 128",
-        kind="int8",
+        "the halves of a chunk alike",
+        "from + HALF, row < rows",
+        "from, row < rows",
     ),
     Mutant(
-        "sums of eight tokens over others'",
-        "to + i * (FETCH_WARPS * 8), total",
-        "to, total",
-        rows=50,
+        "inputs beyond the matrix", "input + HALF < matrix.num_inputs;", "true;", inputs=1440 + 32
     ),
     Mutant(
-        "sums of other groups' inputs", "== lane_id() % 4 * QUARTER / GROUP", "== lane_id() % 4 / 2"
+        "tokens beyond the batch",
+        "cp_async_4_or_zero(at, from, row < rows && inside);",
+        "cp_async_4_or_zero(at, from, inside);",
     ),
-    Mutant("half of a group summed", "parts[i][0][0] + parts[i][1][0],", "parts[i][0][0],"),
+    Mutant(
+        "sums of every other eight tokens alone",
+        "if (octet >= OCTETS) break;",
+        "if (octet >= FETCH_WARPS) break;",
+    ),
+    Mutant("half of a group summed", "parts[q][0][0] + parts[q][1][0];", "parts[q][0][0];"),
     Mutant(
         "the sums of another stage",
         "const float* const chunk_sums = first_sums + place.stage * GROUP_SUMS;",
@@ -208,7 +200,6 @@ MUTANTS = [
     Mutant("the offset of the wrong row", "fmaf(offset[i / 2],", "fmaf(offset[1 - i / 2],"),
     Mutant("sums of the wrong token", "own[i % 2], sums[n][i]);", "own[1 - i % 2], sums[n][i]);"),
     Mutant("the codes' bias left in", "fmaf(-WIDE_BIAS, scale[r],", "fmaf(0.0f, scale[r],"),
-    Mutant("a code's neighbour", "word >> (i / 2 * 4 - 3)", "word >> (i / 2 * 4 + 1)"),
     Mutant("codes of the first vector", "chunk + code_vector(quarter) * 512);", "chunk);"),
     Mutant(
         "products with other inputs",
