@@ -141,15 +141,16 @@ struct ChunkInputs {
         }
     }
     __device__ __forceinline__ void load_sums(int c, const float* first_sums) {
-        if (!HAS_GROUP_SUMS) return;
+        if constexpr (HAS_GROUP_SUMS) {
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i) {
-            const float* from = first_sums + (c * (CHUNK_DISTANCE / GROUP) + i) * SUM_TOKENS;
-            if constexpr (SUM_TOKENS == 1) {
-                added[c][i][0] = *from;
-            } else {
-                // Of lanes whose tokens do not exist it does not matter.
-                load_floats<float, 2>(from + lane_id() % (SUM_TOKENS / 2) * 2, added[c][i]);
+            for (int i = 0; i < GROUPS; ++i) {
+                const float* from = first_sums + (c * (CHUNK_DISTANCE / GROUP) + i) * SUM_TOKENS;
+                if constexpr (SUM_TOKENS == 1) {
+                    added[c][i][0] = *from;
+                } else {
+                    // Of lanes whose tokens do not exist it does not matter.
+                    load_floats<float, 2>(from + lane_id() % (SUM_TOKENS / 2) * 2, added[c][i]);
+                }
             }
         }
     }
