@@ -7,6 +7,7 @@
 #pragma once
 
 #include "decode_step_memory.cuh"
+#include "reduce.cuh"
 
 // Chunk c of a stage is that of warp c % GROUP_WARPS of a group of warps. A warp takes some of its
 // chunks at once, so that their sums wait for each other less.
@@ -35,7 +36,7 @@ __device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) 
 
 // With int4, the sums of a tile's inputs by group lie behind its rows: [groups, SUM_TOKENS].
 constexpr bool HAS_GROUP_SUMS = WEIGHT_KIND == 1;
-constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4;
+constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4, SUM_PAIRS = (SUM_TOKENS + 1) / 2;
 
 // rows: of the tokens, `stride` inputs apart; what is beyond `num_inputs`, a multiple of 32, counts as 0
 // up to a whole chunk. All threads that compute come; a barrier must follow.
@@ -59,8 +60,7 @@ __device__ __forceinline__ void sum_groups(
                 sum = ((low[0] + low[1]) + (low[2] + low[3])) +
                       ((low[4] + low[5]) + (low[6] + low[7]));
             }
-#pragma unroll
-            for (int lanes = PIECES / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+            sum = warp_sum<PIECES>(sum);
             if (piece < pieces && piece % PIECES == 0) {
                 to[piece / PIECES * SUM_TOKENS + token] = sum;
             }
@@ -81,15 +81,15 @@ struct ChunkCodes {
         if (WHOLE || left > (CHUNKS_AT_ONCE - 1) * CHUNK_DISTANCE) {
 #pragma unroll
             for (int c = 0; c < CHUNKS_AT_ONCE; ++c) load_chunk(c, from);
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
 #pragma unroll
-            for (int v = 0; v < CODE_VECTORS; ++v) codes[c][v] = make_uint4(0, 0, 0, 0);
+                for (int v = 0; v < CODE_VECTORS; ++v) codes[c][v] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < GROUPS; ++i) scales[c][i] = make_uint2(0, 0);
-            if (c * CHUNK_DISTANCE < left) load_chunk(c, from);
+                for (int i = 0; i < GROUPS; ++i) scales[c][i] = make_uint2(0, 0);
+                if (c * CHUNK_DISTANCE < left) load_chunk(c, from);
+            }
         }
     }
     __device__ __forceinline__ void load_chunk(int c, const unsigned char* from) {
@@ -125,18 +125,18 @@ struct ChunkInputs {
                     inputs[c][q] = ld_shared_16(first + c * CHUNK_DISTANCE + q * QUARTER);
                 }
             }
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
+            for (int c = 0; c < CHUNKS_AT_ONCE; ++c) {
 #pragma unroll
-            for (int i = 0; i < GROUPS; ++i) added[c][i][0] = added[c][i][1] = 0.0f;
-            if (c * CHUNK_DISTANCE < left) load_sums(c, first_sums);
+                for (int i = 0; i < GROUPS; ++i) added[c][i][0] = added[c][i][1] = 0.0f;
+                if (c * CHUNK_DISTANCE < left) load_sums(c, first_sums);
 #pragma unroll
-            for (int q = 0; q < QUARTERS; ++q) {
-                const int k = c * CHUNK_DISTANCE + q * QUARTER;
-                inputs[c][q] = make_uint4(0, 0, 0, 0);
-                if (k < left) inputs[c][q] = ld_shared_16(first + k);
+                for (int q = 0; q < QUARTERS; ++q) {
+                    const int k = c * CHUNK_DISTANCE + q * QUARTER;
+                    inputs[c][q] = make_uint4(0, 0, 0, 0);
+                    if (k < left) inputs[c][q] = ld_shared_16(first + k);
+                }
             }
         }
     }
@@ -149,7 +149,7 @@ struct ChunkInputs {
                     added[c][i][0] = *from;
                 } else {
                     // Of lanes whose tokens do not exist it does not matter.
-                    load_floats<float, 2>(from + lane_id() % (SUM_TOKENS / 2) * 2, added[c][i]);
+                    load_floats<float, 2>(from + lane_id() % SUM_PAIRS * 2, added[c][i]);
                 }
             }
         }

@@ -184,8 +184,8 @@ MUTANTS = [
     ),
     Mutant(
         "half of a group's inputs are summed",
-        "lanes = PIECES / 2; lanes > 0",
-        "lanes = PIECES / 2; lanes > 1",
+        "warp_sum<PIECES>(sum)",
+        "warp_sum<PIECES / 2>(sum)",
         "whole chunks",
         LARGE,
     ),
@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens 2 and 3 take the sums of 0 and 1",
-        "lane_id() % (SUM_TOKENS / 2) * 2",
+        "lane_id() % SUM_PAIRS * 2",
         "0",
         "four",
     ),
