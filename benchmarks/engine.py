@@ -158,7 +158,9 @@ def engine_for(args: argparse.Namespace, shape: str) -> LLMEngine:
         settings |= {"speculate": "ngram"}
         if args.draft_shape is not None:
             settings |= {"speculate": "draft", "draft_model": args.draft_shape}
-            own = SHAPES[args.draft_shape].with_(vocab_size=SHAPES[shape].vocab_size)
+            own = SHAPES[args.draft_shape].with_(
+                vocab_size=SHAPES[shape].vocab_size, eos_ids=SHAPES[shape].eos_ids
+            )
             draft = random_checkpoint(args.draft_shape, args.dtype, seed=1, config=own)
     checkpoint = random_checkpoint(shape, args.dtype)
     return make_engine(checkpoint, EngineConfig(**settings), draft=draft)

@@ -232,7 +232,9 @@ def speculative(
     else:
         config = config.with_(draft_model=draft_shape)
         # One vocabulary, as a draft model must have.
-        own = SHAPES[draft_shape].with_(vocab_size=SHAPES[shape].vocab_size)
+        own = SHAPES[draft_shape].with_(
+            vocab_size=SHAPES[shape].vocab_size, eos_ids=SHAPES[shape].eos_ids
+        )
         draft = random_checkpoint(draft_shape, _dtype(config), seed=1, config=own)
     engine, dtype = _engine(shape, config, context, max(batches), draft)
     found = [

@@ -235,7 +235,7 @@ def run_many(runner, device, prompts, num_kept):
 
 def test_many_sequences_in_bfloat16(make_device, record_error) -> None:
     """In batches of 40 and of 200: by graphs as without, and the same logits in either."""
-    config = SHAPES["qwen3-0.6b"].with_(num_layers=4, vocab_size=8192)
+    config = SHAPES["qwen3-0.6b"].with_(num_layers=4, vocab_size=8192, eos_ids=())
     checkpoint = RandomCheckpoint(config, "bfloat16", seed=1)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, config.vocab_size, 3 + n % 37).tolist() for n in range(200)]
