@@ -1,19 +1,10 @@
-"""Runs products of 9 to 32 tokens with packed codes: launch, arguments, and what must come out."""
+"""Runs products of 9 to 32 tokens with packed codes."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.launch_quantized_stream import FILE, StreamTuning, plan_stream
-from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, TOLERANCES, assert_close
-from tests.kernels.gemv_runs import Run
-from tests.kernels.quantized_runs import NUM_MULTIPROCESSORS, Storage, make_call, pack
-from tests.kernels.skinny_runs import normed_input
-from tests.ops.cases import Call
+from tests.kernels.quantized_batch_runs import BatchKernels
+from tests.kernels.quantized_runs import Storage, make_call, pack
 
 ENTRIES = {
     "norm_linear": "quantized_stream_linear",
@@ -23,58 +14,7 @@ ENTRIES = {
 }
 # Tiles of few rows, so that there are several, and a ring that goes round.
 SMALL = StreamTuning(out_tile=96, splits=1, warps_k=1, strips=2, warp_strips=2, stages=2)
-
-
-def launch_op(
-    run: Run,
-    op: str,
-    arguments: dict[str, Any],
-    dtype: str,
-    *,
-    tuning: StreamTuning = SMALL,
-    num_multiprocessors: int = NUM_MULTIPROCESSORS,
-    packed: tuple[np.ndarray, float] | None = None,
-    **macros: int,
-) -> None:
-    """Run the kernel of `op`; `macros` go to the build. packed: of the weight, where known."""
-    weight = arguments["weight"]
-    pairs = op == "norm_swiglu"
-    target = arguments["residual" if op == "linear_add" else "out"]
-    rows, num_outputs = target.shape
-    num_inputs = weight.shape[1]
-    form = packed_format(weight.kind, num_inputs, weight.group_size)
-    assert form is not None
-    plan = plan_stream(
-        form, num_outputs, num_inputs, rows, num_multiprocessors, pairs=pairs, tuning=tuning
-    )
-    codes, unit = packed or pack(run, weight, pairs, dtype)
-    storage = arguments["x" if op == "linear_add" else "norm_weight"].dtype
-    x = arguments["x"]
-    if op != "linear_add":
-        norm = {name: arguments[name] for name in ("norm_weight", "eps")}
-        rows_of = {"rows": arguments["rows"]} if "rows" in arguments else {}
-        x = normed_input({"x": x, "weight": arguments["norm_weight"], **norm, **rows_of})
-    args = [x, codes, np.float32(unit)]
-    args += [] if op == "lm_head" else [arguments["bias"]]
-    args += [target, *map(np.int32, (rows, num_outputs, num_inputs))]
-    built = {"SCALAR": CODES[storage.name], **plan.macros, **macros}
-    if op == "linear_add" and target.dtype != storage:
-        built["RESIDUAL"] = CODES[target.dtype.name]
-    run(FILE, ENTRIES[op], plan, args, (len(args) - 4,), **built)
-
-
-def check_op(run: Run, op: str, call: Call, dtype: str, **how: Any) -> np.ndarray:
-    """Launch and compare with the reference in float64; returns what the kernel gave."""
-    (name,) = call.written
-    before = call.arguments[name]
-    got = {**call.arguments, name: before.copy()}
-    exact = op in ("linear_add", "lm_head")  # the output's dtype rounds nothing inside
-    wanted = {**call.arguments, name: before.astype(np.float64) if exact else before.copy()}
-    launch_op(run, op, got, dtype, **how)
-    getattr(NumpyOps(np.float64), op)(**wanted)
-    limit = TOLERANCES[dtype] if op == "lm_head" else None
-    assert_close(got[name], wanted[name], op, tolerance=limit)
-    return got[name]
-
+KERNELS = BatchKernels(FILE, ENTRIES, plan_stream, SMALL)
+launch_op, check_op = KERNELS.launch_op, KERNELS.check_op
 
 __all__ = ["ENTRIES", "SMALL", "Storage", "check_op", "launch_op", "make_call", "pack"]
