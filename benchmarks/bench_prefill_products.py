@@ -118,8 +118,10 @@ class Prompts:
         if bool((got_bits == 0xFFFF).any()):
             raise RuntimeError(f"{product.label}: outputs that were never written")
         last_row, last = self.rows - 1, product.outputs - 1
-        rows = np.unique([0, last_row, *bench.rng.integers(0, last_row, SAMPLED_ROWS)])
-        outputs = np.unique([0, 1, last - 1, last, *bench.rng.integers(0, last, SAMPLED_OUTPUTS)])
+        sampled = bench.rng.integers(0, self.rows, SAMPLED_ROWS)
+        rows = np.unique([0, last_row, *sampled])
+        sampled = bench.rng.integers(0, product.outputs, SAMPLED_OUTPUTS)
+        outputs = np.unique([0, 1, last - 1, last, *sampled])
         index = np.concatenate([outputs, product.outputs + outputs])
         bits = self.matrices[0].view(bench.bits)[cupy.asarray(index)].get()
         weight = bits.view(bench.dtype).astype(np.float64)
@@ -187,7 +189,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--compile", action="store_true", help="fill the kernels' cache and end")
     args = parser.parse_args()
-    rows_list = [int(part) for part in args.rows.split(",")]
+    parts = args.rows.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        parser.error(f"--rows is {args.rows!r}; it must be numbers of tokens, as in 1024,2048")
+    rows_list = [int(part) for part in parts]
     models = args.shape.split(",")
     unknown = sorted(set(models) - set(MODELS))
     if unknown or min(rows_list) < 1 or args.rounds < 1:
