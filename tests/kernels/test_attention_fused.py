@@ -42,8 +42,11 @@ def attend_case(name: str, *args: Any, **kwargs: Any) -> Case:
     return Case("attend", name, cases._attend(*args, **kwargs))
 
 
-def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[Any, ...]:
-    """The cache's parts and out after the launch; the call's own arrays stay."""
+def run(
+    backend: Any, call: Call, tuning: FusedTuning, queries: int | None = None
+) -> tuple[Any, ...]:
+    """The cache's parts and out after the launch; the call's own arrays stay. queries: most that a
+    sequence may have; as many as one has."""
     a = call.arguments
     most = int(np.diff(a["query_starts"]).max(initial=1))
     (_, num_heads, head_size), (_, num_kv_heads, block_size) = (
@@ -54,7 +57,7 @@ def run(backend: Any, call: Call, tuning: FusedTuning) -> tuple[Any, ...]:
         len(a["kv_lens"]), num_heads, num_kv_heads, head_size,
         max_kv_len=int(a["kv_lens"].max(initial=0)), num_multiprocessors=6,
         max_shared_bytes=227 << 10, quantized=a["key_scales"] is not None, tuning=tuning,
-        queries=query_bucket(most),
+        queries=queries or query_bucket(most),
     )  # fmt: skip
     parts = (None if a[name] is None else a[name].copy() for name in PARTS)
     numbers = (num_kv_heads, num_heads // num_kv_heads, block_size, a["block_tables"].shape[1])
@@ -228,6 +231,22 @@ def test_several_queries_of_long_contexts(
     lens = [1000, 1024, 1027, edge + 1, edge + 8, 2 * edge + 4]
     case = attend_case("long-queries", [(8 - i % 2, n) for i, n in enumerate(lens)], 4, 1, 64)
     check(backend, case, "bfloat16", cluster=cluster, warps=warps, stages=stages)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_sequences_with_more_queries_are_left_alone(backend: Any, cluster: int) -> None:
+    case = attend_case("too-many", [(5, 40), (3, 30)], 4, 2, 64)
+    call = case.build(DTYPES["bfloat16"])
+    *_, wanted = unfused(backend, call)
+    a = call.arguments
+    *caches, out = run(backend, call, FusedTuning(cluster=cluster), queries=4)
+    assert out[:5].tobytes() == a["out"][:5].tobytes()
+    assert_close(out[5:], wanted[5:])
+    size = a["key_cache"].shape[2]
+    for after, name in zip(caches[:2], ("key_cache", "value_cache"), strict=True):
+        for slot in a["slots"][:5]:
+            block, row = divmod(int(slot), size)
+            assert after[block, :, row].tobytes() == a[name][block, :, row].tobytes()
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
