@@ -249,8 +249,10 @@ def test_two_streams_take_one_for_drafts():
     settings = replace(FLOAT32, two_streams=True)
     runner = DeviceRunner(checkpoint.config, ShimDevice(), LIMITS, settings)
     runner.upload_weights(checkpoint)
-    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
     assert run(engine, requests) == wanted
+    assert speculator.counters.num_accepted > 5
 
 
 def test_logprobs_beside_drafts():
@@ -261,8 +263,10 @@ def test_logprobs_beside_drafts():
     }
     wanted = plain("llama", requests)
     runner = make_runner("llama", ShimDevice())
-    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=guessing(wanted))
+    speculator = guessing(wanted)
+    engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
     assert run(engine, requests) == wanted
+    assert speculator.counters.num_accepted > 5
 
 
 def test_the_kernels_that_drafts_need_are_known_beforehand():
