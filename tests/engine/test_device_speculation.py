@@ -266,7 +266,7 @@ def test_logprobs_beside_drafts():
     speculator = guessing(wanted)
     engine = LLMEngine(runner.config, runner, run_ahead=True, speculator=speculator)
     assert run(engine, requests) == wanted
-    assert speculator.counters.num_accepted > 5
+    assert speculator.counters.num_accepted > 3  # of the three requests that may have drafts
 
 
 def test_the_kernels_that_drafts_need_are_known_beforehand():
