@@ -1,5 +1,5 @@
 // What products of codes by warpgroups need beyond tile_products.cuh: their first operand in registers
-// and the second by rows, 16 to 64 columns; and copies of four bytes.
+// and the second by rows, 16 to 64 columns; and stores of 16 bytes.
 // The host has twins.
 #pragma once
 
@@ -9,11 +9,10 @@
 
 #if HAS_TILE_PRODUCTS
 
-// As cp_async_16_or_zero of device.cuh, of 4 bytes, aligned to 4. `global` may be anything where it is not
-// read.
-__device__ __forceinline__ void cp_async_4_or_zero(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid ? 4 : 0)
+// 16 bytes to shared memory, aligned to 16.
+__device__ __forceinline__ void st_shared_16(void* p, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 

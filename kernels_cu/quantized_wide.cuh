@@ -6,9 +6,9 @@
 //
 // A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the codes of
 // its own strips through a ring of its own: with launches that overlap it is full before the kernel in
-// front has ended. Other warps bring the inputs, a chunk of 128 at a time, through a ring that all of
-// these read, and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
-// products of those before are at work; the sums of a group are multiplied by its scale and added to
+// front has ended. The inputs come a chunk of 128 at a time, by the copy engine; other warps put
+// their words where the codes have them, into a ring that all warps of codes read, and with int4 sum them by
+// group, on tensor cores. Codes become operands as they are, while products of those before are at work; the sums of a group are multiplied by its scale and added to
 // those before, the sum of its inputs by its offset.
 //
 // Sums meet where the rings were. So a cluster's blocks wait for each other once before they send: any
@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply_codes(
     uint32_t a[2][2 * QUARTERS][4];  // of a unit, and of the one before, which is at work
     float group[TOKENS / 8][4] = {};
     PendingGroup pending;
-    RingPlace<INPUT_STAGES> place;
+    RingPlace<OPERANDS> place;
     int stage_before = 0;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
@@ -70,8 +70,7 @@ __device__ __forceinline__ void multiply_codes(
                     hold_registers(group);
                     pending.begin(codes.oldest_scales(m), unit * UNIT / GROUP, chunk_sums);
                     if (m == 0 && unit == 0 && step > 0) {
-                        warp_sync();  // all lanes have read its sums
-                        if (lane_id() == 0) mbarrier_arrive(bars->free + stage_before);
+                        mbarrier_arrive_warp(bars->free + stage_before);  // its sums are read too
                     }
                 }
                 wgmma_fence();
@@ -100,7 +99,8 @@ __device__ __forceinline__ void multiply_codes(
 // The whole kernel.
 template <bool PAIRS, typename Epilogue>
 __device__ __forceinline__ void run_wide_codes(
-    const SkinnyMatrix& matrix, const PackedCodes& packed, const Epilogue& epilogue) {
+    const SkinnyMatrix& matrix, const TensorMap* map, const PackedCodes& packed,
+    const Epilogue& epilogue) {
     const SkinnyShare<PAIRS> share(matrix);
     // Inboxes lie in the same place in all blocks of a cluster: first.
     CodeBarriers* const bars = reinterpret_cast<CodeBarriers*>(dynamic_shared());
@@ -111,16 +111,22 @@ __device__ __forceinline__ void run_wide_codes(
 
     if (threadIdx.x == 0) {
 #pragma unroll 1
-        for (int i = 0; i < INPUT_STAGES; ++i) {
-            mbarrier_init(bars->full + i, FETCH_WARPS);
-            mbarrier_init(bars->free + i, WARPS_N);
+        for (int i = 0; i < OPERANDS; ++i) {
+            mbarrier_init(bars->full + i, FETCH_WARPS * WARP_ARRIVALS);
+            mbarrier_init(bars->free + i, WARPS_N * WARP_ARRIVALS);
+        }
+#pragma unroll 1
+        for (int i = 0; i < INPUTS_AHEAD; ++i) {
+            mbarrier_init(bars->landed + i, 1);
+            mbarrier_init(bars->taken + i, FETCH_WARPS * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
         if (share.ranks > 1) make_inbox(merge.inbox, merge.expected_bytes());
     }
+    unsigned char* const arrived = inputs + OPERANDS * INPUT_BYTES;
     float* const input_sums = reinterpret_cast<float*>(inputs + INPUT_STAGES * INPUT_BYTES);
     WarpCodes<PAIRS> codes(
-        share, packed, reinterpret_cast<unsigned char*>(input_sums + INPUT_STAGES * GROUP_SUMS));
+        share, packed, reinterpret_cast<unsigned char*>(input_sums + OPERANDS * GROUP_SUMS));
     if (warp < WARPS_N) {
 #pragma unroll 1
         for (int i = 0; i < STAGES; ++i) {
@@ -129,11 +135,13 @@ __device__ __forceinline__ void run_wide_codes(
             codes.next();
         }
     }
+    if (threadIdx.x == BLOCK_THREADS) prefetch_tensor_map(map);
     block_sync();  // to the barriers being made
     grid_dependency_wait();
 
     if (warp >= WARPS_N) {  // --------------------------------------------------- warps that fetch
-        const InputCopies<PAIRS> copies = {share, bars, inputs, input_sums, warp - WARPS_N};
+        const InputCopies<PAIRS> copies = {
+            share, map, bars, inputs, arrived, input_sums, warp - WARPS_N};
         copies.run();
         warp_sync();
         if (share.ranks > 1) {  // where every thread comes to

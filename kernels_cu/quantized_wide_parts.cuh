@@ -6,7 +6,7 @@
 // OUT_TILE      rows of weights of a block: a multiple of 64 * WARPGROUPS
 // WARPGROUPS    that share these rows: each warp has strips of 16 in a row, of its own
 // STAGES        chunks of each of a warp's strips in its ring, on their way or landed; from 2
-// INPUT_STAGES  chunks of inputs in their ring: 4 to 7
+// INPUT_STAGES  chunks of inputs, in both their rings: 4 to 7
 // MIN_BLOCKS    blocks that must fit on a multiprocessor: bounds the registers
 #pragma once
 
@@ -38,7 +38,8 @@
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define WIDE_CODES (HAS_TILE_PRODUCTS && SCALAR == 2 && GROUP >= 32)
 
-constexpr int FETCH_WARPS = TOKENS > 32 ? 4 : 2;  // that bring inputs
+// Warps that bring inputs: as many where registers are not what keeps a second block away.
+constexpr int FETCH_WARPS = TOKENS > 32 || (TOKENS > 16 && MIN_BLOCKS == 1) ? 4 : 2;
 constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 
 #if WIDE_CODES
@@ -54,17 +55,20 @@ constexpr int STAGE_CODES = ROW_TILES * CHUNK_BYTES;  // of a warp
 constexpr int RING_BYTES = STAGES * STAGE_CODES;
 constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk's inputs
 constexpr int OCTETS = TOKENS / 8;
-// Chunks of inputs that are on their way at a time. Of the others one is read, one may be read still, and
-// one has landed: so warps that multiply do not wait for those that copy.
-constexpr int INPUTS_AHEAD = INPUT_STAGES - 3;
+// Chunks of inputs whose words are in their places: one is read, one may be read still and one is made, so
+// that warps that multiply do not wait for those that fetch. The others are on their way.
+constexpr int OPERANDS = 3;
+constexpr int INPUTS_AHEAD = INPUT_STAGES - OPERANDS;
 
 static_assert(TOKENS % 16 == 0 && TOKENS <= 64 && INPUT_BYTES == 2 * HALF_BYTES, "TOKENS");
 static_assert(WARPGROUPS <= 4 && STAGES >= 2 && STRIP == 16 && CHUNK == K_STEP, "WARPGROUPS");
 
-// At the start of shared memory. Full: the copies landed; free: all warps that multiply are done.
+// At the start of shared memory. Full: words are in their places; free: all warps that multiply are done;
+// landed: as the copy engine left them; taken: all warps that fetch have read them.
 struct CodeBarriers {
     uint64_t inbox;
-    uint64_t full[INPUT_STAGES], free[INPUT_STAGES];
+    uint64_t full[OPERANDS], free[OPERANDS];
+    uint64_t landed[INPUTS_AHEAD], taken[INPUTS_AHEAD];
 };
 static_assert(sizeof(CodeBarriers) <= INBOX_HEAD && INPUTS_AHEAD >= 1, "INPUT_STAGES");
 
@@ -161,102 +165,132 @@ struct WarpCodes {
     }
 };
 
-// The inputs on their way through their ring, by the warps that fetch. An operand of wgmma has in k what
-// the codes have there: of every 32 inputs, lane t of four brings 8 t …, two to each of four places. So
-// words of two inputs go to places of their own: word 4 t + i of 16 becomes word 4 i + t.
+// The inputs on their way, by the warps that fetch. The copy engine brings boxes of 64 inputs as they are.
+// An operand of wgmma has in k what the codes have there: of every 32 inputs, lane t of four brings 8 t …,
+// two to each of four places. So words of two inputs go to places of their own: word 4 t + i of 16 becomes
+// word 4 i + t. A lane reads the 64 bytes of a token's 32 inputs where they landed, and writes them to a ring
+// of operands, which the engine never touches.
+//
+// Copies are the engine's, not cp.async of these warps: their fence waits for what they have under way
+// themselves.
 template <bool PAIRS>
 struct InputCopies {
     const SkinnyShare<PAIRS>& share;
+    const TensorMap* map;     // of x, with a box [TOKENS, HALF]
     CodeBarriers* bars;
-    unsigned char* ring;  // [INPUT_STAGES, 2, TOKENS, HALF], swizzled
-    float* sums;          // with int4, of the inputs by group: [INPUT_STAGES, GROUPS, TOKENS]
-    int fetch_warp;       // has every FETCH_WARPS-th eight tokens
+    unsigned char* operands;  // [OPERANDS, 2, TOKENS, HALF], swizzled
+    unsigned char* arrived;   // [INPUTS_AHEAD, 2, TOKENS, HALF], swizzled too
+    float* sums;              // with int4, of the inputs by group: [OPERANDS, GROUPS, TOKENS]
+    int fetch_warp;           // has every FETCH_WARPS-th eight tokens
 
-    __device__ __forceinline__ void copy(unsigned char* to, int step) const {
-        const SkinnyMatrix& matrix = share.matrix;
-        const int lane = lane_id();
-        const int input = (share.first_step + step) * CHUNK + lane * 2;
-        const bool inside = input < matrix.num_inputs;
-        const bool inside_after = input + HALF < matrix.num_inputs;
-        const int place = (lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;
-#pragma unroll 1
-        for (int octet = fetch_warp; octet < OCTETS; octet += FETCH_WARPS) {
-            const scalar_t* from = matrix.x + octet * 8 * matrix.num_inputs + input;
-            unsigned char* const own = to + octet * ATOM;
-            const int rows = matrix.num_rows - octet * 8;
+    // By one thread: start the copies of a chunk, to where all warps have read the one before.
+    __device__ __forceinline__ void bring(int stage, int step) const {
+        const uint32_t to = shared_address(arrived) + stage * INPUT_BYTES;
+        const int input = (share.first_step + step) * CHUNK;
+        mbarrier_arrive_expecting(bars->landed + stage, INPUT_BYTES);
+        copy_box(to, map, bars->landed + stage, input, 0);
+        copy_box(to + HALF_BYTES, map, bars->landed + stage, input + HALF, 0);
+    }
+
+    // Of this warp's eight tokens: all but the last time every warp has some.
+    static constexpr int MOST = (OCTETS + FETCH_WARPS - 1) / FETCH_WARPS, APART = FETCH_WARPS * ATOM;
+    __device__ __forceinline__ bool has(int i) const {
+        return OCTETS % FETCH_WARPS == 0 || i * FETCH_WARPS + fetch_warp < OCTETS;
+    }
+
+    // A chunk's words from where they landed, at `from`. first: the byte of this lane's first piece there, of
+    // its warp's first token.
+    __device__ __forceinline__ void read(
+        const unsigned char* from, int first, uint4 (&words)[MOST][4]) const {
 #pragma unroll
-            for (int row = 0; row < 8; ++row) {
-                unsigned char* const at = own + row * 128 + (place ^ row * 16);
-                cp_async_4_or_zero(at, from, row < rows && inside);
-                cp_async_4_or_zero(at + HALF_BYTES, from + HALF, row < rows && inside_after);
-                from += matrix.num_inputs;
-            }
+        for (int i = 0; i < MOST; ++i) {
+            if (!has(i)) break;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) words[i][t] = ld_shared_16(from + (first ^ t * 16) + i * APART);
         }
     }
 
-    // The sums of a chunk's inputs, of the tokens that this warp has copied.
-    __device__ __forceinline__ void sum(const unsigned char* inputs, float* to) const {
-        const uint32_t one = pack_pair<scalar_t>(1.0f, 1.0f);
-        const uint32_t ones[4] = {one, one, one, one};
-        const int row = lane_id() / 4, t = lane_id() % 4;
+    // And to their places, at `to`.
+    __device__ __forceinline__ void write(
+        unsigned char* to, int first, const uint4 (&words)[MOST][4]) const {
 #pragma unroll
-        for (int i = 0; i < (OCTETS + FETCH_WARPS - 1) / FETCH_WARPS; ++i) {
-            const int octet = i * FETCH_WARPS + fetch_warp;
-            if (octet >= OCTETS) break;
-            const unsigned char* const from = inputs + octet * ATOM + row * 128;
-            // Two sums for each 32 inputs, so that products do not wait for each other.
-            float parts[CHUNK / QUARTER][2][4];
-#pragma unroll
-            for (int q = 0; q < CHUNK / QUARTER; ++q) {
-                const uint4 b =
-                    ld_shared_16(from + q / 2 * HALF_BYTES + ((q % 2 * 4 + t) ^ row) * 16);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) parts[q][0][j] = parts[q][1][j] = 0.0f;
-                mma_m16n8k16<scalar_t>(parts[q][0], ones, b.x, b.y);
-                mma_m16n8k16<scalar_t>(parts[q][1], ones, b.z, b.w);
-            }
-            if (lane_id() < 4) {  // all rows are alike
-                constexpr int EACH = GROUP / QUARTER;
-#pragma unroll
-                for (int g = 0; g < GROUPS; ++g) {
-                    float total[2] = {0.0f, 0.0f};
-#pragma unroll
-                    for (int q = g * EACH; q < (g + 1) * EACH; ++q) {
-                        total[0] += parts[q][0][0] + parts[q][1][0];
-                        total[1] += parts[q][0][1] + parts[q][1][1];
-                    }
-                    store_floats<float, 2>(to + g * TOKENS + octet * 8 + t * 2, total);
-                }
-            }
+        for (int i = 0; i < MOST; ++i) {
+            if (!has(i)) break;
+            const uint4(&w)[4] = words[i];
+            unsigned char* const at = to + i * APART;
+            st_shared_16(at + first, make_uint4(w[0].x, w[1].x, w[2].x, w[3].x));
+            st_shared_16(at + (first ^ 16), make_uint4(w[0].y, w[1].y, w[2].y, w[3].y));
+            st_shared_16(at + (first ^ 32), make_uint4(w[0].z, w[1].z, w[2].z, w[3].z));
+            st_shared_16(at + (first ^ 48), make_uint4(w[0].w, w[1].w, w[2].w, w[3].w));
         }
     }
 
-    // This warp's oldest copies have landed: they will be seen by products.
-    __device__ __forceinline__ void publish(int stage) const {
-        warp_sync();
-        if (WEIGHT_KIND == 1) sum(ring + stage * INPUT_BYTES, sums + stage * GROUP_SUMS);
-        shared_to_async_fence();
-        warp_sync();
-        if (lane_id() == 0) mbarrier_arrive(bars->full + stage);
+    // Their sums by group. by_group: the first operand of that product.
+    __device__ __forceinline__ void sum(
+        float* to, const uint4& by_group, const uint4 (&words)[MOST][4]) const {
+        const uint32_t ones[4] = {by_group.x, by_group.y, by_group.z, by_group.w};
+        float parts[MOST][2][4] = {};  // two of eight tokens: products wait for each other less
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+#pragma unroll
+            for (int i = 0; i < MOST; ++i) {
+                if (!has(i)) break;
+                mma_m16n8k16<scalar_t>(parts[i][0], ones, words[i][t].x, words[i][t].y);
+                mma_m16n8k16<scalar_t>(parts[i][1], ones, words[i][t].z, words[i][t].w);
+            }
+        }
+        to += lane_id() / 4 * TOKENS + fetch_warp * 8 + lane_id() % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < MOST; ++i) {
+            if (!has(i) || lane_id() >= 4 * GROUPS) break;  // rows beyond have no groups
+            const float total[2] = {
+                parts[i][0][0] + parts[i][1][0], parts[i][0][1] + parts[i][1][1]};
+            store_floats<float, 2>(to + i * (FETCH_WARPS * 8), total);
+        }
     }
 
     // By whole warps, which have waited for the kernel in front.
     __device__ __forceinline__ void run() const {
-        RingPlace<INPUT_STAGES> place, landed;
+        // A lane's token of eight and its 32 inputs of a chunk. Four lanes in a row have one token where
+        // it is summed: what is no number in another must not meet it. Else eight have one quarter, whose
+        // pieces lie in different banks.
+        const int row = WEIGHT_KIND == 1 ? lane_id() / 4 : lane_id() % 8;
+        const int quarter = WEIGHT_KIND == 1 ? lane_id() % 4 : lane_id() / 8;
+        const int first = fetch_warp * ATOM + quarter / 2 * HALF_BYTES + row * 128 +
+                          (quarter % 2 * 4 ^ row) * 16;
+        // Row m of that product's first operand has ones where its lanes have inputs of group m.
+        const uint32_t one = lane_id() / 4 % 8 == lane_id() % 4 * QUARTER / GROUP
+                                 ? pack_pair<scalar_t>(1.0f, 1.0f)
+                                 : 0u;
+        uint4 by_group = make_uint4(one, one, one, one);
+        hold_vector(by_group);  // not made anew for every product
+        const bool brings = fetch_warp == 0 && lane_id() == 0;
+        if (brings) {
 #pragma unroll 1
-        for (int step = 0; step < share.num_steps + INPUTS_AHEAD; ++step) {
-            if (step < share.num_steps) {
-                mbarrier_wait(bars->free + place.stage, place.parity ^ 1);
+            for (int i = 0; i < INPUTS_AHEAD && i < share.num_steps; ++i) bring(i, i);
+        }
+        warp_sync();
+        RingPlace<INPUTS_AHEAD> from;
+        RingPlace<OPERANDS> to;
+#pragma unroll 1
+        for (int step = 0; step < share.num_steps; ++step) {
+            uint4 words[MOST][4];
+            mbarrier_wait(bars->landed + from.stage, from.parity);
+            read(arrived + from.stage * INPUT_BYTES, first, words);
+            mbarrier_wait(bars->free + to.stage, to.parity ^ 1);
+            write(operands + to.stage * INPUT_BYTES, first, words);
+            if (WEIGHT_KIND == 1) sum(sums + to.stage * GROUP_SUMS, by_group, words);
+            shared_to_async_fence();
+            mbarrier_arrive_warp(bars->full + to.stage);
+            to.next();
+            // The next copies come to where this chunk was.
+            mbarrier_arrive_warp(bars->taken + from.stage);
+            if (fetch_warp == 0 && step + INPUTS_AHEAD < share.num_steps) {
+                mbarrier_wait(bars->taken + from.stage, from.parity);
+                if (brings) bring(from.stage, step + INPUTS_AHEAD);
                 warp_sync();
-                copy(ring + place.stage * INPUT_BYTES, step);
-                place.next();
             }
-            cp_async_commit();
-            if (step >= INPUTS_AHEAD) {
-                cp_async_wait<INPUTS_AHEAD>();
-                publish(landed.stage);
-                landed.next();
-            }
+            from.next();
         }
     }
 };

@@ -225,8 +225,9 @@ class QuantizedProducts(CudaLauncher):
         )  # fmt: skip
         shape = LaunchShape(plan.grid, plan.block, plan.shared_bytes, plan.cluster)
         self._launch(
-            WIDE_FILE, _WIDE_ENTRIES[entry], shape, x, weight.packed, _f32(weight.unit),
-            *after, out, _i32(num_rows), _i32(num_outputs), _i32(weight.shape[1]),
+            WIDE_FILE, _WIDE_ENTRIES[entry], shape, self._maps.matrix(x, plan.input_box),
+            weight.packed, _f32(weight.unit), *after, out, _i32(num_rows), _i32(num_outputs),
+            _i32(weight.shape[1]),
             **(self._row_types if wide else self._types), **plan.macros,
         )  # fmt: skip
 

@@ -17,15 +17,15 @@ FILE = "quantized_wide.cu"
 TOKENS = (16, 32, 48, 64)  # a build's room; batches are rounded up
 MAX_ROWS = TOKENS[-1]  # tokens; more take the matrix in 16 bits
 LEAST_GROUP = 32  # inputs of a scale
-FETCH_WARPS = {16: 2, 32: 2, 48: 4, 64: 4}  # of a block, by its room for tokens
 MIN_INPUT_STAGES, MAX_INPUT_STAGES = 4, 7
 # Tokens. A layer of Llama-3.1-8B took, in us beside quantized_stream.cu, with int4 140 and 122 for
 # 32, 148 and 243 for 64; with int8 129 and 136 for 24, 163 and 273 for 64.
 _FASTER_FROM = {"int4": 33, "int8": 17, "fp8": 17}
-_LANDED_STAGES = 3  # of inputs, that are not on their way
+_OPERANDS = 3  # chunks of inputs that are not on their way
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _MOST_STAGES = 12
+_BOX_COLUMNS = 64  # rows of 128 bytes
 _ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
 # Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is
 # to fit on a multiprocessor, and where two, with two warps that fetch and with four.
@@ -34,23 +34,25 @@ _REGISTERS = {
     (1, 4): (168, 168, 128, 96), (2, 4): (128, 80, 0, 0),
 }  # fmt: skip
 
-# Of an H100, as in wide_cost, guessed before any measurement: KB (1000 bytes) a microsecond and
-# multiprocessor, from memory, from L2 while all read, and what one takes in alone.
+# Of an H100, as in wide_cost: KB (1000 bytes) a microsecond and multiprocessor, from memory, from
+# L2 while all read, and what one takes in alone.
 _MEMORY_RATE, _L2_RATE, _INTAKE_RATE = 21.0, 43.0, 65.0
 _LATENCY_US = 1.2  # of memory under load: what is on its way in it bounds the rate
 _CLOCKS = 1700.0  # a microsecond
-# Instructions of a warp for a chunk of a strip, counted in the builds; those of inputs, for each
-# token of a warp that fetches and chunk, and what a chunk takes beside them and until it is there.
-_INT4_CLOCKS, _BYTE_CLOCKS = 210, 290
-_FETCH_CLOCKS, _FETCH_START, _FETCH_LATENCY = 12, 250, 1500
-_STEP_CLOCKS = 400  # of a warp that is alone with a chunk of a strip
+# A quarter of a multiprocessor takes so many clocks for a chunk of a strip, and more for each
+# token: measured with int4 (264 with 32 tokens, 340 with 64). What 8 bits take beyond is counted.
+# A warp takes the last at least for each of its strips, one after the other.
+_STRIP_CLOCKS, _BYTE_CLOCKS, _TOKEN_CLOCKS, _STEP_CLOCKS = 185, 80, 2.5, 650
+# The inputs of a chunk come on top of that, as measured too (1220 where they came by 4 bytes): now
+# a guess, for each eight tokens of a warp that fetches, and beside them; and until they are there.
+_FETCH_CLOCKS, _FETCH_START, _FETCH_LATENCY = 100, 300, 1700
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
 _ALONE_US = 1.0  # where the next kernel's block finds no room beside one
 _NOMINAL_TOKENS = (32, 64)  # by which splits are chosen
 # Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was
 # seen in skinny.cu.
 _UNEVEN_SPLITS, _UNEVEN_TURNS = 4, 0.5
-_PLACED = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
+_PLACED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,16 @@ class WideCodesLaunch:
     shared_bytes: int
     cluster: int
     us: float
+
+    @property
+    def input_box(self) -> tuple[int, int]:
+        """Of the map of x."""
+        return self.macros["TOKENS"], _BOX_COLUMNS
+
+
+def fetch_warps(tokens: int, resident: int) -> int:
+    """Of a block, by its room for tokens and the blocks of a multiprocessor."""
+    return 4 if tokens > 32 or (tokens > 16 and resident == 1) else 2
 
 
 def uses_wide_codes(
@@ -168,7 +180,7 @@ class _Part:
 
     @property
     def fetch_warps(self) -> int:
-        return FETCH_WARPS[self.tokens]
+        return fetch_warps(self.tokens, self.resident)
 
     @property
     def chunks(self) -> int:
@@ -182,9 +194,14 @@ class _Part:
 
     @property
     def input_bytes(self) -> int:
-        """Inputs of a chunk, and with int4 their sums."""
+        """Inputs of a chunk."""
+        return 2 * CHUNK * self.tokens
+
+    @property
+    def sum_bytes(self) -> int:
+        """With int4, of inputs by group, beside those that are in their places."""
         groups = CHUNK // self.packed.group if self.packed.kind == "int4" else 0
-        return (2 * CHUNK + 4 * groups) * self.tokens
+        return _OPERANDS * 4 * groups * self.tokens
 
     @property
     def inbox_bytes(self) -> int:
@@ -194,6 +211,7 @@ class _Part:
     def bytes(self) -> int:
         """Shared memory of a block: rings, where sums meet afterwards."""
         rings = self.stages * self.stage_bytes + self.input_stages * self.input_bytes
+        rings += self.sum_bytes
         return INBOX_HEAD + max(self.inbox_bytes, _ALIGNMENT + rings)
 
     @property
@@ -234,7 +252,8 @@ class _Shape:
                 f"{max_shared_bytes} bytes of shared memory hold no rings for {tokens} tokens, or "
                 f"not their sums"
             )
-        return min(found, key=lambda part: (self.us(part), part.tile, part.splits))
+        # More warps hide more, where that is all the difference.
+        return min(found, key=lambda p: (round(self.us(p), 3), -p.warpgroups, p.tile, p.splits))
 
     def _parts(
         self, tokens: int, max_shared_bytes: int, tuning: WideCodesTuning
@@ -274,16 +293,17 @@ class _Shape:
         arriving = turns * codes * _LATENCY_US / ahead
         from_l2 = blocks * (codes + inputs) / self.num_multiprocessors / _L2_RATE
         intake = turns * (codes + inputs) / _INTAKE_RATE
-        each = _INT4_CLOCKS if self.packed.kind == "int4" else _BYTE_CLOCKS
+        each = _STRIP_CLOCKS + _TOKEN_CLOCKS * part.tokens
         each += 12 * (CHUNK // self.packed.group - 1)
-        issue = turns * part.chunks * (strips / 4 * each) / _CLOCKS
-        fetch = part.tokens / part.fetch_warps * _FETCH_CLOCKS + _FETCH_START
-        fetch = part.chunks * max(fetch, _FETCH_LATENCY / (part.input_stages - _LANDED_STAGES))
-        serial = part.chunks * part.parts * _STEP_CLOCKS
-        alone = turns / together * max(fetch, serial) / _CLOCKS
+        each += 0 if self.packed.kind == "int4" else _BYTE_CLOCKS
+        multiply = together * strips / 4 * each
+        fetch = -(-part.tokens // (8 * part.fetch_warps)) * _FETCH_CLOCKS + _FETCH_START
+        arrives = _FETCH_LATENCY / (part.input_stages - _OPERANDS)
+        step = max(multiply + fetch, part.parts * _STEP_CLOCKS, arrives)
+        steps = turns / together * part.chunks * step / _CLOCKS
         sent = 4 * part.tile * part.tokens * (part.splits - 1) / part.splits / 1e3
         merge = sent / _CLUSTER_RATE + _MERGE_US if part.splits > 1 else 0.0
-        works = from_memory, arriving, from_l2, intake, issue, alone
+        works = from_memory, arriving, from_l2, intake, steps
         ends = turns / together * merge + (0.0 if part.resident > 1 else turns * _ALONE_US)
         return _KERNEL_US + max(works) + sum(works) / 50 + ends
 
@@ -293,7 +313,7 @@ def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> 
     if part.registers > _REGISTERS[part.resident, part.fetch_warps][part.warpgroups - 1]:
         return None
     most = min(max_shared_bytes, tuning.shared_kb << 10) if part.resident > 1 else max_shared_bytes
-    room = most - INBOX_HEAD - _ALIGNMENT
+    room = most - INBOX_HEAD - _ALIGNMENT - part.sum_bytes
     wanted = tuning.input_stages or (6 if part.resident > 1 else MAX_INPUT_STAGES)
     input_stages = min(max(wanted, MIN_INPUT_STAGES), MAX_INPUT_STAGES)
     stages = (room - input_stages * part.input_bytes) // part.stage_bytes

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.numpy_ops import NumpyOps
-from tests.kernels.backends import CODES, TOLERANCES, assert_close
+from tests.kernels.backends import CODES, TOLERANCES, Mapped, assert_close
 from tests.kernels.gemv_runs import Run
 from tests.kernels.quantized_runs import NUM_MULTIPROCESSORS, pack
 from tests.kernels.skinny_runs import normed_input
@@ -20,12 +20,14 @@ from tests.ops.cases import Call
 
 @dataclass(frozen=True)
 class BatchKernels:
-    """A file's entries by op, what plans their launches, and a tuning for small cases."""
+    """A file's entries by op, what plans their launches, and a tuning for small cases. maps_inputs:
+    they come as a tensor map."""
 
     file: str
     entries: Mapping[str, str]
     plan: Callable[..., Any]
     small: Any
+    maps_inputs: bool = False
 
     def launch_op(
         self,
@@ -58,7 +60,8 @@ class BatchKernels:
             norm = {name: arguments[name] for name in ("norm_weight", "eps")}
             rows_of = {"rows": arguments["rows"]} if "rows" in arguments else {}
             x = normed_input({"x": x, "weight": arguments["norm_weight"], **norm, **rows_of})
-        args = [x, codes, np.float32(unit)]
+        inputs = Mapped(x, plan.input_box) if self.maps_inputs else x
+        args: list[Any] = [inputs, codes, np.float32(unit)]
         args += [] if op == "lm_head" else [arguments["bias"]]
         args += [target, *map(np.int32, (rows, num_outputs, num_inputs))]
         built = {"SCALAR": CODES[storage.name], **plan.macros, **macros}

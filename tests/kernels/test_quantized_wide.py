@@ -18,7 +18,6 @@ import pytest
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.launch_quantized_wide import (
     DEFAULT_TUNING,
-    FETCH_WARPS,
     LEAST_GROUP,
     MAX_INPUT_STAGES,
     MAX_ROWS,
@@ -26,6 +25,7 @@ from nanocupy.ops.launch_quantized_wide import (
     NEVER,
     TOKENS,
     WideCodesTuning,
+    fetch_warps,
     plan_wide_codes,
     uses_wide_codes,
 )
@@ -208,15 +208,15 @@ def test_plans_of_real_shapes(
         assert launch.cluster <= min(8, -(-inputs // 128))
         assert launch.grid[0] == -(-outputs * (2 if pairs else 1) // tile) * launch.cluster
         assert tile % (64 * warpgroups) == 0
-        assert launch.block == 128 * warpgroups + 32 * FETCH_WARPS[tokens] <= 640
+        fetching = fetch_warps(tokens, macros["MIN_BLOCKS"])
+        assert launch.block == 128 * warpgroups + 32 * fetching <= 640
         assert macros["STAGES"] >= 2
         assert MIN_INPUT_STAGES <= macros["INPUT_STAGES"] <= MAX_INPUT_STAGES
         form = packed_format(kind, inputs, group or inputs)
         assert form is not None
         rings = macros["STAGES"] * tile // 16 * form.chunk_bytes
-        rings += (
-            macros["INPUT_STAGES"] * tokens * (256 + (512 // form.group if kind == "int4" else 0))
-        )
+        rings += macros["INPUT_STAGES"] * tokens * 256
+        rings += tokens * 1536 // form.group if kind == "int4" else 0
         slots = -(-tokens // 2 // launch.cluster)
         inbox = 8 * tile * launch.cluster * slots
         assert launch.shared_bytes == 128 + max(1024 + rings, inbox) <= 227 << 10
@@ -256,11 +256,14 @@ def test_the_plan_knows_the_kernels_constants() -> None:
     named = set(re.findall(r"^// (\w+(?:, \w+)*)  +\S", text, re.MULTILINE))
     named = {name for names in named for name in names.split(", ") if name.isupper()}
     assert set(plan("int4", 128, 64, 1024).macros) == named
-    found = re.search(r"int FETCH_WARPS = TOKENS > (\d+) \? (\d+) : (\d+);", text)
+    found = re.search(r"int FETCH_WARPS = (.+) \? (\d+) : (\d+);", text)
     assert found is not None
-    limit, many, few = map(int, found.groups())
-    assert {tokens: many if tokens > limit else few for tokens in TOKENS} == FETCH_WARPS
-    assert f"// INPUT_STAGES  chunks of inputs in their ring: {MIN_INPUT_STAGES} to " in text
+    many = found[1].replace("||", "or").replace("&&", "and")
+    for tokens in TOKENS:
+        for resident in (1, 2):
+            is_many = eval(many, {"TOKENS": tokens, "MIN_BLOCKS": resident})
+            assert fetch_warps(tokens, resident) == int(found[2 if is_many else 3])
+    assert f"// INPUT_STAGES  chunks of inputs, in both their rings: {MIN_INPUT_STAGES} to " in text
     assert f"GROUP >= {LEAST_GROUP})" in text
 
 

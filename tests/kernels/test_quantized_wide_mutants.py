@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 HEADERS = ("quantized_wide.cuh", "quantized_wide_parts.cuh")
 SPLIT = replace(SMALL, splits=4)
 TWO_STRIPS = replace(SMALL, out_tile=128)  # of a warp
+THREE_STRIPS = replace(SMALL, out_tile=192, input_stages=7)
 TWO_GROUPS = replace(SMALL, out_tile=128, warpgroups=2)
 
 
@@ -55,34 +56,50 @@ MUTANTS = [
     ),
     Mutant(
         "a place is filled before it is free",
-        "mbarrier_wait(bars->free + place.stage, place.parity ^ 1);",
+        "mbarrier_wait(bars->free + to.stage, to.parity ^ 1);",
         "",
+        tuning=THREE_STRIPS,
     ),
     Mutant(
         "the place at work is free",
-        "mbarrier_arrive(bars->free + stage_before);",
-        "mbarrier_arrive(bars->free + place.stage);",
+        "mbarrier_arrive_warp(bars->free + stage_before);",
+        "mbarrier_arrive_warp(bars->free + place.stage);",
     ),
     Mutant(
         "a place is free when one of two groups has read it",
-        "mbarrier_init(bars->free + i, WARPS_N);",
+        "mbarrier_init(bars->free + i, WARPS_N * WARP_ARRIVALS);",
         "mbarrier_init(bars->free + i, 4);",
         tuning=TWO_GROUPS,
     ),
     Mutant(
         "inputs of one of the warps that fetch",
-        "mbarrier_init(bars->full + i, FETCH_WARPS);",
+        "mbarrier_init(bars->full + i, FETCH_WARPS * WARP_ARRIVALS);",
         "mbarrier_init(bars->full + i, 1);",
     ),
     Mutant(
         "inputs that have not landed",
-        "cp_async_wait<INPUTS_AHEAD>();",
-        "cp_async_wait<INPUTS_AHEAD + 1>();",
+        "mbarrier_wait(bars->landed + from.stage, from.parity);",
+        "",
     ),
     Mutant(
-        "sums of inputs that other lanes copied",
-        "        warp_sync();\n        if (WEIGHT_KIND == 1) sum(",
-        "        if (WEIGHT_KIND == 1) sum(",
+        "inputs that landed the round before",
+        "mbarrier_wait(bars->landed + from.stage, from.parity);",
+        "mbarrier_wait(bars->landed + from.stage, 0);",
+    ),
+    Mutant(
+        "half of a chunk announced",
+        "mbarrier_arrive_expecting(bars->landed + stage, INPUT_BYTES);",
+        "mbarrier_arrive_expecting(bars->landed + stage, INPUT_BYTES / 2);",
+    ),
+    Mutant(
+        "copies to where others still read",
+        "                mbarrier_wait(bars->taken + from.stage, from.parity);\n",
+        "",
+    ),
+    Mutant(
+        "copies to where one of the warps that fetch has read",
+        "mbarrier_init(bars->taken + i, FETCH_WARPS * WARP_ARRIVALS);",
+        "mbarrier_init(bars->taken + i, WARP_ARRIVALS);",
     ),
     Mutant(
         "registers written while products use them",
@@ -100,6 +117,7 @@ MUTANTS = [
         "the last products not waited for",
         "wgmma_wait<0>();\n    hold_registers(group);",
         "hold_registers(group);",
+        inputs=1408,
     ),
     Mutant(
         "the last group is lost",
@@ -138,8 +156,8 @@ MUTANTS = [
     ),
     Mutant(
         "inputs of the first chunks in every block",
-        "(share.first_step + step) * CHUNK + lane * 2;",
-        "step * CHUNK + lane * 2;",
+        "(share.first_step + step) * CHUNK;",
+        "step * CHUNK;",
         tuning=SPLIT,
     ),
     Mutant("strips of the first tile", "share.first_tile * (OUT_TILE / STRIP) +", ""),
@@ -151,31 +169,35 @@ MUTANTS = [
     ),
     Mutant(
         "words in their natural order",
-        "(lane / 16 * 4 + lane % 4) * 16 + lane / 4 % 4 * 4;",
-        "lane * 4;",
+        "at + (first ^ 16), make_uint4(w[0].y, w[1].y, w[2].y, w[3].y)",
+        "at + (first ^ 16), w[1]",
     ),
-    Mutant("pieces not exchanged", "(place ^ row * 16);", "place;"),
-    Mutant("sums of pieces not exchanged", "((q % 2 * 4 + t) ^ row) * 16", "(q % 2 * 4 + t) * 16"),
-    Mutant("eight tokens in the place of others", "to + octet * ATOM;", "to;"),
+    Mutant("pieces not exchanged", "(quarter % 2 * 4 ^ row) * 16;", "quarter % 2 * 64;"),
+    Mutant("pieces exchanged within two", "from + (first ^ t * 16)", "from + (first ^ t % 2 * 16)"),
     Mutant(
-        "the halves of a chunk alike",
-        "from + HALF, row < rows",
-        "from, row < rows",
+        "eight tokens in the place of others",
+        "unsigned char* const at = to + i * APART;",
+        "unsigned char* const at = to;",
+        rows=50,
+    ),
+    Mutant("the same eight tokens for all warps", "fetch_warp * ATOM + quarter", "quarter"),
+    Mutant("the halves of a chunk alike", "input + HALF, 0);", "input, 0);"),
+    Mutant(
+        "32 inputs in the place of others",
+        "quarter / 2 * HALF_BYTES + row * 128",
+        "row * 128",
+        kind="int8",
     ),
     Mutant(
-        "inputs beyond the matrix", "input + HALF < matrix.num_inputs;", "true;", inputs=1440 + 32
+        "sums of eight tokens over others'",
+        "to + i * (FETCH_WARPS * 8), total",
+        "to, total",
+        rows=50,
     ),
     Mutant(
-        "tokens beyond the batch",
-        "cp_async_4_or_zero(at, from, row < rows && inside);",
-        "cp_async_4_or_zero(at, from, inside);",
+        "sums of other groups' inputs", "== lane_id() % 4 * QUARTER / GROUP", "== lane_id() % 4 / 2"
     ),
-    Mutant(
-        "sums of every other eight tokens alone",
-        "if (octet >= OCTETS) break;",
-        "if (octet >= FETCH_WARPS) break;",
-    ),
-    Mutant("half of a group summed", "parts[q][0][0] + parts[q][1][0];", "parts[q][0][0];"),
+    Mutant("half of a group summed", "parts[i][0][0] + parts[i][1][0],", "parts[i][0][0],"),
     Mutant(
         "the sums of another stage",
         "const float* const chunk_sums = first_sums + place.stage * GROUP_SUMS;",
@@ -200,6 +222,7 @@ MUTANTS = [
     Mutant("the offset of the wrong row", "fmaf(offset[i / 2],", "fmaf(offset[1 - i / 2],"),
     Mutant("sums of the wrong token", "own[i % 2], sums[n][i]);", "own[1 - i % 2], sums[n][i]);"),
     Mutant("the codes' bias left in", "fmaf(-WIDE_BIAS, scale[r],", "fmaf(0.0f, scale[r],"),
+    Mutant("a code's neighbour", "word >> (i / 2 * 4 - 3)", "word >> (i / 2 * 4 + 1)"),
     Mutant("codes of the first vector", "chunk + code_vector(quarter) * 512);", "chunk);"),
     Mutant(
         "products with other inputs",
@@ -211,6 +234,7 @@ MUTANTS = [
         "sums where others still read the rings",
         "barrier_sync(1, BLOCK_THREADS);  // nobody reads a ring any more",
         "",
+        inputs=1184,  # the last chunk lies where sums do
         tuning=TWO_GROUPS,
     ),
     Mutant(

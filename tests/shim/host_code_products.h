@@ -2,8 +2,10 @@
 // own thread waits for it; its first must be the same then as when it was started.
 #pragma once
 
-inline void cp_async_4_or_zero(void* shared, const void* global, bool valid, CALLER) {
-    shim::copy_async(shared, valid ? global : nullptr, line, 4);
+inline void st_shared_16(void* p, const uint4& v, CALLER) {
+    if (!shim::in_shared(p, 16)) shim::fail("line %d: a store not to shared memory", line);
+    if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte store not aligned to 16", line);
+    *static_cast<uint4*>(p) = v;
 }
 
 inline void hold_vector(uint4&) {}
