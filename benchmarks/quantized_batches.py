@@ -89,7 +89,7 @@ def _wgmma(**changes: int) -> Build:
     return Build(wide=replace(WGMMA, **changes))
 
 
-# tile / warpgroups / splits, and a block alone on its multiprocessor or two
+# tile / warpgroups / splits
 VARIANTS = {
     "wgmma": _wgmma(),
     "split 1": _wgmma(splits=1),
@@ -105,16 +105,15 @@ VARIANTS = {
     "tile 192": _wgmma(out_tile=192),
     "tile 256": _wgmma(out_tile=256),
     "tile 512": _wgmma(out_tile=512),
-    "alone": _wgmma(resident=1),
-    "two": _wgmma(resident=2),
+    "stages 3": _wgmma(stages=3),
     "stages 4": _wgmma(stages=4),
     "inputs 4": _wgmma(input_stages=4),
     "inputs 7": _wgmma(input_stages=7),
-    "192/3/4": _wgmma(out_tile=192, warpgroups=3, splits=4, resident=1),
-    "256/4/4": _wgmma(out_tile=256, warpgroups=4, splits=4, resident=1),
-    "256/4/8": _wgmma(out_tile=256, warpgroups=4, splits=8, resident=1),
-    "256/4/1": _wgmma(out_tile=256, warpgroups=4, splits=1, resident=1),
-    "384/3/2": _wgmma(out_tile=384, warpgroups=3, splits=2, resident=1),
+    "192/3/4": _wgmma(out_tile=192, warpgroups=3, splits=4),
+    "256/4/4": _wgmma(out_tile=256, warpgroups=4, splits=4),
+    "256/4/8": _wgmma(out_tile=256, warpgroups=4, splits=8),
+    "256/4/1": _wgmma(out_tile=256, warpgroups=4, splits=1),
+    "384/3/2": _wgmma(out_tile=384, warpgroups=3, splits=2),
 }
 NOT_WIDE = {"wide_tuning": NEVER_FLOATS}
 FLOATS = (

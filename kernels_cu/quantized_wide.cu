@@ -1,8 +1,8 @@
 // Products of up to 64 tokens with weights of int8, int4 or fp8 codes on warpgroups' tensor cores, for
 // compute capability 9.0a and bfloat16, with what follows folded in: bias, residual, SwiGLU, float32
 // logits; the norm before is a kernel of its own (norm.cu). The macros stand in quantized_format.cuh
-// (WEIGHT_KIND, GROUP) and quantized_wide_parts.cuh (TOKENS, OUT_TILE, WARPGROUPS, STAGES, INPUT_STAGES,
-// MIN_BLOCKS); nanocupy/ops/launch_quantized_wide.py chooses them.
+// (WEIGHT_KIND, GROUP) and quantized_wide_parts.cuh (TOKENS, OUT_TILE, WARPGROUPS, STAGES,
+// INPUT_STAGES); nanocupy/ops/launch_quantized_wide.py chooses them.
 //
 // Launched with or without programmatic overlap: what is read before grid_dependency_wait() is
 // weights only, and dependents may start at once.
@@ -10,7 +10,7 @@
 
 // quantized_wide_linear: out = x @ weight.T + bias, of num_rows tokens
 // grid a cluster for each tile of weights; clusters of 1, 2, 4 or 8 blocks along x, at most K / 128 up
-// block 128 * WARPGROUPS + (64 up to 16 TOKENS and, with MIN_BLOCKS above 1, up to 32; else 128)
+// block 128 * WARPGROUPS + (64 up to 16 TOKENS, else 128)
 // shared 128, and the more of: an inbox of 8 * OUT_TILE * cluster * (TOKENS / 2 / cluster up); and
 //   1024 + INPUT_STAGES * TOKENS * 256 + STAGES * OUT_TILE / 16 * CHUNK_BYTES, with int4 and
 //   TOKENS * 1536 / GROUP
@@ -24,7 +24,7 @@
 // from the kernel before, weights may not.
 // REF: numpy_ops.norm_linear
 // COST: the packed bytes, R / 16 * K / 128 * CHUNK_BYTES, and 2 * num_rows * R * K flops
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_wide_linear(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_wide_linear(
     const __grid_constant__ TensorMap inputs, const uint8_t* packed, float unit,
     const scalar_t* bias, scalar_t* out, int32_t num_rows, int32_t R, int32_t K) {
     grid_dependency_launch();
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_
 // The rest as quantized_wide_linear; residual may come from the kernel before.
 // REF: numpy_ops.linear_add
 // COST: the packed bytes, and 2 * num_rows * D * K flops
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_wide_linear_add(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_wide_linear_add(
     const __grid_constant__ TensorMap inputs, const uint8_t* packed, float unit,
     const scalar_t* bias, residual_t* residual, int32_t num_rows, int32_t D, int32_t K) {
     grid_dependency_launch();
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_
 // The rest as quantized_wide_linear.
 // REF: numpy_ops.norm_swiglu
 // COST: the packed bytes, and 4 * num_rows * F * K flops
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_wide_swiglu(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_wide_swiglu(
     const __grid_constant__ TensorMap inputs, const uint8_t* packed, float unit,
     const scalar_t* bias, scalar_t* out, int32_t num_rows, int32_t F, int32_t K) {
     grid_dependency_launch();
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_
 // The rest as quantized_wide_linear.
 // REF: numpy_ops.lm_head
 // COST: the packed bytes, num_rows * V * 4 bytes, and 2 * num_rows * V * K flops
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) quantized_wide_logits(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_wide_logits(
     const __grid_constant__ TensorMap inputs, const uint8_t* packed, float unit, float* out,
     int32_t num_rows, int32_t V, int32_t K) {
     grid_dependency_launch();

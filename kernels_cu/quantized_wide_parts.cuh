@@ -7,7 +7,6 @@
 // WARPGROUPS    that share these rows: each warp has strips of 16 in a row, of its own
 // STAGES        chunks of each of a warp's strips in its ring, on their way or landed; from 2
 // INPUT_STAGES  chunks of inputs, in both their rings: 4 to 7
-// MIN_BLOCKS    blocks that must fit on a multiprocessor: bounds the registers
 #pragma once
 
 #include "code_products.cuh"
@@ -24,9 +23,6 @@
 #ifndef INPUT_STAGES
 #define INPUT_STAGES 5
 #endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 1
-#endif
 // Of skinny_parts.cuh: a chunk; and the warps that multiply, none of which share inputs.
 #define K_STEP 128
 #define WARPS_N (4 * WARPGROUPS)
@@ -38,8 +34,7 @@
 // Whether this build has the products; else their entries are empty and must not be launched.
 #define WIDE_CODES (HAS_TILE_PRODUCTS && SCALAR == 2 && GROUP >= 32)
 
-// Warps that bring inputs: as many where registers are not what keeps a second block away.
-constexpr int FETCH_WARPS = TOKENS > 32 || (TOKENS > 16 && MIN_BLOCKS == 1) ? 4 : 2;
+constexpr int FETCH_WARPS = TOKENS > 16 ? 4 : 2;  // that bring inputs
 constexpr int ALL_THREADS = BLOCK_THREADS + 32 * FETCH_WARPS;
 
 #if WIDE_CODES
@@ -50,7 +45,7 @@ constexpr int ATOM = 1024;                       // bytes of 8 such rows
 // Inputs whose codes become operands at once, while products of the ones before are at work: fewer where
 // registers are few.
 constexpr bool MANY_SUMS = (ROW_TILES + 1) * TOKENS / 2 >= 80;
-constexpr int UNIT = GROUP >= HALF && MIN_BLOCKS == 1 && !MANY_SUMS ? HALF : QUARTER;
+constexpr int UNIT = GROUP >= HALF && !MANY_SUMS ? HALF : QUARTER;
 constexpr int STAGE_CODES = ROW_TILES * CHUNK_BYTES;  // of a warp
 constexpr int RING_BYTES = STAGES * STAGE_CODES;
 constexpr int GROUP_SUMS = WEIGHT_KIND == 1 ? GROUPS * TOKENS : 0;  // of a chunk's inputs

@@ -24,15 +24,12 @@ _FASTER_FROM = {"int4": 33, "int8": 17, "fp8": 17}
 _OPERANDS = 3  # chunks of inputs that are not on their way
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
-_MOST_STAGES = 12
+_STAGES = 2  # of codes: all that come at first delay the first inputs
 _BOX_COLUMNS = 64  # rows of 128 bytes
 _ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
-# Of a thread, which the compiler gives a block by its warpgroups that multiply: where one block is
-# to fit on a multiprocessor, and where two, with two warps that fetch and with four.
-_REGISTERS = {
-    (1, 2): (168, 168, 128, 96), (2, 2): (168, 96, 0, 0),
-    (1, 4): (168, 168, 128, 96), (2, 4): (128, 80, 0, 0),
-}  # fmt: skip
+# Of a thread, which the compiler gives a block that is alone on its multiprocessor, by its
+# warpgroups that multiply.
+_REGISTERS = (168, 168, 128, 96)
 
 # Of an H100, as in wide_cost: KB (1000 bytes) a microsecond and multiprocessor, from memory, from
 # L2 while all read, and what one takes in alone.
@@ -43,15 +40,12 @@ _CLOCKS = 1700.0  # a microsecond
 # token: measured with int4 (264 with 32 tokens, 340 with 64). What 8 bits take beyond is counted.
 # A warp takes the last at least for each of its strips, one after the other.
 _STRIP_CLOCKS, _BYTE_CLOCKS, _TOKEN_CLOCKS, _STEP_CLOCKS = 185, 80, 2.5, 650
-# The inputs of a chunk come on top of that, as measured too (1220 where they came by 4 bytes): now
-# a guess, for each eight tokens of a warp that fetches, and beside them; and until they are there.
+# The inputs of a chunk come on top of that: for each eight tokens of a warp that fetches, beside
+# them, and until they are there.
 _FETCH_CLOCKS, _FETCH_START, _FETCH_LATENCY = 100, 300, 1700
 _KERNEL_US, _MERGE_US, _CLUSTER_RATE = 1.7, 0.7, 25.0
-_ALONE_US = 1.0  # where the next kernel's block finds no room beside one
+_TURN_US = 1.0  # of a block's start and end: another finds no room beside it
 _NOMINAL_TOKENS = (32, 64)  # by which splits are chosen
-# Such clusters are spread less evenly where two of their blocks fit on a multiprocessor, as was
-# seen in skinny.cu.
-_UNEVEN_SPLITS, _UNEVEN_TURNS = 4, 0.5
 _PLACED = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}  # of the multiprocessors, by the blocks of a cluster
 
 
@@ -61,18 +55,15 @@ class WideCodesTuning:
 
     min_rows: tokens from which these products are taken (above MAX_ROWS: never), None for what was
     measured. out_tile, splits: rows of weights of a block, blocks that share their inputs.
-    warpgroups: that multiply. resident: blocks that fit on a multiprocessor, 1 or 2. stages,
-    input_stages: of the rings. shared_kb: of a block of which two are to fit.
+    warpgroups: that multiply. stages, input_stages: of the rings.
     """
 
     min_rows: int | None = None
     out_tile: int | None = None
     splits: int | None = None
     warpgroups: int | None = None
-    resident: int | None = None
     stages: int | None = None
     input_stages: int | None = None
-    shared_kb: int = 112
 
 
 DEFAULT_TUNING = WideCodesTuning()
@@ -97,9 +88,9 @@ class WideCodesLaunch:
         return self.macros["TOKENS"], _BOX_COLUMNS
 
 
-def fetch_warps(tokens: int, resident: int) -> int:
-    """Of a block, by its room for tokens and the blocks of a multiprocessor."""
-    return 4 if tokens > 32 or (tokens > 16 and resident == 1) else 2
+def fetch_warps(tokens: int) -> int:
+    """Of a block, by its room for tokens."""
+    return 4 if tokens > 16 else 2
 
 
 def uses_wide_codes(
@@ -150,7 +141,7 @@ def plan_wide_codes(
     part = shape.best(tokens, max_shared_bytes, tuning)
     macros = packed.macros | {
         "TOKENS": tokens, "OUT_TILE": part.tile, "WARPGROUPS": part.warpgroups,
-        "STAGES": part.stages, "INPUT_STAGES": part.input_stages, "MIN_BLOCKS": part.resident,
+        "STAGES": part.stages, "INPUT_STAGES": part.input_stages,
     }  # fmt: skip
     blocks = shape.num_tiles(part) * part.splits
     threads = 32 * (4 * part.warpgroups + part.fetch_warps)
@@ -161,8 +152,7 @@ def plan_wide_codes(
 
 @dataclass(frozen=True)
 class _Part:
-    """What a block has of a matrix. parts: strips of a warp; resident: such blocks that fit on
-    a multiprocessor."""
+    """What a block has of a matrix. parts: strips of a warp."""
 
     packed: PackedFormat
     num_inputs: int
@@ -170,7 +160,6 @@ class _Part:
     splits: int
     warpgroups: int
     parts: int
-    resident: int
     stages: int = 2
     input_stages: int = MIN_INPUT_STAGES
 
@@ -180,7 +169,7 @@ class _Part:
 
     @property
     def fetch_warps(self) -> int:
-        return fetch_warps(self.tokens, self.resident)
+        return fetch_warps(self.tokens)
 
     @property
     def chunks(self) -> int:
@@ -268,55 +257,47 @@ class _Shape:
                 for parts in range(1, _MOST_PARTS + 1):
                     if tuning.out_tile not in (None, 64 * warpgroups * parts):
                         continue
-                    for resident in [tuning.resident] if tuning.resident else (1, 2):
-                        part = _Part(
-                            self.packed, self.num_inputs, tokens, split, warpgroups, parts,
-                            resident,
-                        )  # fmt: skip
-                        found = _with_rings(part, max_shared_bytes, tuning)
-                        if found:
-                            yield found
+                    part = _Part(self.packed, self.num_inputs, tokens, split, warpgroups, parts)
+                    found = _with_rings(part, max_shared_bytes, tuning)
+                    if found:
+                        yield found
 
     def us(self, part: _Part) -> float:
         """Microseconds until the multiprocessor with most to do is done."""
         blocks = self.num_tiles(part) * part.splits
         share = blocks / (self.num_multiprocessors * _PLACED[part.splits])
         turns = max(1.0, -(-share // 1))
-        together = min(part.resident, turns)  # blocks of a multiprocessor at once
-        if part.resident > 1 and part.splits >= _UNEVEN_SPLITS:
-            turns += _UNEVEN_TURNS
         strips = part.tile // STRIP
         codes = strips * part.chunks * self.packed.chunk_bytes / 1e3  # KB of a block
         inputs = part.chunks * part.input_bytes / 1e3
         from_memory = blocks * codes / self.num_multiprocessors / _MEMORY_RATE
-        ahead = together * part.stages * part.stage_bytes / 1e3
+        ahead = part.stages * part.stage_bytes / 1e3
         arriving = turns * codes * _LATENCY_US / ahead
         from_l2 = blocks * (codes + inputs) / self.num_multiprocessors / _L2_RATE
         intake = turns * (codes + inputs) / _INTAKE_RATE
         each = _STRIP_CLOCKS + _TOKEN_CLOCKS * part.tokens
         each += 12 * (CHUNK // self.packed.group - 1)
         each += 0 if self.packed.kind == "int4" else _BYTE_CLOCKS
-        multiply = together * strips / 4 * each
+        multiply = strips / 4 * each
         fetch = -(-part.tokens // (8 * part.fetch_warps)) * _FETCH_CLOCKS + _FETCH_START
         arrives = _FETCH_LATENCY / (part.input_stages - _OPERANDS)
         step = max(multiply + fetch, part.parts * _STEP_CLOCKS, arrives)
-        steps = turns / together * part.chunks * step / _CLOCKS
+        steps = turns * part.chunks * step / _CLOCKS
         sent = 4 * part.tile * part.tokens * (part.splits - 1) / part.splits / 1e3
         merge = sent / _CLUSTER_RATE + _MERGE_US if part.splits > 1 else 0.0
         works = from_memory, arriving, from_l2, intake, steps
-        ends = turns / together * merge + (0.0 if part.resident > 1 else turns * _ALONE_US)
+        ends = turns * (merge + _TURN_US)
         return _KERNEL_US + max(works) + sum(works) / 50 + ends
 
 
 def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> _Part | None:
     """With as many stages as there is room for; None where there is none for two."""
-    if part.registers > _REGISTERS[part.resident, part.fetch_warps][part.warpgroups - 1]:
+    if part.registers > _REGISTERS[part.warpgroups - 1]:
         return None
-    most = min(max_shared_bytes, tuning.shared_kb << 10) if part.resident > 1 else max_shared_bytes
-    room = most - INBOX_HEAD - _ALIGNMENT - part.sum_bytes
-    wanted = tuning.input_stages or (6 if part.resident > 1 else MAX_INPUT_STAGES)
+    room = max_shared_bytes - INBOX_HEAD - _ALIGNMENT - part.sum_bytes
+    wanted = tuning.input_stages or MAX_INPUT_STAGES
     input_stages = min(max(wanted, MIN_INPUT_STAGES), MAX_INPUT_STAGES)
     stages = (room - input_stages * part.input_bytes) // part.stage_bytes
-    stages = min(stages, tuning.stages or _MOST_STAGES, max(2, part.chunks))
+    stages = min(stages, tuning.stages or _STAGES, max(2, part.chunks))
     found = replace(part, stages=stages, input_stages=input_stages)
-    return found if stages >= 2 and found.bytes <= most else None
+    return found if stages >= 2 and found.bytes <= max_shared_bytes else None

@@ -13,7 +13,7 @@ ENTRIES = {
     "lm_head": "quantized_wide_logits",
 }
 # Tiles of few rows, so that there are several, and rings that go round.
-SMALL = WideCodesTuning(out_tile=64, splits=1, warpgroups=1, resident=1, stages=2, input_stages=4)
+SMALL = WideCodesTuning(out_tile=64, splits=1, warpgroups=1, stages=2, input_stages=4)
 KERNELS = BatchKernels(FILE, ENTRIES, plan_wide_codes, SMALL, maps_inputs=True)
 launch_op, check_op = KERNELS.launch_op, KERNELS.check_op
 
