@@ -8,6 +8,7 @@ from collections import deque
 _KEPT = 7  # measurements of a kind; their median counts, the lower of two
 # A device loads what a step needs when its shape comes first, and captures it when it comes again.
 _NOT_COUNTED = 2
+_LONG = 2.5  # beside a step without drafts: one that took longer may have loaded or captured
 _LEAST = 2  # measurements without which a kind is unknown
 
 
@@ -23,44 +24,69 @@ class StepCosts:
         self._kinds: dict[tuple[int, int], deque[float]] = {}
         self._left_out: dict[tuple[int, int], int] = {}
         self._num_drafts: dict[tuple[int, int], int] = {}  # of the last step of a kind
+        self._least: dict[tuple[int, int], float] = {}  # that a step of a kind has taken
 
-    def add(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
-        """A step of so many sequences, one token each, and drafts of all of them together."""
+    def add(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
+        """A step of so many sequences, one token each, and drafts of all of them together; None:
+        nobody knows how long it took."""
         kind = bucket(num_seqs), bucket(num_drafts)
         self._num_drafts[kind] = num_drafts
+        if seconds is not None:
+            self._least[kind] = min(seconds, self._least.get(kind, seconds))
         left_out = self._left_out.get(kind, 0)
         if left_out < _NOT_COUNTED:
             self._left_out[kind] = left_out + 1
-        else:
+        elif seconds is not None:
             self._kinds.setdefault(kind, deque(maxlen=_KEPT)).append(seconds)
+
+    def has_seen(self, num_seqs: int, num_drafts: int) -> bool:
+        """Whether the time of such a step is known, with drafts: of one, if it was not long."""
+        plain = self.seconds(num_seqs, 0)
+        kind = bucket(num_seqs), bucket(num_drafts)
+        return plain is not None and (not num_drafts or self._seen(kind, plain) is not None)
 
     def seconds(self, num_seqs: int, num_drafts: int) -> float | None:
         """Of a step of this kind; None where it is not known."""
         return self._median((bucket(num_seqs), bucket(num_drafts)))
 
-    def estimate(self, num_seqs: int, num_drafts: int, *, hopeful: bool = False) -> float | None:
-        """The same; where it is not known, from the nearest kind with drafts: more drafts cost in
-        proportion, or if `hopeful` nothing more; fewer no less. None where no kind with drafts is
-        known, or none without."""
-        batch = bucket(num_seqs)
-        known, plain = self._median((batch, bucket(num_drafts))), self._median((batch, 0))
-        if known is not None or plain is None:
+    def estimate(self, num_seqs: int, num_drafts: int) -> float | None:
+        """The same; where it is not known, what such a step has taken once, unless that was long;
+        and no more than the nearest kind with drafts lets expect: half of what that takes beyond a
+        step without is thought to be in proportion to the drafts. None where nothing is known of
+        this batch with drafts, or without."""
+        batch, plain = bucket(num_seqs), self._median((bucket(num_seqs), 0))
+        if plain is None:
+            return None
+        kind = batch, bucket(num_drafts)
+        known, seen = self._median(kind), self._seen(kind, plain)
+        if known is not None:
             return known
-        kinds = [kind for kind in self._kinds if kind[0] == batch and kind[1]]
-        for kind in sorted(kinds, key=lambda kind: abs(self._num_drafts[kind] - num_drafts)):
-            seconds = self._median(kind)
+        kinds = [k for k in self._num_drafts if k[0] == batch and k[1] and k != kind]
+        for other in sorted(kinds, key=lambda k: abs(self._num_drafts[k] - num_drafts)):
+            seconds = self._median(other) or self._seen(other, plain)
             if seconds is not None:
-                more = 1.0 if hopeful else max(1.0, num_drafts / self._num_drafts[kind])
-                return plain + (seconds - plain) * more
-        return None
+                more = 0.5 + 0.5 * num_drafts / self._num_drafts[other]
+                seconds = plain + (seconds - plain) * more
+                return seconds if seen is None else min(seconds, seen)
+        return seen
+
+    def knows_drafts(self, num_seqs: int) -> bool:
+        """Whether steps of this batch are known with any number of drafts."""
+        return any(k[0] == bucket(num_seqs) and k[1] and self._median(k) for k in self._kinds)
 
     def forget_drafts(self, num_seqs: int) -> None:
         """Measure steps with drafts of a batch of this bucket anew."""
         batch = bucket(num_seqs)
-        self._kinds = {k: v for k, v in self._kinds.items() if k[0] != batch or not k[1]}
+        for kept in (self._kinds, self._least):
+            for kind in [kind for kind in kept if kind[0] == batch and kind[1]]:
+                del kept[kind]
 
     def _median(self, kind: tuple[int, int]) -> float | None:
         found = self._kinds.get(kind)
         if found is None or len(found) < _LEAST:
             return None
         return statistics.median_low(found)  # what disturbs a step makes it longer
+
+    def _seen(self, kind: tuple[int, int], plain_s: float) -> float | None:
+        least = self._least.get(kind)
+        return least if least is not None and least <= _LONG * plain_s else None

@@ -1,12 +1,15 @@
 """How many drafts each request gets in the next step: as many as pay, none where none do.
 
 A step of B sequences with R drafts takes T(B, R) seconds and gives B tokens and those drafts that
-are right. T is measured; how often a request's drafts are right is tracked for each request. Drafts
-are taken in the number that gives the most tokens a second, if that is more than without. A request
-whose drafts do not pay pauses, each time for longer, and is then tried again; a batch too large for
-any drafts is left alone for a while. A new request is expected to do as others did lately. Where
-that does not pay and better ones might, a few steps have drafts all the same now and then: else
-nobody would ever know. Pure Python: no clock, no arrays.
+are right. T is measured; how often a request's drafts are right is tracked for each request, and
+for all together, which is what is expected of one of which nothing is known, or not for long.
+Drafts are taken in the number that gives the most tokens a second, if that is more than without.
+
+Where none are expected to pay, a few are tried all the same: else nobody would know when they do.
+What drafts cost and bring is kept account of (`budget`): while more was lost than may be, there are
+none, whatever is expected of them. So tries that fail are far apart, and one that is right is soon
+followed by others. A batch for which even the best drafts would cost too much is left alone for
+long. Pure Python: no clock, no arrays.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanocupy.engine.request import Request
+from nanocupy.speculation.budget import DraftBudget
 from nanocupy.speculation.costs import StepCosts, bucket
 
 _ROOMY = 1 << 20  # drafts of a step, more than there ever are
@@ -37,10 +41,6 @@ class DraftPolicy:
         """Whether drafts may pay in a step of so many sequences; asked first, once a step."""
         return True
 
-    def may_try(self, request: Request) -> bool:
-        """Whether the request may have drafts now; asked of all that decode, in every step."""
-        return True
-
     def choose(
         self, requests: Sequence[Request], num_running: int, room: int = _ROOMY
     ) -> dict[Request, int]:
@@ -48,15 +48,22 @@ class DraftPolicy:
         step for drafts of all together; what is beyond it is cut off."""
         return dict.fromkeys(requests, self.max_drafts)
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
-        """A step of decodes alone took so long, finding its drafts included."""
+    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
+        """A step of decodes alone took so long, finding its drafts included; None: nobody knows, or
+        it is not what such steps take."""
 
-    def knows(self, num_seqs: int, num_drafts: int) -> bool:
-        """Whether it knows what such steps take, or does not want to."""
-        return True
+    def resumed(self, num_seqs: int, seconds: float) -> None:
+        """That step had none, and took so long because drafts were looked for in vain, or were in
+        the one before: the device had to wait for the host."""
+
+    def may_wait(self, num_seqs: int, num_drafts: int) -> bool:
+        """Whether a step like this one is to be read in the call that launches it, as nobody knows
+        what it takes otherwise. That may take as long as another step."""
+        return False
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
-        """So many of a request's drafts were right; num_drafts = 0: none was found."""
+        """So many of a request's drafts were right, in the step of which `stepped` told last;
+        num_drafts = 0: none was found."""
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
@@ -64,14 +71,16 @@ class DraftPolicy:
 
 @dataclass
 class _Record:
-    """What is known of a request's drafts: the share of right ones expected before any was looked
-    at; how many were looked at and right, older ones counting less; and its pause, in tokens."""
+    """How many drafts were looked at and right, older ones counting less; of a request, when it had
+    so many tokens."""
 
-    expected: float
     num_tried: float = 0.0
     num_right: float = 0.0
-    resume_at: int = 0
-    next_pause: int = 16
+    num_tokens: int = 0
+
+    def add(self, num_tried: float, num_right: int, fade: float) -> None:
+        self.num_tried = self.num_tried * fade + num_tried
+        self.num_right = self.num_right * fade + num_right
 
 
 class AdaptiveDrafts(DraftPolicy):
@@ -79,24 +88,20 @@ class AdaptiveDrafts(DraftPolicy):
 
     beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
-    HOPEFUL_MARGIN = 1.25  # and by this, where they may cost more than what is counted on
-    # What a step with drafts takes beside one without, before any is measured; such a step is made
-    # with few drafts.
-    FIRST_GUESS, FIRST_DRAFTS = 1.25, 2
-    HOPE = 0.5  # of drafts to be right, where nothing speaks against it, and after a pause
-    MOST_EXPECTED = 0.75  # so that one whose drafts are never right is found out
-    DECAY_OF_ALL = 0.98  # as DECAY, for what a new request is expected to do
-    # Steps with FIRST_DRAFTS each, where nothing is expected to pay; then none for so many steps,
-    # twice as many each time, until drafts have paid.
-    PROBE_STEPS, PROBE_PAUSE, LONGEST_PROBE_PAUSE = 3, 64, 2048
-    BEST = 0.9  # share of right drafts that no batch is expected to exceed
+    HOPE = 0.5  # of drafts to be right, before any was seen
+    FADE = 0.95  # what is known of a request's drafts, with each token; and of all, with each look
     LEVELS = 32  # of how often drafts are right
-    DECAY = 0.85  # what earlier drafts count when newer ones are told
     LEAST_SHARE = 0.1  # a draft that is right less often is not asked for
-    LONGEST_PAUSE = 512  # tokens
-    # For which a batch is left alone, twice as long each time.
-    CLOSED_STEPS, MOST_CLOSED_STEPS = 256, 8192
-    PAID_STEPS = 256  # with drafts, after which that begins anew
+    # A try: so many drafts of a request and of all; more of a request where they lose no more than
+    # so many times as much.
+    TRY_DRAFTS, TRY_ROWS, TRY_LOSS = 2, 32, 1.5
+    BEST = 0.9  # share of right drafts that no batch is expected to exceed
+    CLOSED_STEPS = 2048  # for which one is left alone where even that would not pay
+    REST_STEPS = 8  # in which nobody asks again, where the budget does not allow what is wanted
+    # What is charged, in steps without drafts. A step that takes longer than so many times what its
+    # kind does was disturbed, or was the first of its form; so is one after drafts. And about what
+    # it takes to read a step at once, beside a caller who takes long.
+    MOST_LONGER, MOST_RESUMED, WAITING = 1.5, 1.0, 0.8
     # So seldom steps without drafts are made, so that their time stays known, and so many.
     REFRESH_STEPS, REFRESH_LENGTH = 512, 5
 
@@ -104,34 +109,33 @@ class AdaptiveDrafts(DraftPolicy):
         super().__init__(max_drafts)
         self._max_rows = max_rows
         self.costs = StepCosts()
+        self.budget = DraftBudget()
         self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
         self._records: dict[Request, _Record] = {}
+        self._of_all = _Record()  # all requests together
         self._num_asked = 0  # steps in which drafts were thought of
-        self._closed: dict[int, tuple[int, int]] = {}  # by bucket: until when, for how long
-        self._num_paid: Counter[int] = Counter()  # by bucket: steps with drafts since it was closed
+        self._rests_until = 0  # in such steps
+        self._closed: dict[int, int] = {}  # by bucket: until when
         self._num_drafted = 0  # steps with drafts since the last refresh
-        self._of_all = _Record(self.HOPE)  # all requests together
-        self._num_probes = 0  # steps that this probe has left
-        self._probe_at, self._probe_pause = 0, self.PROBE_PAUSE  # in steps
+        self._num_tried = 0  # requests that tries have had
+        self._num_seqs = 1  # of the step that was read last
 
     def is_open(self, num_running: int) -> bool:
         self._num_asked += 1
+        if self._num_asked < self._rests_until or not self.budget.is_open:
+            return False
         if self._num_drafted >= self.REFRESH_STEPS:
             self._num_drafted += 1
             if self._num_drafted <= self.REFRESH_STEPS + self.REFRESH_LENGTH:
                 return False
             self._num_drafted = 0
-        until, length = self._closed.get(bucket(num_running), (0, 0))
-        if self._num_asked < until:
-            return False
-        if until:
-            self._closed[bucket(num_running)] = 0, length
+        until = self._closed.get(bucket(num_running))
+        if until is not None:
+            if self._num_asked < until:
+                return False
+            del self._closed[bucket(num_running)]
             self.costs.forget_drafts(num_running)
         return True
-
-    def may_try(self, request: Request) -> bool:
-        record = self._records.get(request)
-        return record is None or request.num_tokens >= record.resume_at
 
     def choose(
         self, requests: Sequence[Request], num_running: int, room: int = _ROOMY
@@ -141,106 +145,94 @@ class AdaptiveDrafts(DraftPolicy):
         if plain is None or not requests:
             return {}  # steps without drafts are measured first
         # Requests whose drafts are right about as often get as many.
-        levels = [
-            int(self.LEVELS * self._share(self._record(request)) + 0.5) for request in requests
-        ]
-        wanted = self._best(Counter(levels), num_running, plain, room)
-        if wanted is not None:
-            self._probe_pause = self.PROBE_PAUSE
-            self._count_paid(bucket(num_running))
-        else:  # where the first draft costs most, more may pay: nobody knows before they are tried
-            wanted = self._best(Counter(levels), num_running, plain, room, hopeful=True)
-        if wanted is not None:
-            self._num_drafted += 1
-            chosen = zip(requests, levels, strict=True)
-            return {request: wanted[level] for request, level in chosen if wanted[level]}
-        best = Counter({int(self.LEVELS * self.BEST): len(requests)})
-        if self._best(best, num_running, plain, room) is None:
-            self._close(num_running)
-        elif self._probes():
-            count = min(self.FIRST_DRAFTS, self.max_drafts)
-            return dict.fromkeys(requests[: max(1, room // count)], count)
+        levels = [int(self.LEVELS * self._share(request) + 0.5) for request in requests]
+        best = self._best(Counter(levels), num_running, plain, room)
+        if best is not None:
+            wanted = {r: best[n] for r, n in zip(requests, levels, strict=True) if best[n]}
+        elif self._is_hopeless(len(requests), num_running, plain, room):
+            self._closed[bucket(num_running)] = self._num_asked + self.CLOSED_STEPS
+            return {}
         else:
-            for request in requests:
-                self._pause(request)
-        return {}
+            wanted = self._try(requests, num_running, plain, room)
+        total = min(room, sum(wanted.values()))
+        seconds = self.costs.estimate(num_running, total) or plain  # the first one must be seen
+        if not self.budget.allows(seconds / plain - 1):
+            self._rests_until = self._num_asked + self.REST_STEPS
+            return {}
+        if best is not None:
+            self._num_drafted += 1
+        else:
+            self._num_tried += len(wanted)
+            self.budget.halve_credit()
+        return wanted
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
+    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
         self.costs.add(num_seqs, num_drafts, seconds)
+        self._num_seqs = num_seqs
+        self.budget.passed()
+        plain = self.costs.seconds(num_seqs, 0)
+        if num_drafts and plain is not None:
+            usual = self.costs.estimate(num_seqs, num_drafts) or self.MOST_LONGER * plain
+            took = min(seconds or usual, self.MOST_LONGER * usual)
+            self.budget.lost(took / plain - 1)
 
-    def knows(self, num_seqs: int, num_drafts: int) -> bool:
-        return self.costs.seconds(num_seqs, num_drafts) is not None
+    def resumed(self, num_seqs: int, seconds: float) -> None:
+        plain = self.costs.seconds(num_seqs, 0)
+        if plain is not None:
+            self.budget.lost(min(max(0.0, seconds / plain - 1), self.MOST_RESUMED))
+
+    def may_wait(self, num_seqs: int, num_drafts: int) -> bool:
+        if self.costs.has_seen(num_seqs, num_drafts) or not self.budget.allows(self.WAITING):
+            return False
+        self.budget.lost(self.WAITING)
+        return True
 
     def verified(self, request: Request, num_drafts: int, num_right: int) -> None:
-        record = self._record(request)
+        self.budget.gained(num_right / self._num_seqs)
         num_tried = max(min(num_right + 1, num_drafts), 0.5)
-        for known, decay in ((record, self.DECAY), (self._of_all, self.DECAY_OF_ALL)):
-            known.num_tried = known.num_tried * decay + num_tried
-            known.num_right = known.num_right * decay + num_right
-        if self._share(record) > self.HOPE:
-            record.next_pause = _Record.next_pause
+        record = self._records.setdefault(request, _Record())
+        record.add(num_tried, num_right, self._left(request, record))
+        record.num_tokens = request.num_tokens
+        self._of_all.add(num_tried, num_right, self.FADE)
 
     def forget(self, request: Request) -> None:
         self._records.pop(request, None)
 
-    def _record(self, request: Request) -> _Record:
-        record = self._records.get(request)
+    def _left(self, request: Request, record: _Record) -> float:
+        """What its record still counts, so many tokens later."""
+        return self.FADE ** max(0, request.num_tokens - record.num_tokens)
+
+    def _share(self, request: Request) -> float:
+        """How likely a draft is right where those before it are: what is known of the request, and
+        as much as one draft would tell of what is known of all."""
+        of_all, record = self._of_all, self._records.get(request)
+        share = (of_all.num_right + self.HOPE) / (of_all.num_tried + 1)
         if record is None:
-            record = self._records[request] = _Record(self._expected())
-        return record
-
-    def _expected(self) -> float:
-        """The share of a request of which nothing is known, by what others did lately."""
-        return min(self.MOST_EXPECTED, self._share(self._of_all))
-
-    def _share(self, record: _Record) -> float:
-        """How likely a draft is right where those before it are."""
-        return (record.num_right + record.expected) / (record.num_tried + 1)
+            return share
+        left = self._left(request, record)
+        return (record.num_right * left + share) / (record.num_tried * left + 1)
 
     def _best(
-        self,
-        levels: Mapping[int, int],
-        num_running: int,
-        plain_s: float,
-        room: int,
-        *,
-        hopeful: bool = False,
+        self, levels: Mapping[int, int], num_running: int, plain_s: float, room: int
     ) -> dict[int, int] | None:
         """The number of drafts for each level that gives the most tokens a second; None where none
-        is better than without. levels: how many requests each has; hopeful: as in StepCosts."""
-        margin = self.HOPEFUL_MARGIN if hopeful else self.MARGIN
-        best, best_rate = None, margin * num_running / plain_s
+        is better than without, as far as is known. levels: how many requests each has."""
+        best, best_rate = None, self.MARGIN * num_running / plain_s
         for size in self._sizes:
             counts = {level: self._count(level / self.LEVELS, size) for level in levels}
             total = sum(levels[level] * count for level, count in counts.items())
-            if not total:
+            seconds = self.costs.estimate(num_running, min(total, room)) if total else None
+            if seconds is None:
                 break
             gain = sum(
                 levels[level] * sum((level / self.LEVELS) ** n for n in range(1, count + 1))
                 for level, count in counts.items()
             )
             gain *= min(1.0, room / total)  # a step takes no more
-            seconds = self.costs.estimate(num_running, min(total, room), hopeful=hopeful)
-            if seconds is None:
-                if size > self.FIRST_DRAFTS:
-                    break
-                seconds = self.FIRST_GUESS * plain_s
             rate = (num_running + gain) / seconds
             if rate > best_rate:
                 best, best_rate = counts, rate
         return best
-
-    def _count_paid(self, batch: int) -> None:
-        self._num_paid[batch] += 1
-        if self._num_paid[batch] >= self.PAID_STEPS:
-            self._closed.pop(batch, None)
-
-    def _close(self, num_running: int) -> None:
-        """Leave batches of this size alone for a while; then their times are measured anew."""
-        _, length = self._closed.get(bucket(num_running), (0, 0))
-        length = min(2 * length or self.CLOSED_STEPS, self.MOST_CLOSED_STEPS)
-        self._closed[bucket(num_running)] = self._num_asked + length, length
-        self._num_paid[bucket(num_running)] = 0
 
     def _count(self, share: float, most: int) -> int:
         """Drafts of a request, the last of which is still right often enough."""
@@ -250,21 +242,27 @@ class AdaptiveDrafts(DraftPolicy):
             chance *= share
         return count
 
-    def _probes(self) -> bool:
-        """Whether a step has drafts though they are not expected to pay."""
-        if self._num_probes <= 0 and self._num_asked >= self._probe_at:
-            self._num_probes = self.PROBE_STEPS
-            self._probe_at = self._num_asked + self._probe_pause
-            self._probe_pause = min(2 * self._probe_pause, self.LONGEST_PROBE_PAUSE)
-        self._num_probes -= 1
-        return self._num_probes >= 0
+    def _is_hopeless(self, num_requests: int, num_running: int, plain_s: float, room: int) -> bool:
+        """Whether drafts would cost too much even if they were the best there are."""
+        best = {int(self.LEVELS * self.BEST): num_requests}
+        return (
+            self.costs.knows_drafts(num_running)
+            and self._best(best, num_running, plain_s, room) is None
+        )
 
-    def _pause(self, request: Request) -> None:
-        """Leave the request alone for a while; then it is tried with new hope, if it did no better
-        than that."""
-        record = self._record(request)
-        record.resume_at = request.num_tokens + record.next_pause
-        record.next_pause = min(2 * record.next_pause, self.LONGEST_PAUSE)
-        if self._share(record) < self.HOPE:
-            record.expected = max(self.HOPE, self._expected())
-            record.num_tried = record.num_right = 0.0
+    def _try(
+        self, requests: Sequence[Request], num_running: int, plain_s: float, room: int
+    ) -> dict[Request, int]:
+        """A few drafts of those that had none for longest: their turn comes one after the other."""
+        size = min(self.TRY_DRAFTS, self.max_drafts)
+        count = min(len(requests), max(1, min(room, self.TRY_ROWS) // size))
+        start = self._num_tried % len(requests)
+        tried = [*requests[start:], *requests[:start]][:count]
+        few_s = self.costs.estimate(num_running, size * count)
+        if few_s is not None:
+            most_s = plain_s + self.TRY_LOSS * (few_s - plain_s)
+            fitting = [n for n in self._sizes if n > size and n * count <= room]
+            for number in fitting:
+                if (self.costs.estimate(num_running, number * count) or few_s) <= most_s:
+                    size = number
+        return dict.fromkeys(tried, size)

@@ -63,10 +63,6 @@ class Speculator:
     """Drafts for the requests of one engine. count_right: how many drafts count; benches put
     another rule in place of the one that keeps the model's own output."""
 
-    # Steps that are read at once at most, where their times stay unknown all the same, as where
-    # others come between them all the time; and after which that is tried again.
-    PATIENCE_STEPS, REST_STEPS = 8, 256
-
     def __init__(
         self, proposer: Proposer, policy: DraftPolicy, count_right: CountRight = count_right
     ) -> None:
@@ -75,10 +71,11 @@ class Speculator:
         self.count_right = count_right
         self.counters = SpeculationCounters()
         self.reads_at_once = False  # whether a step is to be read in the call that launches it
-        self._num_at_once = 0  # steps that were, since one's time was told
-        self._rest = 0  # steps until any may be again
         self._has_failed = False  # whether the last search for drafts did
         self._was_plain = False  # the last step: of decodes alone, launched before its ids mattered
+        self._has_waited = False  # for all ids, before the step that is read next or the last one
+        self._is_untimed = False  # the step that was read last: nobody knows what it took
+        self._num_running = 0  # when drafts were last wanted
         self._was_reading = False  # the proposer, before the step that is read next
 
     def configure(self, max_step_tokens: int) -> None:
@@ -93,6 +90,7 @@ class Speculator:
             self._has_failed = False
             return {}
         policy, num_running = self.policy, len(running)
+        self._num_running = num_running
         num_decoding = len(running.decoding)
         if num_decoding < (1 if policy.beside_prompts else max(1, num_running)):
             return {}
@@ -103,14 +101,16 @@ class Speculator:
             for request in running.decoding
             if not request.wants_logprobs
             and request.num_tokens + 1 < request.max_total_tokens
-            and policy.may_try(request)
             and self.proposer.is_promising(request)
         ]
         return policy.choose(found, num_running, room) if found else {}
 
     def asking(self, counts: Mapping[Request, int]) -> WantedDrafts:
         """What the scheduler is told of those of `wanted` that still decode, all ids being read."""
-        self._was_plain = False
+        self._was_plain, self._has_waited = False, True
+        self.reads_at_once = self._is_untimed and self.policy.may_wait(
+            self._num_running, sum(counts.values())
+        )
         return WantedDrafts(counts, self.propose, self.policy.beside_prompts)
 
     def propose(self, room: Mapping[Request, int]) -> Drafts:
@@ -150,30 +150,30 @@ class Speculator:
         return num_right
 
     def stepped(self, schedule: Schedule, seconds: float | None) -> None:
-        """A step was read; seconds it took of the engine's own, None where nobody knows: such are
-        read at once, until the policy knows."""
+        """A step was read; seconds it took of the engine's own, None where nobody knows: then one
+        is read at once, where the policy wants to know that much."""
         num_drafts = sum(len(item.drafts) for item in schedule) if schedule.has_drafts else 0
         num_seqs = len(schedule.requests)
         self.counters.num_steps += num_drafts > 0
         is_known = seconds is not None
-        if self._was_reading:  # which is seldom, and took longer
-            self._was_reading, seconds = False, None
+        if self._was_reading and num_drafts:  # which is seldom, and took longer
+            seconds = None
+        self._was_reading = False
         is_swap = bool(schedule.swap_out or schedule.swap_in)
         is_decode = schedule.num_tokens - num_drafts == num_seqs and not is_swap
         # After a step that was waited for, the next one did not run beside the host's work.
-        if is_decode and seconds is not None and (num_drafts or self._was_plain):
-            self.policy.stepped(num_seqs, num_drafts, seconds)
-            self._num_at_once = 0
-        wanted = is_decode and (self.reads_at_once or not is_known)
-        self._read_at_once(wanted and not self.policy.knows(num_seqs, num_drafts))
+        is_usual = num_drafts > 0 or self._was_plain
+        if is_decode:
+            self.policy.stepped(num_seqs, num_drafts, seconds if is_usual else None)
+        if is_decode and not num_drafts and self._has_waited and seconds is not None:
+            self.policy.resumed(num_seqs, seconds)
+        self._has_waited = num_drafts > 0
+        self._is_untimed = is_decode and not is_known
+        # The one that is read at once may be under way already.
+        self.reads_at_once = self._is_untimed and (
+            self.reads_at_once or self.policy.may_wait(num_seqs, 0)
+        )
         self._was_plain = is_decode and not num_drafts
-
-    def _read_at_once(self, wanted: bool) -> None:
-        self._rest = max(0, self._rest - 1)
-        self.reads_at_once = wanted and not self._rest
-        self._num_at_once += self.reads_at_once
-        if self._num_at_once > self.PATIENCE_STEPS:
-            self.reads_at_once, self._num_at_once, self._rest = False, 0, self.REST_STEPS
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -1,0 +1,50 @@
+"""What drafts may lose, so that nobody is much slower with them than without.
+
+Counted in steps without drafts of the batch that runs, as seconds of different batches do not
+compare: a step with drafts loses what it takes longer, and gains a B-th of a step of B sequences
+for each draft that is right. Where more was lost than gained there is a debt, and as time passes it
+is forgiven, slowly. With a debt no more than a little may be lost; without one, anything that is
+worth a try. So in N steps no more is lost than the share of N that is forgiven, and what one try
+loses, or that little. Pure Python.
+"""
+
+from __future__ import annotations
+
+
+class DraftBudget:
+    """debt: in steps without drafts; below zero it is a credit, what drafts have brought lately."""
+
+    FORGIVEN = 0.0075  # of the time that passes
+    MOST_DEBT = 0.7  # with which anything may be lost
+    # What was brought long ago is not lost again; but drafts that pay in the long run are right by
+    # chance, and may be wrong a few times in a row.
+    MOST_CREDIT = 5.0
+
+    def __init__(self) -> None:
+        self.debt = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything may be lost."""
+        return self.debt < self.MOST_DEBT
+
+    def allows(self, num_steps: float) -> bool:
+        """Whether so much may be lost now."""
+        return self.debt <= 0.0 or self.debt + num_steps <= self.MOST_DEBT
+
+    def passed(self) -> None:
+        """A step has passed, whatever it was."""
+        if self.debt > 0.0:
+            self.debt = max(0.0, self.debt - self.FORGIVEN)
+
+    def lost(self, num_steps: float) -> None:
+        """Something took so much longer than without drafts; less than 0: shorter."""
+        self.debt = max(-self.MOST_CREDIT, self.debt + num_steps)
+
+    def gained(self, num_steps: float) -> None:
+        """Drafts have made so many steps needless."""
+        self.debt = max(-self.MOST_CREDIT, self.debt - num_steps)
+
+    def halve_credit(self) -> None:
+        """Drafts are no longer expected to pay: what they brought is not for tries that fail."""
+        self.debt = max(self.debt, self.debt / 2)
