@@ -4,12 +4,13 @@
 // Owns the order of a block's work. What is copied and unpacked stands in quantized_wide_parts.cuh with
 // the macros; how sums meet, in skinny.cuh.
 //
-// A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the codes of
-// its own strips through a ring of its own: with launches that overlap it is full before the kernel in
-// front has ended. The inputs come a chunk of 128 at a time, by the copy engine; other warps put
-// their words where the codes have them, into a ring that all warps of codes read, and with int4 sum them by
-// group, on tensor cores. Codes become operands as they are, while products of those before are at work; the sums of a group are multiplied by its scale and added to
-// those before, the sum of its inputs by its offset.
+// A block takes one tile of rows and, in a cluster, a part of the inputs. Every warp brings the
+// codes of its own strips through a ring of its own: with launches that overlap it is full before
+// the kernel in front has ended. The inputs come a chunk of 128 at a time, by the copy engine;
+// other warps put their words where the codes have them, into a ring that all warps of codes read,
+// and with int4 sum them by group, on tensor cores. Codes become operands as they are, while
+// products of those before are at work; the sums of a group are multiplied by its scale and added
+// to those before, the sum of its inputs by its offset.
 //
 // Sums meet where the rings were. So a cluster's blocks wait for each other once before they send: any
 // of them needs sums of all others anyway.

@@ -59,7 +59,9 @@ static_assert(TOKENS % 16 == 0 && TOKENS <= 64 && INPUT_BYTES == 2 * HALF_BYTES,
 static_assert(WARPGROUPS <= 4 && STAGES >= 2 && STRIP == 16 && CHUNK == K_STEP, "WARPGROUPS");
 
 // At the start of shared memory. Full: words are in their places; free: all warps that multiply are done;
-// landed: as the copy engine left them; taken: all warps that fetch have read them.
+// landed: as the copy engine left them; taken: all warps that fetch have read them. Sums never come here:
+// what arrives at a barrier may still be on its way when others send theirs, as what blocks of a cluster
+// wait for there orders no memory.
 struct CodeBarriers {
     uint64_t inbox;
     uint64_t full[OPERANDS], free[OPERANDS];
@@ -254,7 +256,7 @@ struct InputCopies {
         const int first = fetch_warp * ATOM + quarter / 2 * HALF_BYTES + row * 128 +
                           (quarter % 2 * 4 ^ row) * 16;
         // Row m of that product's first operand has ones where its lanes have inputs of group m.
-        const uint32_t one = lane_id() / 4 % 8 == lane_id() % 4 * QUARTER / GROUP
+        const uint32_t one = lane_id() / 4 == lane_id() % 4 * QUARTER / GROUP
                                  ? pack_pair<scalar_t>(1.0f, 1.0f)
                                  : 0u;
         uint4 by_group = make_uint4(one, one, one, one);

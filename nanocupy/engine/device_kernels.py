@@ -133,7 +133,7 @@ def kernel_variants(
 class Outline:
     """An array's shape, and nothing in it: all that an op looks at before it launches."""
 
-    dtype = None
+    dtype = strides = None
     data = SimpleNamespace(ptr=0)
 
     def __init__(self, *shape: int) -> None:

@@ -1,8 +1,8 @@
 """Products with quantised weights on a GPU, and what brings such weights there.
 
 Codes are multiplied as they are while a batch is small: by one kernel up to 8 tokens, or 16 with
-codes of a byte, by another in launches of up to 32 up to 64, and from 17 on by warpgroups where the
-card has them; for others the matrix is unpacked to the storage type, in a workspace, once for each
+codes of a byte; from there to 64 by warpgroups where the card has them, else by another in launches
+of up to 32; for others the matrix is unpacked to the storage type, in a workspace, once for each
 product.
 """
 

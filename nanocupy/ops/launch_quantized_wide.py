@@ -18,17 +18,17 @@ TOKENS = (16, 32, 48, 64)  # a build's room; batches are rounded up
 MAX_ROWS = TOKENS[-1]  # tokens; more take the matrix in 16 bits
 LEAST_GROUP = 32  # inputs of a scale
 MIN_INPUT_STAGES, MAX_INPUT_STAGES = 4, 7
-# Tokens. A layer of Llama-3.1-8B took, in us beside quantized_stream.cu, with int4 140 and 122 for
-# 32, 148 and 243 for 64; with int8 129 and 136 for 24, 163 and 273 for 64.
+# Tokens. A layer of Llama-3.1-8B took, in us beside the kernels for fewer, for 9 tokens 68 and 88
+# with int4, 94 and 97 with int8; but of Llama-3.2-1B 31 and 38, 39.5 and 35.3.
 _FASTER_FROM = {"int4": 9, "int8": 17, "fp8": 17}
-_OPERANDS = 3  # chunks of inputs that are not on their way
+OPERANDS = 3  # chunks of inputs that are not on their way
 _MAX_WARPGROUPS = 4
 _MOST_PARTS = 4  # strips of a warp
 _STAGES = 2  # of codes: all that come at first delay the first inputs
 _BOX_COLUMNS = 64  # rows of 128 bytes
-_ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
-# Of a thread, which the compiler gives a block that is alone on its multiprocessor, by its
-# warpgroups that multiply.
+ALIGNMENT = 1024  # of the rings; what comes before may end anywhere
+# Of a thread, which the compiler gives a block at least, by its warpgroups that multiply: with four
+# warps that fetch (for one warpgroup it gives more).
 _REGISTERS = (168, 168, 128, 96)
 
 # Of an H100, as in wide_cost: KB (1000 bytes) a microsecond and multiprocessor, from memory, from
@@ -190,7 +190,7 @@ class _Part:
     def sum_bytes(self) -> int:
         """With int4, of inputs by group, beside those that are in their places."""
         groups = CHUNK // self.packed.group if self.packed.kind == "int4" else 0
-        return _OPERANDS * 4 * groups * self.tokens
+        return OPERANDS * 4 * groups * self.tokens
 
     @property
     def inbox_bytes(self) -> int:
@@ -201,7 +201,7 @@ class _Part:
         """Shared memory of a block: rings, where sums meet afterwards."""
         rings = self.stages * self.stage_bytes + self.input_stages * self.input_bytes
         rings += self.sum_bytes
-        return INBOX_HEAD + max(self.inbox_bytes, _ALIGNMENT + rings)
+        return INBOX_HEAD + max(self.inbox_bytes, ALIGNMENT + rings)
 
     @property
     def registers(self) -> float:
@@ -280,7 +280,7 @@ class _Shape:
         each += 0 if self.packed.kind == "int4" else _BYTE_CLOCKS
         multiply = strips / 4 * each
         fetch = -(-part.tokens // (8 * part.fetch_warps)) * _FETCH_CLOCKS + _FETCH_START
-        arrives = _FETCH_LATENCY / (part.input_stages - _OPERANDS)
+        arrives = _FETCH_LATENCY / (part.input_stages - OPERANDS)
         step = max(multiply + fetch, part.parts * _STEP_CLOCKS, arrives)
         steps = turns * part.chunks * step / _CLOCKS
         sent = 4 * part.tile * part.tokens * (part.splits - 1) / part.splits / 1e3
@@ -291,10 +291,10 @@ class _Shape:
 
 
 def _with_rings(part: _Part, max_shared_bytes: int, tuning: WideCodesTuning) -> _Part | None:
-    """With as many stages as there is room for; None where there is none for two."""
+    """With the stages that are wanted; None where there is no room for them, or for the sums."""
     if part.registers > _REGISTERS[part.warpgroups - 1]:
         return None
-    room = max_shared_bytes - INBOX_HEAD - _ALIGNMENT - part.sum_bytes
+    room = max_shared_bytes - INBOX_HEAD - ALIGNMENT - part.sum_bytes
     wanted = tuning.input_stages or MAX_INPUT_STAGES
     input_stages = min(max(wanted, MIN_INPUT_STAGES), MAX_INPUT_STAGES)
     stages = (room - input_stages * part.input_bytes) // part.stage_bytes

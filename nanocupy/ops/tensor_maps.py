@@ -13,7 +13,7 @@ from nanocupy.ops.interface import Array
 from nanocupy.ops.launch_attention_prefill import WgmmaTile
 
 # Buffers lie where they are as long as an engine runs: two caches and four matrices a layer, these
-# for each height of tile, and inputs and a q for each token count.
+# for each height of tile, and inputs of products and a q for each token count.
 MOST_MAPS = 4096
 
 
@@ -38,7 +38,7 @@ class TensorMaps:
         return self._map(matrix, _itself, box, "the map of a matrix")
 
     def _map(self, array: Array, view: Callable[[Array], Array], box: tuple, what: str) -> Any:
-        key = (array.data.ptr, array.shape, array.dtype, box)
+        key = (array.data.ptr, array.shape, array.strides, array.dtype, box)
         found = self._maps.get(key)
         if found is None:
             if len(self._maps) >= MOST_MAPS:

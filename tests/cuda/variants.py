@@ -262,7 +262,15 @@ VARIANTS = (
             "quantized_wide_logits",
         ),
         (
-            {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 32, "MIN_BLOCKS": 2},
+            {
+                "SCALAR": BFLOAT16,
+                "WEIGHT_KIND": 1,
+                "TOKENS": 32,
+                "OUT_TILE": 256,
+                "WARPGROUPS": 4,
+                "STAGES": 2,
+                "INPUT_STAGES": 7,
+            },
             {"SCALAR": BFLOAT16, "WEIGHT_KIND": 1, "TOKENS": 64, "OUT_TILE": 256, "GROUP": 64},
             {
                 "SCALAR": BFLOAT16,

@@ -17,12 +17,14 @@ import pytest
 
 from nanocupy.ops.launch_quantized import packed_format
 from nanocupy.ops.launch_quantized_wide import (
+    ALIGNMENT,
     DEFAULT_TUNING,
     LEAST_GROUP,
     MAX_INPUT_STAGES,
     MAX_ROWS,
     MIN_INPUT_STAGES,
     NEVER,
+    OPERANDS,
     TOKENS,
     WideCodesTuning,
     fetch_warps,
@@ -229,7 +231,7 @@ def test_what_is_taken_and_what_is_refused() -> None:
     assert few is not None
     bytes_form = packed_format("int8", 1024, 128)
     assert bytes_form is not None
-    for kind_form, first in ((form, 33), (bytes_form, 17)):
+    for kind_form, first in ((form, 9), (bytes_form, 17)):
         taken = [n for n in range(100) if uses_wide_codes(kind_form, n, "bfloat16", wgmma=True)]
         assert taken == list(range(first, MAX_ROWS + 1))
     assert not uses_wide_codes(form, 48, "bfloat16", wgmma=False)
@@ -261,6 +263,8 @@ def test_the_plan_knows_the_kernels_constants() -> None:
         assert fetch_warps(tokens) == int(found[2 if is_many else 3])
     assert f"// INPUT_STAGES  chunks of inputs, in both their rings: {MIN_INPUT_STAGES} to " in text
     assert f"GROUP >= {LEAST_GROUP})" in text
+    assert f"int OPERANDS = {OPERANDS};" in text
+    assert f"int ATOM = {ALIGNMENT};" in text
 
 
 # ------------------------------------------------------------------------------ the compiler

@@ -229,6 +229,16 @@ MUTANTS = [
         "input / HALF * HALF_BYTES + input % HALF * 2)",
         "input % HALF * 2)",
     ),
+    Mutant(
+        "inputs seen before they are fenced",
+        "            shared_to_async_fence();\n",
+        "",
+    ),
+    Mutant(
+        "sums where barriers are",
+        "(matrix.num_rows + 1) / 2, &bars->inbox};",
+        "(matrix.num_rows + 1) / 2, &bars->inbox - 8};",
+    ),
     Mutant("no unit", "own.sums[m][n][i] *= packed.unit;", ";"),
     Mutant(
         "sums where others still read the rings",

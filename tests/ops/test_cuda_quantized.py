@@ -99,12 +99,15 @@ def test_up_to_16_rows_of_bytes_take_the_kernel_of_few(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ENTRIES)
-def test_from_17_rows_on_warpgroups_multiply_codes(op: str) -> None:
+def test_batches_take_warpgroups(op: str) -> None:
     norm = [] if op == "linear_add" else ["rms_norm_rows"]
-    for rows, kind, group_size in ((17, "int8", 32), (33, "int4", 32), (64, "fp8", None)):
+    for rows, kind, group_size in (
+        (9, "int4", 32), (16, "int4", 32), (17, "int8", 32), (33, "int4", 32), (64, "fp8", None),
+    ):  # fmt: skip
         names = launched(op, rows, HOPPER, kind=kind, group_size=group_size)
         assert names == [*norm, WIDE_ENTRIES[op]]
-    assert launched(op, 16, HOPPER) == [*norm, STREAM_ENTRIES[op]]
+    assert launched(op, 8, HOPPER) == [ENTRIES[op]]
+    assert launched(op, 16, HOPPER, kind="int8") == [*norm, ENTRIES[op]]
     for how in ({"dtype": "float16"}, {"group_size": 16}):
         assert launched(op, 17, HOPPER, **how) == [*norm, STREAM_ENTRIES[op]]
     if op == "lm_head":  # of any number

@@ -68,6 +68,21 @@ inline BytesBarrier* bytes_barrier(uint64_t* p, int line) {
     return barrier;
 }
 
+// What lies where a barrier was may change when an arrival at it comes late.
+static void check_barriers() {
+    for (int i = 0; i < block->num_barriers; ++i) {
+        auto* barrier = reinterpret_cast<BytesBarrier*>(block->barriers[i]);
+        if (barrier->is_made != 0x5a) fail("something was put where a barrier is");
+    }
+}
+[[maybe_unused]] static const bool checks_barriers = (block_ends = check_barriers, true);
+
+// Lanes that have stored what the copy engine or products will read, and not fenced since.
+static bool has_stored[8 * 1024];
+inline bool& stored(int lane) {
+    return has_stored[block->index.x % cluster_blocks * 1024 + self->warp * 32 + lane];
+}
+
 inline void end_phase_if_complete(BytesBarrier* barrier) {
     if (barrier->pending || barrier->bytes) return;
     barrier->parity ^= 1;
@@ -77,6 +92,7 @@ inline void end_phase_if_complete(BytesBarrier* barrier) {
 inline void arrive_at_bytes(uint64_t* p, int num_bytes, int line) {
     BytesBarrier* barrier = bytes_barrier(p, line);
     if (!barrier->pending) fail("line %d: more arrivals than the barrier has", line);
+    if (stored(self->lane)) fail("line %d: what was stored before is not fenced", line);
     barrier->bytes += num_bytes;
     --barrier->pending;
     end_phase_if_complete(barrier);
@@ -123,6 +139,9 @@ inline void mbarrier_init(uint64_t* p, int arrivals, CALLER) {
     if (arrivals < 1 || arrivals > 255) shim::fail("line %d: %d arrivals", line, arrivals);
     const shim::BytesBarrier made = {uint8_t(arrivals), uint8_t(arrivals), 0, 0x5a, 0};
     memcpy(static_cast<void*>(p), &made, 8);
+    if (shim::block->num_barriers == 128) shim::fail("line %d: too many barriers", line);
+    shim::block->barriers[shim::block->num_barriers++] = p;
+    memset(shim::has_stored + shim::block->index.x % shim::cluster_blocks * 1024, 0, 1024);
     int kept = 0;  // what a launch that failed has left
     for (int i = 0; i < shim::num_bulk_copies; ++i) {
         const shim::BulkCopy copy = shim::bulk_copies[i];

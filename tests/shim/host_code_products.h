@@ -6,6 +6,7 @@ inline void st_shared_16(void* p, const uint4& v, CALLER) {
     if (!shim::in_shared(p, 16)) shim::fail("line %d: a store not to shared memory", line);
     if (!is_aligned_16(p)) shim::fail("line %d: a 16-byte store not aligned to 16", line);
     *static_cast<uint4*>(p) = v;
+    shim::stored(shim::self->lane) = true;
 }
 
 inline void hold_vector(uint4&) {}

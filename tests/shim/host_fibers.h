@@ -63,6 +63,8 @@ struct Block {
     char* static_copy;  // shared memory while another block runs
     char* dynamic_copy;
     bool started;
+    uint64_t* barriers[128];  // that were made, while bytes are counted on them
+    int num_barriers;
     int cluster_arrived;     // threads at the cluster's barrier; counted in its first block
     unsigned cluster_phase;
 };

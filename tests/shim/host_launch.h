@@ -21,10 +21,12 @@ static Block* all_blocks;
 static AsyncCopy* all_copies;
 static size_t num_allocated_fibers, num_allocated_blocks;
 
+static void (*block_ends)();  // what is looked at when its last thread is done
+
 static void fiber_main() {
     call_kernel(call_arguments);
     self->state = DONE;
-    ++block->num_done;
+    if (++block->num_done == int(block_size.x) && block_ends) block_ends();
     to_scheduler();
     abort();
 }

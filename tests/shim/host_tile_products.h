@@ -145,7 +145,10 @@ static bool has_fenced[8 * 1024];
 inline bool& fenced(int lane) {
     return has_fenced[shim::block->index.x % shim::cluster_blocks * 1024 + shim::self->warp * 32 + lane];
 }
-inline void shared_to_async_fence() { fenced(shim::self->lane) = true; }
+inline void shared_to_async_fence() {
+    fenced(shim::self->lane) = true;
+    shim::stored(shim::self->lane) = false;
+}
 
 // Lands as late as any copy: what its source is then, is copied. All of the warp must have fenced.
 inline void copy_to_rank(
