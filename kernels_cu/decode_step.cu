@@ -173,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
                 load_attended(rows, start + 2 * (i - 1) + 1, q_size, first, count);
                 users_sync();
             } else if (kind == DOWN) {
-                load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count);
+                load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count, 0,
+                           SEQUENCES);
                 users_sync();
             } else {
                 load_normed(rows, x, i == 0 ? 0 : start + 2 * (i - 1), eps, hidden_size);

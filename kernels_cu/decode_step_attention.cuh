@@ -339,7 +339,7 @@ __device__ __noinline__ void load_attended(
         has_parts = has_parts || memory.attention.num_parts(memory.kv_lens[token]) > 1;
     }
     if (!has_parts) {
-        load_words(rows, memory.words.attended, moment, num_inputs, first, count);
+        load_words(rows, memory.words.attended, moment, num_inputs, first, count, 0, SEQUENCES);
         return;
     }
     const int spans = count / SPAN;  // of a token

@@ -2,7 +2,8 @@
 // rows of weights, and what becomes of them.
 //
 // What is read here was written by other blocks a moment ago and comes from L2, so a thread asks for
-// several words at once.
+// many words at once: nothing that says whether one is needed, or there, may stand between the loads,
+// or they wait for each other, one way to L2 and back after the other.
 #pragma once
 
 #include "decode_step_words.cuh"
@@ -18,7 +19,9 @@ constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a t
 constexpr int SPAN = 4;                                    // inputs that a lane takes at a time
 constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
 
-constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;        // that a thread asks for at once
+// Spans that a thread asks for at once: of what is normalised, and of all else.
+constexpr int NORM_SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;
+constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 16 : 8;
 
 // Two words: 16 bytes a lane, side by side, are what memory gives without waste.
 union InputSpan {
@@ -33,6 +36,39 @@ __device__ __forceinline__ InputSpan load_span(const scalar_t* p) {
 }
 __device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
     store_vec<scalar_t, SPAN>(p, span.values);
+}
+
+// N spans of words of one moment: span i is number_of(i) of `words`; where there is none, the number is
+// one that exists. While some are missing, one of them alone is asked for again: all that all blocks
+// wait for would leave L2 no time for anything else.
+template <int N, typename NumberOf>
+__device__ __forceinline__ void wait_for_spans(
+    const uint64_t* words, const NumberOf& number_of, Moment moment, InputSpan (&spans)[N]) {
+    constexpr int WORDS = SPAN / 2;
+#pragma unroll 1
+    while (true) {
+        uint64_t found[N][WORDS];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            load_two_words(words + number_of(i) * WORDS, found[i][0], found[i][1]);
+        }
+        uint32_t distances[2] = {0, 0};  // added up without a branch, in two chains
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            distances[0] |= distance(found[i][0], moment);
+            distances[1] |= distance(found[i][1], moment);
+            spans[i].pairs[0] = static_cast<uint32_t>(found[i][0]);
+            spans[i].pairs[1] = static_cast<uint32_t>(found[i][1]);
+        }
+        if ((distances[0] | distances[1]) == 0) break;
+        int missing = 0;
+#pragma unroll
+        for (int i = 1; i < N; ++i) {
+            if (!is_of(found[i][0], moment) || !is_of(found[i][1], moment)) missing = i;
+        }
+        uint32_t alone[WORDS];
+        wait_for_words(words + number_of(missing) * WORDS, moment, alone);
+    }
 }
 
 // The inputs of all tokens, a tile of them, as rows of shared memory.
@@ -71,33 +107,27 @@ __device__ __noinline__ void load_normed(
     const int end = token < SEQUENCES ? num_inputs : 0;
     float sum = 0.0f;
 #pragma unroll 1
-    for (int first = first_norm_input(); first < end; first += SPANS_AHEAD * NORM_STEP) {
-        InputSpan spans[SPANS_AHEAD];
-        bool all;
-        do {
-            all = true;
+    for (int first = first_norm_input(); first < end; first += NORM_SPANS_AHEAD * NORM_STEP) {
+        InputSpan spans[NORM_SPANS_AHEAD];
+        const auto number_of = [&](int i) { return min(first + i * NORM_STEP, end - SPAN) / SPAN; };
+        if (moment == 0) {
 #pragma unroll
-            for (int i = 0; i < SPANS_AHEAD; ++i) {
-                const int k = first + i * NORM_STEP;
-                spans[i].pairs[0] = spans[i].pairs[1] = 0;
-                if (k >= end) continue;
-                if (moment == 0) {
-                    spans[i] = load_span(embeddings + start + k);
-                } else {
-                    all = try_words(words + k / 2, moment, spans[i].pairs) && all;
-                }
+            for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
+                spans[i] = load_span(embeddings + start + number_of(i) * SPAN);
             }
-            if (!all) spin_wait();
-        } while (!all);
+        } else {
+            wait_for_spans(words, number_of, moment, spans);
+        }
 #pragma unroll
-        for (int i = 0; i < SPANS_AHEAD; ++i) {
+        for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
+            const int k = first + i * NORM_STEP;
+            if (k >= end) break;
 #pragma unroll
             for (int j = 0; j < SPAN; ++j) {
                 const float value = to_float(spans[i].values.data[j]);
                 sum += value * value;
             }
-            const int k = first + i * NORM_STEP;
-            if (k < end) put_span(row + k, spans[i]);
+            put_span(row + k, spans[i]);
         }
     }
     sum = warp_sum(sum);
@@ -122,35 +152,31 @@ __device__ __noinline__ void load_normed(
     users_sync();
 }
 
-// Inputs first … first + count - 1 of all tokens, from words [SEQUENCES, num_inputs / 2], to the rows.
-// All threads that compute come; a barrier must follow.
+// Inputs first … first + count - 1 of some tokens in a row, from words [SEQUENCES, num_inputs / 2], to
+// the rows. All threads that compute come; a barrier must follow.
 __device__ __noinline__ void load_words(
     const TileRows rows, const uint64_t* words, Moment moment, int num_inputs, int first,
-    int count) {
-    const int spans = count / SPAN;  // of a token
-#pragma unroll 1
-    for (int start = threadIdx.x; start < SEQUENCES * spans; start += SPANS_AHEAD * USERS) {
-        InputSpan found[SPANS_AHEAD];
-        bool all;
-        do {
-            all = true;
+    int count, int first_token, int num_tokens) {
+    const int spans = count / SPAN, total = num_tokens * spans;  // of a token, of all
+    const auto token_of = [&](int span) {
+        int token = first_token;
 #pragma unroll
-            for (int i = 0; i < SPANS_AHEAD; ++i) {
-                const int span = start + i * USERS;
-                if (span >= SEQUENCES * spans) continue;
-                const int token = SEQUENCES == 1 ? 0 : span / spans;
-                const int k = first + (span - token * spans) * SPAN;
-                const int64_t at = (static_cast<int64_t>(token) * num_inputs + k) / 2;
-                all = try_words(words + at, moment, found[i].pairs) && all;
-            }
-            if (!all) spin_wait();
-        } while (!all);
+        for (int i = 1; i < SEQUENCES; ++i) token += span >= i * spans ? 1 : 0;
+        return token;
+    };
+#pragma unroll 1
+    for (int start = threadIdx.x; start < total; start += SPANS_AHEAD * USERS) {
+        InputSpan found[SPANS_AHEAD];
+        const auto number_of = [&](int i) {
+            const int span = min(start + i * USERS, total - 1), token = token_of(span);
+            return (token * num_inputs + first) / SPAN + span - (token - first_token) * spans;
+        };
+        wait_for_spans(words, number_of, moment, found);
 #pragma unroll
         for (int i = 0; i < SPANS_AHEAD; ++i) {
-            const int span = start + i * USERS;
-            if (span >= SEQUENCES * spans) continue;
-            const int token = SEQUENCES == 1 ? 0 : span / spans;
-            put_span(rows.row(token) + (span - token * spans) * SPAN, found[i]);
+            const int span = start + i * USERS, token = token_of(span);
+            if (span >= total) break;
+            put_span(rows.row(token) + (span - (token - first_token) * spans) * SPAN, found[i]);
         }
     }
 }

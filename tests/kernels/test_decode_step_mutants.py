@@ -47,8 +47,8 @@ MUTANTS = [
     ),
     Mutant(
         "words of any moment are taken",
-        "return static_cast<uint32_t>(word >> 32) == moment;",
-        "return true;",
+        "return static_cast<uint32_t>(word >> 32) ^ moment;",
+        "return 0;",
     ),
     Mutant(
         "no barrier before sums are added up",
