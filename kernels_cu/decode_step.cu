@@ -28,6 +28,7 @@
 #if HAS_BULK_COPY && SCALAR != 0 && CACHE == SCALAR && RESIDUAL == SCALAR && HEAD_SIZE % 16 == 0
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
+#include "decode_step_merge.cuh"
 #include "decode_step_weights.cuh"
 #include "hopper.cuh"
 

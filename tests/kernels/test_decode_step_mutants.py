@@ -108,8 +108,8 @@ MUTANTS = [
     ),
     Mutant(
         "the last part of a context is not merged",
-        "first < parts; first += AHEAD",
-        "first < parts - 1; first += AHEAD",
+        "part < parts; part += PARTS_AHEAD",
+        "part < parts - 1; part += PARTS_AHEAD",
         "several parts",
     ),
 ]
