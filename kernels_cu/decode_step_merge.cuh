@@ -75,20 +75,20 @@ struct MergedSpan {
     }
 };
 
-// Inputs first … first + count - 1 of a token, merged from its parts, to its row.
+// Inputs first … first + count - 1 of a token, merged from its parts, to the rows.
 __device__ __forceinline__ void merge_parts(
-    scalar_t* row, int token, int parts, Moment moment, int first, int count) {
+    const TileRows& rows, int token, int parts, Moment moment, int first, int count) {
     const StepMemory& memory = step_memory();
-    const int spans = count / SPAN;
     const uint64_t* states = memory.words.part_states;
     const uint64_t* values = memory.words.part_values;
 #pragma unroll 1
-    for (int start = threadIdx.x; start < spans; start += MERGED_SPANS * USERS) {
-        int rows[MERGED_SPANS], columns[MERGED_SPANS];
+    for (int start = threadIdx.x; start < whole_spans(count); start += MERGED_SPANS * USERS) {
+        const auto place_of = [&](int i) { return SpanPlace{token, (start + i * USERS) * SPAN}; };
+        int heads[MERGED_SPANS], columns[MERGED_SPANS];
 #pragma unroll
         for (int i = 0; i < MERGED_SPANS; ++i) {  // where there is no span, the last one again
-            const int k = first + min(start + i * USERS, spans - 1) * SPAN;
-            rows[i] = static_cast<int>(memory.attention.part_row(token, k / HEAD_SIZE, 0));
+            const int k = first + min(place_of(i).k, count - SPAN);
+            heads[i] = static_cast<int>(memory.attention.part_row(token, k / HEAD_SIZE, 0));
             columns[i] = k % HEAD_SIZE;
         }
         MergedSpan merged[MERGED_SPANS];
@@ -99,17 +99,17 @@ __device__ __forceinline__ void merge_parts(
             while (true) {
 #pragma unroll
                 for (int i = 0; i < MERGED_SPANS; ++i) {
-                    const int64_t at = rows[i] + part;
+                    const int64_t at = heads[i] + part;
                     read[i].load(states + at * 2, values + at * HEAD_SIZE + columns[i], parts - part);
                 }
                 uint32_t distances = 0;
 #pragma unroll
                 for (int i = 0; i < MERGED_SPANS; ++i) distances |= read[i].apart(moment);
                 if (distances == 0) break;
-                int missing = rows[0];
+                int missing = heads[0];
 #pragma unroll
                 for (int i = 1; i < MERGED_SPANS; ++i) {
-                    if (read[i].apart(moment) != 0) missing = rows[i];
+                    if (read[i].apart(moment) != 0) missing = heads[i];
                 }
                 uint32_t state[2];  // which is one place for all that need something of its head
                 wait_for_words(states + static_cast<int64_t>(missing + part) * 2, moment, state);
@@ -118,11 +118,10 @@ __device__ __forceinline__ void merge_parts(
 #pragma unroll
             for (int i = 0; i < MERGED_SPANS; ++i) merged[i].add(read[i], parts - part);
         }
+        InputSpan spans[MERGED_SPANS];
 #pragma unroll
-        for (int i = 0; i < MERGED_SPANS; ++i) {
-            const int span = start + i * USERS;
-            if (span < spans) put_span(row + span * SPAN, merged[i].finished());
-        }
+        for (int i = 0; i < MERGED_SPANS; ++i) spans[i] = merged[i].finished();
+        put_inputs(rows, place_of, count, spans);
     }
 }
 
@@ -134,7 +133,7 @@ __device__ __noinline__ void load_attended(
     for (int token = 0; token < SEQUENCES; ++token) {
         const int parts = memory.attention.num_parts(memory.kv_lens[token]);
         if (parts > 1) {
-            merge_parts(rows.row(token), token, parts, moment, first, count);
+            merge_parts(rows, token, parts, moment, first, count);
         } else {
             load_words(rows, memory.words.attended, moment, num_inputs, first, count, token, 1);
         }

@@ -16,12 +16,12 @@
 
 constexpr int SEQUENCES_POWER = SEQUENCES <= 2 ? SEQUENCES : 4;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
-constexpr int SPAN = 4;                                    // inputs that a lane takes at a time
-constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
+constexpr int ROW_SPANS = 32;                              // of a warp's lanes, side by side
+constexpr int NORM_STEP = TOKEN_WARPS * ROW_SPANS * SPAN;         // inputs of a token taken at a time
 
 // Spans that a thread asks for at once: of what is normalised, and of all else.
 constexpr int NORM_SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;
-constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 16 : 8;
+constexpr int SPANS_AHEAD = SEQUENCES == 1 ? 16 : 8;
 
 // Two words: 16 bytes a lane, side by side, are what memory gives without waste.
 union InputSpan {
@@ -81,7 +81,60 @@ struct TileRows {
     __device__ __forceinline__ scalar_t* row(int token) const {
         return step_inputs() + token * stride;
     }
+    // Behind them.
+    __device__ __forceinline__ float* group_sums() const {
+        return reinterpret_cast<float*>(row(SEQUENCES));
+    }
 };
+
+// Spans of `count` inputs that lanes take side by side: as many as there are, and more to a whole warp.
+__device__ __forceinline__ int whole_spans(int count) {
+    return (count / SPAN + ROW_SPANS - 1) / ROW_SPANS * ROW_SPANS;
+}
+
+// Where a span is: `k` is the first of its inputs in the tile. From the tile's end on there is none.
+struct SpanPlace {
+    int token, k;
+
+    __device__ __forceinline__ int chunk() const {
+        return static_cast<uint32_t>(k) / (ROW_SPANS * SPAN);
+    }
+};
+
+// N spans to the rows of a tile of `count` inputs, with int4 also the sums of their groups. place_of(i):
+// of span i of this lane; the warp's lanes have ROW_SPANS side by side. Whole warps come.
+template <int N, typename PlaceOf>
+__device__ __forceinline__ void put_inputs(
+    const TileRows& rows, const PlaceOf& place_of, int count, const InputSpan (&spans)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const SpanPlace place = place_of(i);
+        if (place.k < count) put_span(rows.row(place.token) + place.k, spans[i]);
+    }
+#if HAS_CODES
+    if constexpr (HAS_GROUP_SUMS) {
+        static_assert(SPAN * ROW_SPANS == CHUNK, "sums of a warp are of whole groups");
+        constexpr int TOGETHER = N < 4 ? N : 4;
+#pragma unroll
+        for (int first = 0; first < N; first += TOGETHER) {
+            float sums[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const Vec<scalar_t, SPAN>& values = spans[first + i].values;
+                const float sum = (to_float(values.data[0]) + to_float(values.data[1])) +
+                                  (to_float(values.data[2]) + to_float(values.data[3]));
+                sums[i] = place_of(first + i).k < count ? sum : 0.0f;
+            }
+            const float sum = sum_groups(sums);
+            const SpanPlace place = place_of(first + own_sum<TOGETHER>());
+            if (stores_sum<TOGETHER>() && place.chunk() * CHUNK < count) {
+                const int group = static_cast<uint32_t>(place.k) / GROUP;
+                rows.group_sums()[group * SUM_TOKENS + place.token] = sum;
+            }
+        }
+    }
+#endif
+}
 
 __device__ __forceinline__ int first_norm_input() {
     return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
@@ -109,7 +162,9 @@ __device__ __noinline__ void load_normed(
 #pragma unroll 1
     for (int first = first_norm_input(); first < end; first += NORM_SPANS_AHEAD * NORM_STEP) {
         InputSpan spans[NORM_SPANS_AHEAD];
-        const auto number_of = [&](int i) { return min(first + i * NORM_STEP, end - SPAN) / SPAN; };
+        const auto number_of = [&](int i) {
+            return static_cast<uint32_t>(min(first + i * NORM_STEP, end - SPAN)) / SPAN;
+        };
         if (moment == 0) {
 #pragma unroll
             for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
@@ -139,15 +194,26 @@ __device__ __noinline__ void load_normed(
     for (int w = 0; w < TOKEN_WARPS; ++w) sum += sums[token * TOKEN_WARPS + w];
     const float factor = rsqrtf(sum / num_inputs + eps);
 #pragma unroll 1
-    for (int k = first_norm_input(); k < end; k += NORM_STEP) {
-        InputSpan span = load_span(row + k);
-        const InputSpan weight = load_span(step_norm() + k);
+    for (int first = first_norm_input(); first < whole_spans(end) * SPAN;
+         first += NORM_SPANS_AHEAD * NORM_STEP) {
+        InputSpan spans[NORM_SPANS_AHEAD], weights[NORM_SPANS_AHEAD];
+        const auto place_of = [&](int i) { return SpanPlace{token, first + i * NORM_STEP}; };
 #pragma unroll
-        for (int j = 0; j < SPAN; ++j) {
-            span.values.data[j] = from_float<scalar_t>(
-                to_float(span.values.data[j]) * factor * to_float(weight.values.data[j]));
+        for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
+            const int k = min(place_of(i).k, end - SPAN);
+            spans[i] = load_span(row + k);
+            weights[i] = load_span(step_norm() + k);
         }
-        put_span(row + k, span);
+#pragma unroll
+        for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
+#pragma unroll
+            for (int j = 0; j < SPAN; ++j) {
+                spans[i].values.data[j] =
+                    from_float<scalar_t>(to_float(spans[i].values.data[j]) * factor *
+                                         to_float(weights[i].values.data[j]));
+            }
+        }
+        put_inputs(rows, place_of, end, spans);
     }
     users_sync();
 }
@@ -157,27 +223,24 @@ __device__ __noinline__ void load_normed(
 __device__ __noinline__ void load_words(
     const TileRows rows, const uint64_t* words, Moment moment, int num_inputs, int first,
     int count, int first_token, int num_tokens) {
-    const int spans = count / SPAN, total = num_tokens * spans;  // of a token, of all
-    const auto token_of = [&](int span) {
-        int token = first_token;
-#pragma unroll
-        for (int i = 1; i < SEQUENCES; ++i) token += span >= i * spans ? 1 : 0;
-        return token;
-    };
+    const int spans = whole_spans(count), total = num_tokens * spans;  // of a token, of all
 #pragma unroll 1
     for (int start = threadIdx.x; start < total; start += SPANS_AHEAD * USERS) {
         InputSpan found[SPANS_AHEAD];
+        const auto place_of = [&](int i) {
+            const int span = start + i * USERS;
+            int number = 0;
+#pragma unroll
+            for (int n = 1; n < SEQUENCES; ++n) number += n < num_tokens && span >= n * spans ? 1 : 0;
+            return SpanPlace{first_token + number, (span - number * spans) * SPAN};
+        };
         const auto number_of = [&](int i) {
-            const int span = min(start + i * USERS, total - 1), token = token_of(span);
-            return (token * num_inputs + first) / SPAN + span - (token - first_token) * spans;
+            const SpanPlace place = place_of(i);
+            const int k = place.token * num_inputs + first + min(place.k, count - SPAN);
+            return static_cast<uint32_t>(k) / SPAN;
         };
         wait_for_spans(words, number_of, moment, found);
-#pragma unroll
-        for (int i = 0; i < SPANS_AHEAD; ++i) {
-            const int span = start + i * USERS, token = token_of(span);
-            if (span >= total) break;
-            put_span(rows.row(token) + (span - (token - first_token) * spans) * SPAN, found[i]);
-        }
+        put_inputs(rows, place_of, count, found);
     }
 }
 
@@ -266,7 +329,6 @@ __device__ __forceinline__ void run_product(
     const StepShare share(product);
     const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
-    float* group_sums = reinterpret_cast<float*>(rows.row(SEQUENCES));
     const Finisher own(product);
     int buffer = 0;
     if (share.first_unit == share.end_unit) {
@@ -288,12 +350,8 @@ __device__ __forceinline__ void run_product(
             if (first == share.first_unit) {
                 if (start > 0) users_sync();  // nobody uses the tile before
                 load(rows, start, count);
-                if (HAS_GROUP_SUMS) {
-                    sum_groups(group_sums, rows.row(0), rows.stride, count);
-                    users_sync();
-                }
             }
-            sum_units(place, units, count, own_inputs, group_sums, partials, start > 0);
+            sum_units(place, units, count, own_inputs, rows.group_sums(), partials, start > 0);
             place.advance(units * ((count + STAGE_INPUTS - 1) / STAGE_INPUTS));
         }
         users_sync();
