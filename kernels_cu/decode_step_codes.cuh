@@ -277,13 +277,13 @@ __device__ __forceinline__ void sum_own_stages(
     };
     const auto load_inputs = [&](ChunkInputs& values, int stage, int turn) {
         const int k = stage * STAGE_INPUTS + chunk_of(turn) * CHUNK;
-        values.load<WHOLE>(inputs + k, group_sums + k / GROUP * SUM_TOKENS, num_inputs - k);
+        const int first = stage * (STAGE_INPUTS / GROUP) + chunk_of(turn) * GROUPS;
+        values.load<WHOLE>(inputs + k, group_sums + first * SUM_TOKENS, num_inputs - k);
     };
     const auto wait = [&] { mbarrier_wait(&memory.is_full[own.stage], own.phase); };
     const auto leave = [&] {
         mbarrier_arrive_warp(&memory.is_free[own.stage]);
-        own.next();
-        own.next();
+        own.next_two();
     };
     // The stage's products are in the sums; `next` is not of its unit: this one has all of its sums.
     const auto go_to = [&](const UnitStage& next) {
@@ -300,7 +300,7 @@ __device__ __forceinline__ void sum_own_stages(
         ChunkInputs values;
         wait();
         load_codes(weights, at.stage, 0);
-#pragma unroll 1
+#pragma unroll (WHOLE ? 2 : 1)  // so that codes read ahead need not go to other registers
         for (int i = group + 2; i < total; i += 2) {
             const UnitStage next = at.next(stages);
             leave();  // it was read a turn ago, and nothing is left to wait for

@@ -82,6 +82,12 @@ MUTANTS = [
         LARGE,
     ),
     Mutant(
+        "the ring's end is gone beyond",
+        "const bool is_last = stage >= RING_STAGES - 2;",
+        "const bool is_last = stage > RING_STAGES - 2;",
+        "inputs beyond a stage",
+    ),
+    Mutant(
         "a chunk is not announced",
         "mbarrier_arrive_expecting(full, bytes);",
         "mbarrier_arrive_expecting(full, bytes - CHUNK_BYTES);",
@@ -164,7 +170,7 @@ MUTANTS = [
     ),
     Mutant(
         "every chunk takes the sums of the first",
-        "group_sums + k / GROUP * SUM_TOKENS",
+        "group_sums + first * SUM_TOKENS",
         "group_sums",
         "inputs beyond a stage",
     ),
