@@ -351,6 +351,7 @@ __device__ __forceinline__ void run_product(
                 if (start > 0) users_sync();  // nobody uses the tile before
                 load(rows, start, count);
             }
+            if (SUM_BUFFERS == 1 && first > share.first_unit) users_sync();  // nobody reads the sums before
             sum_units(place, units, count, own_inputs, rows.group_sums(), partials, start > 0);
             place.advance(units * ((count + STAGE_INPUTS - 1) / STAGE_INPUTS));
         }
@@ -370,6 +371,6 @@ __device__ __forceinline__ void run_product(
             const float neighbour = shuffle_xor(sum, 1);
             if (finishes && output % 2 == 0) store_pair(words + at / 2, sum, neighbour, moment);
         }
-        buffer ^= 1;
+        buffer = (buffer + 1) % SUM_BUFFERS;
     }
 }

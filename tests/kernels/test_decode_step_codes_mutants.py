@@ -262,6 +262,12 @@ MUTANTS = [
         "        float sum = 0.0f, second",
     ),
     Mutant(
+        "sums are overwritten before they are added up",
+        "if (SUM_BUFFERS == 1 && first > share.first_unit) users_sync();",
+        "",
+        "inputs beyond a stage",
+    ),
+    Mutant(
         "the residual stream ends in the first token's place",
         "return x + own.token * sizes.hidden_size + own",
         "return x + own",
