@@ -4,7 +4,7 @@
 // As with all words, everything that a turn needs is asked for before any of it is looked at.
 #pragma once
 
-#include "decode_step_products.cuh"
+#include "decode_step_inputs.cuh"
 
 // Spans that a thread merges at once, and parts of each that it asks for at once: registers are short.
 constexpr int MERGED_SPANS = 2, PARTS_AHEAD = 2;

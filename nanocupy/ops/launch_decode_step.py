@@ -189,7 +189,7 @@ def memory_bytes(
 
 
 def input_bytes(num_sequences: int, num_inputs: int, weights: PackedFormat | None = None) -> int:
-    """The rows of inputs behind it, TileRows of decode_step_products.cuh, and with int4 the sums of
+    """The rows of inputs behind it, TileRows of decode_step_inputs.cuh, and with int4 the sums of
     their groups."""
     size = num_sequences * 2 * (-(-num_inputs // 64) * 64 + 32)
     if weights is not None and weights.kind == "int4":
