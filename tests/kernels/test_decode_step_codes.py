@@ -200,7 +200,7 @@ def test_sizes_of_a_stage_and_of_a_row_of_the_table() -> None:
     assert table_words(PackedFormat("int4", 128)) == table_words(None) + 2
 
 
-@pytest.mark.parametrize("count, most", [(1, 256), (2, 128), (4, 64)])
+@pytest.mark.parametrize(("count", "most"), [(1, 256), (2, 128), (4, 64)])
 def test_strips_of_more_rows_than_a_block_can_finish(count, most) -> None:
     """A block keeps its values of the residual stream: a thread one."""
     form = packed_format("int4", 4096, 128)
