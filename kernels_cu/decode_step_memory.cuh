@@ -125,6 +125,7 @@ struct alignas(128) StepMemory {
     float states[USER_WARPS][8][2];  // maxima and sums of the warps
     StepAttention attention;
     StepWords words;
+    StepShare shares[HEAD + 1];  // this block's, of the products by kind
     int32_t kv_lens[4];
     int32_t slots[4];
 };

@@ -85,7 +85,7 @@ template <typename Load>
 __device__ __forceinline__ void run_product(
     RingPlace& place, const StepProduct& product, Moment moment, uint64_t* words, float* logits,
     float& stream, int tile_inputs, const Load& load) {
-    const StepShare share(product);
+    const StepShare share = step_memory().shares[product.kind];
     const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
     const Finisher own(product);

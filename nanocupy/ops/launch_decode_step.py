@@ -184,7 +184,7 @@ def memory_bytes(
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * table_words(weights) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 16
+    size += 2 * 8 * table_words(weights) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 5 * 8 + 2 * 16
     return -(-size // 128) * 128
 
 

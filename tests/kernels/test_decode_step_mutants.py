@@ -51,6 +51,11 @@ MUTANTS = [
         "return 0;",
     ),
     Mutant(
+        "the share of another product",
+        "step_memory().shares[product.kind];",
+        "step_memory().shares[QKV];",
+    ),
+    Mutant(
         "no barrier before sums are added up",
         "        users_sync();\n        float sum = 0.0f, second",
         "        float sum = 0.0f, second",
