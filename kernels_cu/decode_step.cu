@@ -28,19 +28,24 @@
 #if HAS_BULK_COPY && SCALAR != 0 && CACHE == SCALAR && RESIDUAL == SCALAR && HEAD_SIZE % 16 == 0
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
+#include "decode_step_merge.cuh"
 #include "decode_step_weights.cuh"
 #include "hopper.cuh"
 
 // What of a step is the same for all layers, to shared memory. All threads that compute come.
 __device__ __forceinline__ void load_batch(
-    const StepAttention& attention, const StepWords& words, const float* rope,
-    const int32_t* kv_lens, const int32_t* slots) {
+    const StepSizes& sizes, const StepAttention& attention, const StepWords& words,
+    const float* rope, const int32_t* kv_lens, const int32_t* slots) {
     StepMemory& memory = step_memory();
 #pragma unroll 1
     for (int i = threadIdx.x; i < SEQUENCES * HEAD_SIZE; i += USERS) memory.rope[0][i] = rope[i];
     if (threadIdx.x == 0) {
         memory.attention = attention;
         memory.words = words;
+    }
+    // Once, as each takes divisions, one behind the other, that all would wait for before every product.
+    if (threadIdx.x <= HEAD) {
+        memory.shares[threadIdx.x] = StepShare(sizes.product(static_cast<int>(threadIdx.x)));
     }
     if (threadIdx.x < SEQUENCES) {
         memory.kv_lens[threadIdx.x] = kv_lens[threadIdx.x];
@@ -61,7 +66,7 @@ __device__ __forceinline__ void request_layer(const StepLayer* table, int i) {
 // the next; null where it has none.
 __device__ __forceinline__ scalar_t* own_value(scalar_t* x, const StepSizes& sizes) {
     const StepProduct product = sizes.product(OUTPUT);
-    const StepShare share(product);
+    const StepShare& share = step_memory().shares[OUTPUT];
     const Finisher own(product);
     if (!own.finishes(product, share.first_unit, share.end_unit - share.first_unit)) return nullptr;
     return x + own.token * sizes.hidden_size + own.output_of(share.first_unit);
@@ -140,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
     cp_async_commit();
     grid_dependency_wait();
     cp_async_wait<0>();
-    load_batch({block_tables, eps, scale, num_kv_heads, heads_per_group, block_size, table_width,
+    load_batch(sizes,
+               {block_tables, eps, scale, num_kv_heads, heads_per_group, block_size, table_width,
                 max_parts, part_tokens},
                words_from(words, sizes, num_kv_heads * heads_per_group, max_parts), rope, kv_lens, slots);
     // The keys and values of this block's first item lie in the same rows of every layer's cache.
@@ -173,7 +179,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) decode_step(
                 load_attended(rows, start + 2 * (i - 1) + 1, q_size, first, count);
                 users_sync();
             } else if (kind == DOWN) {
-                load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count);
+                load_words(rows, buffers.activated, start + 2 * (i - 1), ffn_size, first, count, 0,
+                           SEQUENCES);
                 users_sync();
             } else {
                 load_normed(rows, x, i == 0 ? 0 : start + 2 * (i - 1), eps, hidden_size);

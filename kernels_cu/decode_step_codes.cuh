@@ -2,8 +2,7 @@
 //
 // Codes become 16-bit numbers in registers, exactly. The products of a group are summed in float32 by
 // themselves; then they meet the scales of its rows, and with int4 the sum of its inputs meets their
-// offsets. These sums are made once for all rows, when the inputs are there. The order of all sums is
-// fixed.
+// offsets. These sums are made once for all rows, as the inputs come. The order of all sums is fixed.
 #pragma once
 
 #include "decode_step_memory.cuh"
@@ -38,35 +37,32 @@ __device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) 
 constexpr bool HAS_GROUP_SUMS = WEIGHT_KIND == 1;
 constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4, SUM_PAIRS = (SUM_TOKENS + 1) / 2;
 
-// rows: of the tokens, `stride` inputs apart; what is beyond `num_inputs`, a multiple of 32, counts as 0
-// up to a whole chunk. All threads that compute come; a barrier must follow.
-__device__ __forceinline__ void sum_groups(
-    float* to, const scalar_t* rows, int stride, int num_inputs) {
-    constexpr int PIECE = 16, PIECES = GROUP / PIECE;  // inputs of a thread, threads of a group
-    const int pieces = (num_inputs + CHUNK - 1) / CHUNK * (CHUNK / PIECE);
-#pragma unroll 1
-    for (int token = 0; token < SEQUENCES; ++token) {
-#pragma unroll 2
-        for (int first = warp_id() * WARP_SIZE; first < pieces; first += USERS) {
-            const int piece = first + lane_id();
-            float sum = 0.0f;
-            if (piece * PIECE < num_inputs) {
-                const scalar_t* from = rows + token * stride + piece * PIECE;
-                float low[8], high[8];
-                load_floats<scalar_t, 8>(from, low);
-                load_floats<scalar_t, 8>(from + 8, high);
+// They are made of sums of SPAN inputs a lane, those of a warp's lanes side by side: a chunk.
+constexpr int SPAN = CHUNK / WARP_SIZE, GROUP_LANES = GROUP / SPAN;
+
+// Of N sums of every lane, 1, 2 or 4, one over the lanes of its group: that of number own_sum<N>(), which
+// the first of some lanes with the same number stores. Lanes hand each other half of what they have, so
+// that N sums take hardly more shuffles than one.
+template <int N>
+__device__ __forceinline__ float sum_groups(float (&sums)[N]) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) low[i] += high[i];
-                sum = ((low[0] + low[1]) + (low[2] + low[3])) +
-                      ((low[4] + low[5]) + (low[6] + low[7]));
-            }
-            sum = warp_sum<PIECES>(sum);
-            if (piece < pieces && piece % PIECES == 0) {
-                to[piece / PIECES * SUM_TOKENS + token] = sum;
-            }
+    for (int left = N / 2, lanes = GROUP_LANES / 2; left > 0; left /= 2, lanes /= 2) {
+        const bool is_upper = lane_id() & lanes;
+#pragma unroll
+        for (int i = 0; i < left; ++i) {
+            const float lower = sums[2 * i], upper = sums[2 * i + 1];
+            sums[i] = (is_upper ? upper : lower) + shuffle_xor(is_upper ? lower : upper, lanes);
         }
     }
+    return warp_sum<GROUP_LANES / N>(sums[0]);
 }
+template <int N>
+__device__ __forceinline__ int own_sum() {
+    const int part = lane_id() % GROUP_LANES / (GROUP_LANES / N);
+    return N == 4 ? part / 2 + part % 2 * 2 : part;
+}
+template <int N>
+__device__ __forceinline__ bool stores_sum() { return lane_id() % (GROUP_LANES / N) == 0; }
 
 // What lane 4 g + t has of some chunks of weights: its vectors of codes, and the scales, with int4 scales
 // and offsets, of rows g and g + 8 for every group.
@@ -281,13 +277,13 @@ __device__ __forceinline__ void sum_own_stages(
     };
     const auto load_inputs = [&](ChunkInputs& values, int stage, int turn) {
         const int k = stage * STAGE_INPUTS + chunk_of(turn) * CHUNK;
-        values.load<WHOLE>(inputs + k, group_sums + k / GROUP * SUM_TOKENS, num_inputs - k);
+        const int first = stage * (STAGE_INPUTS / GROUP) + chunk_of(turn) * GROUPS;
+        values.load<WHOLE>(inputs + k, group_sums + first * SUM_TOKENS, num_inputs - k);
     };
     const auto wait = [&] { mbarrier_wait(&memory.is_full[own.stage], own.phase); };
     const auto leave = [&] {
         mbarrier_arrive_warp(&memory.is_free[own.stage]);
-        own.next();
-        own.next();
+        own.next_two();
     };
     // The stage's products are in the sums; `next` is not of its unit: this one has all of its sums.
     const auto go_to = [&](const UnitStage& next) {
@@ -304,7 +300,7 @@ __device__ __forceinline__ void sum_own_stages(
         ChunkInputs values;
         wait();
         load_codes(weights, at.stage, 0);
-#pragma unroll 1
+#pragma unroll (WHOLE ? 2 : 1)  // so that codes read ahead need not go to other registers
         for (int i = group + 2; i < total; i += 2) {
             const UnitStage next = at.next(stages);
             leave();  // it was read a turn ago, and nothing is left to wait for

@@ -97,15 +97,19 @@ __device__ __forceinline__ void set_pointers(StepProduct& product, const StepLay
 #endif
 }
 
-// Units of a product whose sums are merged at one barrier.
-constexpr int GROUP_UNITS = (SEQUENCES <= 2 ? 128 : 64) / UNIT_ROWS;
+// Units of a product whose sums are merged at one barrier, at which all warps stand still. Of codes of one
+// sequence these are as many rows as there are threads, and the next ones wait until their sums are read;
+// else one buffer is written while one is read.
+constexpr int GROUP_ROWS = HAS_CODES && SEQUENCES == 1 ? 256 : SEQUENCES <= 2 ? 128 : 64;
+constexpr int SUM_BUFFERS = GROUP_ROWS == 256 ? 1 : 2;
+constexpr int GROUP_UNITS = GROUP_ROWS / UNIT_ROWS;
 constexpr int GROUP_SUMS = GROUP_UNITS * USER_WARPS * SEQUENCES * UNIT_ROWS;
 static_assert(GROUP_UNITS * UNIT_ROWS * SEQUENCES <= USERS, "a thread for each sum");
 
 // Everything that is copied to lies at multiples of 16 bytes, as all sizes before it are.
 struct alignas(128) StepMemory {
     unsigned char stages[RING_STAGES][STAGE_BYTES];  // the ring of weights
-    float partials[2][GROUP_SUMS];   // the warps' sums: one is written while one is read
+    float partials[SUM_BUFFERS][GROUP_SUMS];  // the warps' sums
     scalar_t norm[MAX_NORM_INPUTS];  // weights of the next norm
     // Attention: each warp's keys and values, then in their place the warps' sums [heads of a group,
     // d]; the queries as a tile; the new key and value; weights of the norms of q and k; cosines and
@@ -121,6 +125,7 @@ struct alignas(128) StepMemory {
     float states[USER_WARPS][8][2];  // maxima and sums of the warps
     StepAttention attention;
     StepWords words;
+    StepShare shares[HEAD + 1];  // this block's, of the products by kind
     int32_t kv_lens[4];
     int32_t slots[4];
 };

@@ -118,6 +118,12 @@ struct RingPlace {
             phase ^= 1;
         }
     }
+    // Twice, as a group of warps does; of an even ring, where that never ends beyond its first place.
+    __device__ __forceinline__ void next_two() {
+        const bool is_last = stage >= RING_STAGES - 2;
+        stage += is_last ? 2 - RING_STAGES : 2;
+        phase ^= is_last ? 1 : 0;
+    }
     __device__ __forceinline__ void advance(int stages) {
         const int to = stage + stages;
         stage = to % RING_STAGES;

@@ -1,159 +1,7 @@
-// Products of a persistent decode step: the tokens' inputs in shared memory, the sums of a block's
-// rows of weights, and what becomes of them.
-//
-// What is read here was written by other blocks a moment ago and comes from L2, so a thread asks for
-// several words at once.
+// Products of a persistent decode step: the sums of a block's rows of weights, and what becomes of them.
 #pragma once
 
-#include "decode_step_words.cuh"
-#include "reduce.cuh"
-#if HAS_CODES
-#include "decode_step_codes.cuh"
-#else
-#include "decode_step_sums.cuh"
-#endif
-
-constexpr int SEQUENCES_POWER = SEQUENCES <= 2 ? SEQUENCES : 4;
-constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
-constexpr int SPAN = 4;                                    // inputs that a lane takes at a time
-constexpr int NORM_STEP = TOKEN_WARPS * 32 * SPAN;         // inputs of a token taken at a time
-
-constexpr int SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;        // that a thread asks for at once
-
-// Two words: 16 bytes a lane, side by side, are what memory gives without waste.
-union InputSpan {
-    uint32_t pairs[SPAN / 2];
-    Vec<scalar_t, SPAN> values;
-};
-
-__device__ __forceinline__ InputSpan load_span(const scalar_t* p) {
-    InputSpan span;
-    span.values = load_vec<scalar_t, SPAN>(p);
-    return span;
-}
-__device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
-    store_vec<scalar_t, SPAN>(p, span.values);
-}
-
-// The inputs of all tokens, a tile of them, as rows of shared memory.
-struct TileRows {
-    int stride;  // inputs from a row to the next: 64 bytes off a multiple of 128
-
-    __device__ __forceinline__ TileRows(int num_inputs, int tile_inputs)
-        : stride((min(num_inputs, tile_inputs) + 63) / 64 * 64 + 32) {}
-
-    __device__ __forceinline__ scalar_t* row(int token) const {
-        return step_inputs() + token * stride;
-    }
-};
-
-__device__ __forceinline__ int first_norm_input() {
-    return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
-}
-// A norm's weights are asked for early, as they wait for nobody. All threads that compute come, and
-// meet between their copies' end and the norm.
-__device__ __forceinline__ void request_norm(const scalar_t* weight, int num_inputs) {
-#pragma unroll 1
-    for (int k = threadIdx.x * 8; k < num_inputs; k += USERS * 8) {
-        cp_async_16(step_norm() + k, weight + k);
-    }
-}
-
-// The RMS norm of x to the rows, with the weights that were asked for. moment: of the words of x;
-// 0: it lies in `embeddings` [SEQUENCES, num_inputs].
-__device__ __noinline__ void load_normed(
-    const TileRows rows, const scalar_t* embeddings, Moment moment, float eps, int num_inputs) {
-    __shared__ float sums[USER_WARPS];
-    const int token = warp_id() / TOKEN_WARPS;
-    scalar_t* row = rows.row(token);
-    const int64_t start = static_cast<int64_t>(token) * num_inputs;
-    const uint64_t* words = step_memory().words.x + start / 2;
-    const int end = token < SEQUENCES ? num_inputs : 0;
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int first = first_norm_input(); first < end; first += SPANS_AHEAD * NORM_STEP) {
-        InputSpan spans[SPANS_AHEAD];
-        bool all;
-        do {
-            all = true;
-#pragma unroll
-            for (int i = 0; i < SPANS_AHEAD; ++i) {
-                const int k = first + i * NORM_STEP;
-                spans[i].pairs[0] = spans[i].pairs[1] = 0;
-                if (k >= end) continue;
-                if (moment == 0) {
-                    spans[i] = load_span(embeddings + start + k);
-                } else {
-                    all = try_words(words + k / 2, moment, spans[i].pairs) && all;
-                }
-            }
-            if (!all) spin_wait();
-        } while (!all);
-#pragma unroll
-        for (int i = 0; i < SPANS_AHEAD; ++i) {
-#pragma unroll
-            for (int j = 0; j < SPAN; ++j) {
-                const float value = to_float(spans[i].values.data[j]);
-                sum += value * value;
-            }
-            const int k = first + i * NORM_STEP;
-            if (k < end) put_span(row + k, spans[i]);
-        }
-    }
-    sum = warp_sum(sum);
-    cp_async_wait<0>();  // the norm's weights that this thread has copied, for all
-    if (lane_id() == 0) sums[warp_id()] = sum;
-    users_sync();
-    sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < TOKEN_WARPS; ++w) sum += sums[token * TOKEN_WARPS + w];
-    const float factor = rsqrtf(sum / num_inputs + eps);
-#pragma unroll 1
-    for (int k = first_norm_input(); k < end; k += NORM_STEP) {
-        InputSpan span = load_span(row + k);
-        const InputSpan weight = load_span(step_norm() + k);
-#pragma unroll
-        for (int j = 0; j < SPAN; ++j) {
-            span.values.data[j] = from_float<scalar_t>(
-                to_float(span.values.data[j]) * factor * to_float(weight.values.data[j]));
-        }
-        put_span(row + k, span);
-    }
-    users_sync();
-}
-
-// Inputs first … first + count - 1 of all tokens, from words [SEQUENCES, num_inputs / 2], to the rows.
-// All threads that compute come; a barrier must follow.
-__device__ __noinline__ void load_words(
-    const TileRows rows, const uint64_t* words, Moment moment, int num_inputs, int first,
-    int count) {
-    const int spans = count / SPAN;  // of a token
-#pragma unroll 1
-    for (int start = threadIdx.x; start < SEQUENCES * spans; start += SPANS_AHEAD * USERS) {
-        InputSpan found[SPANS_AHEAD];
-        bool all;
-        do {
-            all = true;
-#pragma unroll
-            for (int i = 0; i < SPANS_AHEAD; ++i) {
-                const int span = start + i * USERS;
-                if (span >= SEQUENCES * spans) continue;
-                const int token = SEQUENCES == 1 ? 0 : span / spans;
-                const int k = first + (span - token * spans) * SPAN;
-                const int64_t at = (static_cast<int64_t>(token) * num_inputs + k) / 2;
-                all = try_words(words + at, moment, found[i].pairs) && all;
-            }
-            if (!all) spin_wait();
-        } while (!all);
-#pragma unroll
-        for (int i = 0; i < SPANS_AHEAD; ++i) {
-            const int span = start + i * USERS;
-            if (span >= SEQUENCES * spans) continue;
-            const int token = SEQUENCES == 1 ? 0 : span / spans;
-            put_span(rows.row(token) + (span - token * spans) * SPAN, found[i]);
-        }
-    }
-}
+#include "decode_step_inputs.cuh"
 
 // ------------------------------------------------------------------------------ what becomes of a sum
 
@@ -237,10 +85,9 @@ template <typename Load>
 __device__ __forceinline__ void run_product(
     RingPlace& place, const StepProduct& product, Moment moment, uint64_t* words, float* logits,
     float& stream, int tile_inputs, const Load& load) {
-    const StepShare share(product);
+    const StepShare share = step_memory().shares[product.kind];
     const TileRows rows(product.num_inputs, tile_inputs);
     const scalar_t* own_inputs = rows.row(own_token()) + lane_id() % 4 * 8;
-    float* group_sums = reinterpret_cast<float*>(rows.row(SEQUENCES));
     const Finisher own(product);
     int buffer = 0;
     if (share.first_unit == share.end_unit) {
@@ -262,12 +109,9 @@ __device__ __forceinline__ void run_product(
             if (first == share.first_unit) {
                 if (start > 0) users_sync();  // nobody uses the tile before
                 load(rows, start, count);
-                if (HAS_GROUP_SUMS) {
-                    sum_groups(group_sums, rows.row(0), rows.stride, count);
-                    users_sync();
-                }
             }
-            sum_units(place, units, count, own_inputs, group_sums, partials, start > 0);
+            if (SUM_BUFFERS == 1 && first > share.first_unit) users_sync();  // nobody reads the sums before
+            sum_units(place, units, count, own_inputs, rows.group_sums(), partials, start > 0);
             place.advance(units * ((count + STAGE_INPUTS - 1) / STAGE_INPUTS));
         }
         users_sync();
@@ -286,6 +130,6 @@ __device__ __forceinline__ void run_product(
             const float neighbour = shuffle_xor(sum, 1);
             if (finishes && output % 2 == 0) store_pair(words + at / 2, sum, neighbour, moment);
         }
-        buffer ^= 1;
+        buffer = (buffer + 1) % SUM_BUFFERS;
     }
 }

@@ -18,8 +18,12 @@ typedef uint32_t Moment;
 __device__ __forceinline__ uint64_t word_of(uint32_t data, Moment moment) {
     return static_cast<uint64_t>(moment) << 32 | data;
 }
+// 0 where the word is of that moment.
+__device__ __forceinline__ uint32_t distance(uint64_t word, Moment moment) {
+    return static_cast<uint32_t>(word >> 32) ^ moment;
+}
 __device__ __forceinline__ bool is_of(uint64_t word, Moment moment) {
-    return static_cast<uint32_t>(word >> 32) == moment;
+    return distance(word, moment) == 0;
 }
 
 // Two values; the pair's word.

@@ -110,7 +110,7 @@ def decode_step_launch(
     # A block keeps the sums, and the residual stream, of all its outputs of that width.
     unit_rows = STRIP if weights else _UNIT_ROWS
     units = -(-shape.hidden_size // unit_rows)
-    if -(-units // num_multiprocessors) * unit_rows > group_rows(num_sequences):
+    if -(-units // num_multiprocessors) * unit_rows > group_rows(num_sequences, weights):
         return None
     # All inputs in one tile where the ring has room for enough stages beside it, else in several.
     fixed = memory_bytes(shape, num_sequences, 0, tuning.attend_stages, weights)
@@ -149,8 +149,10 @@ def decode_step_launch(
     )
 
 
-def group_rows(num_sequences: int) -> int:
+def group_rows(num_sequences: int, weights: PackedFormat | None = None) -> int:
     """GROUP_ROWS of decode_step_memory.cuh."""
+    if weights is not None and num_sequences == 1:
+        return 256
     return 128 if num_sequences <= 2 else 64
 
 
@@ -177,16 +179,17 @@ def memory_bytes(
     chunks = shape.head_size // 8  # of 16 bytes; a row that is not swizzled has an odd number
     row_bytes = 16 * (chunks if chunks % 8 == 0 else chunks | 1)
     size = ring_stages * (stage_bytes(weights) + 16)
-    size += 2 * 4 * group_rows(num_sequences) * _USER_WARPS * num_sequences
+    rows = group_rows(num_sequences, weights)
+    size += (1 if rows == 256 else 2) * 4 * rows * _USER_WARPS * num_sequences
     size += 2 * shape.hidden_size
     size += _USER_WARPS * attend_stages * 2 * 16 * row_bytes + 16 * row_bytes
     size += (2 + 2) * 2 * shape.head_size + num_sequences * 4 * shape.head_size
-    size += 2 * 8 * table_words(weights) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 2 * 16
+    size += 2 * 8 * table_words(weights) + _USER_WARPS * 8 * 2 * 4 + 40 + 48 + 5 * 8 + 2 * 16
     return -(-size // 128) * 128
 
 
 def input_bytes(num_sequences: int, num_inputs: int, weights: PackedFormat | None = None) -> int:
-    """The rows of inputs behind it, TileRows of decode_step_products.cuh, and with int4 the sums of
+    """The rows of inputs behind it, TileRows of decode_step_inputs.cuh, and with int4 the sums of
     their groups."""
     size = num_sequences * 2 * (-(-num_inputs // 64) * 64 + 32)
     if weights is not None and weights.kind == "int4":

@@ -200,13 +200,14 @@ def test_sizes_of_a_stage_and_of_a_row_of_the_table() -> None:
     assert table_words(PackedFormat("int4", 128)) == table_words(None) + 2
 
 
-def test_strips_of_more_rows_than_a_block_can_finish() -> None:
-    """A block keeps its values of the residual stream: 128 rows of one or two tokens, in strips."""
+@pytest.mark.parametrize(("count", "most"), [(1, 256), (2, 128), (4, 64)])
+def test_strips_of_more_rows_than_a_block_can_finish(count, most) -> None:
+    """A block keeps its values of the residual stream: a thread one."""
     form = packed_format("int4", 4096, 128)
-    for rows, fits in ((128, True), (160, False)):
+    for rows, fits in ((most, True), (most + 32, False)):
         shape = DecodeStepShape(rows * 4, 64, 64, 2, 2, 16)
         launch = decode_step_launch(
-            shape, 1, num_multiprocessors=4, max_shared_bytes=MAX_SHARED, weights=form,
+            shape, count, num_multiprocessors=4, max_shared_bytes=MAX_SHARED, weights=form,
             has_head=False,
         )  # fmt: skip
         assert (launch is not None) == fits

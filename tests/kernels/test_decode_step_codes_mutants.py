@@ -82,6 +82,12 @@ MUTANTS = [
         LARGE,
     ),
     Mutant(
+        "the ring's end is gone beyond",
+        "const bool is_last = stage >= RING_STAGES - 2;",
+        "const bool is_last = stage > RING_STAGES - 2;",
+        "inputs beyond a stage",
+    ),
+    Mutant(
         "a chunk is not announced",
         "mbarrier_arrive_expecting(full, bytes);",
         "mbarrier_arrive_expecting(full, bytes - CHUNK_BYTES);",
@@ -164,7 +170,7 @@ MUTANTS = [
     ),
     Mutant(
         "every chunk takes the sums of the first",
-        "group_sums + k / GROUP * SUM_TOKENS",
+        "group_sums + first * SUM_TOKENS",
         "group_sums",
         "inputs beyond a stage",
     ),
@@ -184,20 +190,28 @@ MUTANTS = [
     ),
     Mutant(
         "half of a group's inputs are summed",
-        "warp_sum<PIECES>(sum)",
-        "warp_sum<PIECES / 2>(sum)",
+        "warp_sum<GROUP_LANES / N>(sums[0])",
+        "warp_sum<GROUP_LANES / N / 2>(sums[0])",
         "whole chunks",
         LARGE,
     ),
     Mutant(
-        "inputs beyond the tile are summed",
-        "if (piece * PIECE < num_inputs) {",
-        "{",
+        "sums of chunks change places",
+        "N == 4 ? part / 2 + part % 2 * 2 : part;",
+        "part;",
+        "whole chunks",
+        LARGE,
+    ),
+    Mutant(
+        "sums of chunks that do not exist are put",
+        "stores_sum<TOGETHER>() && place.chunk() * CHUNK < count",
+        "stores_sum<TOGETHER>()",
+        "inputs beyond a stage",
     ),
     Mutant(
         "all tokens have the first one's sums",
-        "SUM_TOKENS + token] = sum;",
-        "SUM_TOKENS + token] = token > 0 ? to[piece / PIECES * SUM_TOKENS] : sum;",
+        "group * SUM_TOKENS + place.token",
+        "group * SUM_TOKENS",
     ),
     Mutant(
         "tokens 2 and 3 take the sums of 0 and 1",
@@ -207,8 +221,8 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier behind the sums of groups",
-        "product.num_inputs - start));\n                    users_sync();",
-        "product.num_inputs - start));",
+        "put_inputs(rows, place_of, end, spans);\n    }\n    users_sync();",
+        "put_inputs(rows, place_of, end, spans);\n    }",
     ),
     Mutant(
         "sums of a strip stay for the next",
@@ -246,6 +260,12 @@ MUTANTS = [
         "no barrier before sums are added up",
         "        users_sync();\n        float sum = 0.0f, second",
         "        float sum = 0.0f, second",
+    ),
+    Mutant(
+        "sums are overwritten before they are added up",
+        "if (SUM_BUFFERS == 1 && first > share.first_unit) users_sync();",
+        "",
+        "inputs beyond a stage",
     ),
     Mutant(
         "the residual stream ends in the first token's place",

@@ -47,8 +47,13 @@ MUTANTS = [
     ),
     Mutant(
         "words of any moment are taken",
-        "return static_cast<uint32_t>(word >> 32) == moment;",
-        "return true;",
+        "return static_cast<uint32_t>(word >> 32) ^ moment;",
+        "return 0;",
+    ),
+    Mutant(
+        "the share of another product",
+        "step_memory().shares[product.kind];",
+        "step_memory().shares[QKV];",
     ),
     Mutant(
         "no barrier before sums are added up",
@@ -108,8 +113,8 @@ MUTANTS = [
     ),
     Mutant(
         "the last part of a context is not merged",
-        "first < parts; first += AHEAD",
-        "first < parts - 1; first += AHEAD",
+        "part < parts; part += PARTS_AHEAD",
+        "part < parts - 1; part += PARTS_AHEAD",
         "several parts",
     ),
 ]
