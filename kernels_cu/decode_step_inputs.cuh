@@ -19,8 +19,11 @@ constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a t
 constexpr int ROW_SPANS = 32;                              // of a warp's lanes, side by side
 constexpr int NORM_STEP = TOKEN_WARPS * ROW_SPANS * SPAN;  // inputs of a token taken at a time
 
-// Spans that a thread asks for at once: of what is normalised, and of all else.
-constexpr int NORM_SPANS_AHEAD = SEQUENCES <= 2 ? 4 : 8;
+// Spans that a thread asks for at once, at most: of what is normalised, and of all else.
+constexpr int NORM_SPANS_AHEAD = MAX_NORM_INPUTS <= NORM_STEP       ? 1
+                                 : MAX_NORM_INPUTS <= 2 * NORM_STEP ? 2
+                                 : SEQUENCES <= 2                   ? 4
+                                                                    : 8;
 constexpr int SPANS_AHEAD = SEQUENCES == 1 ? 16 : 8;
 
 // Two words: 16 bytes a lane, side by side, are what memory gives without waste.
@@ -38,9 +41,10 @@ __device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
     store_vec<scalar_t, SPAN>(p, span.values);
 }
 
-// N spans of words of one moment: span i is number_of(i) of `words`; where there is none, the number is
-// one that exists. While some are missing, one of them alone is asked for again: all that all blocks
-// wait for would leave L2 no time for anything else.
+// N spans of words of one moment: span i is number_of(i) of `words`. Where there is none, the number is that
+// of another of the same thread: one that all threads ask for would keep its part of L2 busy for
+// microseconds. While some are missing, one of them alone is asked for again: all that all blocks wait for
+// would leave L2 no time for anything else.
 template <int N, typename NumberOf>
 __device__ __forceinline__ void wait_for_spans(
     const uint64_t* words, const NumberOf& number_of, Moment moment, InputSpan (&spans)[N]) {
@@ -163,7 +167,8 @@ __device__ __noinline__ void load_normed(
     for (int first = first_norm_input(); first < end; first += NORM_SPANS_AHEAD * NORM_STEP) {
         InputSpan spans[NORM_SPANS_AHEAD];
         const auto number_of = [&](int i) {
-            return static_cast<uint32_t>(min(first + i * NORM_STEP, end - SPAN)) / SPAN;
+            const uint32_t k = first + i * NORM_STEP;
+            return (k < end ? k : first) / SPAN;
         };
         if (moment == 0) {
 #pragma unroll
@@ -218,15 +223,15 @@ __device__ __noinline__ void load_normed(
     users_sync();
 }
 
-// Inputs first … first + count - 1 of some tokens in a row, from words [SEQUENCES, num_inputs / 2], to
-// the rows. All threads that compute come; a barrier must follow.
-__device__ __noinline__ void load_words(
-    const TileRows rows, const uint64_t* words, Moment moment, int num_inputs, int first,
+// As load_words, of which it is a part: N spans of a thread at a time.
+template <int N>
+__device__ __forceinline__ void load_words_by(
+    const TileRows& rows, const uint64_t* words, Moment moment, int num_inputs, int first,
     int count, int first_token, int num_tokens) {
     const int spans = whole_spans(count), total = num_tokens * spans;  // of a token, of all
 #pragma unroll 1
-    for (int start = threadIdx.x; start < total; start += SPANS_AHEAD * USERS) {
-        InputSpan found[SPANS_AHEAD];
+    for (int start = threadIdx.x; start < total; start += N * USERS) {
+        InputSpan found[N];
         const auto place_of = [&](int i) {
             const int span = start + i * USERS;
             int number = 0;
@@ -235,11 +240,27 @@ __device__ __noinline__ void load_words(
             return SpanPlace{first_token + number, (span - number * spans) * SPAN};
         };
         const auto number_of = [&](int i) {
-            const SpanPlace place = place_of(i);
-            const int k = place.token * num_inputs + first + min(place.k, count - SPAN);
-            return static_cast<uint32_t>(k) / SPAN;
+            const SpanPlace place = place_of(start + i * USERS < total ? i : 0);
+            const uint32_t k = place.token * num_inputs + first + min(place.k, count - SPAN);
+            return k / SPAN;
         };
         wait_for_spans(words, number_of, moment, found);
         put_inputs(rows, place_of, count, found);
+    }
+}
+
+// Inputs first … first + count - 1 of some tokens in a row, from words [SEQUENCES, num_inputs / 2], to
+// the rows. All threads that compute come; a barrier must follow.
+__device__ __noinline__ void load_words(
+    const TileRows rows, const uint64_t* words, Moment moment, int num_inputs, int first,
+    int count, int first_token, int num_tokens) {
+    const int total = num_tokens * whole_spans(count);
+    if (total <= 4 * USERS) {
+        load_words_by<4>(rows, words, moment, num_inputs, first, count, first_token, num_tokens);
+    } else if (SPANS_AHEAD == 8 || total <= 8 * USERS) {
+        load_words_by<8>(rows, words, moment, num_inputs, first, count, first_token, num_tokens);
+    } else {
+        load_words_by<SPANS_AHEAD>(
+            rows, words, moment, num_inputs, first, count, first_token, num_tokens);
     }
 }

@@ -86,8 +86,9 @@ __device__ __forceinline__ void merge_parts(
         const auto place_of = [&](int i) { return SpanPlace{token, (start + i * USERS) * SPAN}; };
         int heads[MERGED_SPANS], columns[MERGED_SPANS];
 #pragma unroll
-        for (int i = 0; i < MERGED_SPANS; ++i) {  // where there is no span, the last one again
-            const int k = first + min(place_of(i).k, count - SPAN);
+        for (int i = 0; i < MERGED_SPANS; ++i) {
+            const bool is_there = place_of(i).k < count;  // else the thread's first one again
+            const int k = first + min(place_of(is_there ? i : 0).k, count - SPAN);
             heads[i] = static_cast<int>(memory.attention.part_row(token, k / HEAD_SIZE, 0));
             columns[i] = k % HEAD_SIZE;
         }
