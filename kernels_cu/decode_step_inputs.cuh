@@ -201,13 +201,13 @@ __device__ __noinline__ void load_normed(
 #pragma unroll 1
     for (int first = first_norm_input(); first < whole_spans(end) * SPAN;
          first += NORM_SPANS_AHEAD * NORM_STEP) {
-        InputSpan spans[NORM_SPANS_AHEAD], weights[NORM_SPANS_AHEAD];
+        InputSpan spans[NORM_SPANS_AHEAD] = {}, weights[NORM_SPANS_AHEAD] = {};
         const auto place_of = [&](int i) { return SpanPlace{token, first + i * NORM_STEP}; };
 #pragma unroll
         for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
-            const int k = min(place_of(i).k, end - SPAN);
-            spans[i] = load_span(row + k);
-            weights[i] = load_span(step_norm() + k);
+            const int k = place_of(i).k;  // others change theirs meanwhile
+            if (k < end) spans[i] = load_span(row + k);
+            if (k < end) weights[i] = load_span(step_norm() + k);
         }
 #pragma unroll
         for (int i = 0; i < NORM_SPANS_AHEAD; ++i) {
