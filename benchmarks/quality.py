@@ -1,4 +1,4 @@
-"""What fewer bits cost: a model's perplexity on a text, quantised in several ways.
+"""What fewer bits cost: a model's perplexity on a text, quantised or with a cache of codes.
 
     python -m benchmarks.quality --model MODEL --text FILE [--tokens N] [--only TEXT] [--record]
 
@@ -29,9 +29,11 @@ from nanocupy.exporters.quantizing import QuantizedView, RoundingError
 from nanocupy.hub import resolve_model
 
 WINDOW = 512
-# name -> options of QuantizedView; float32 has none
+# name -> options of QuantizedView; where there are none, the model in float32
 FORMS: dict[str, dict[str, Any] | None] = {
     "float32": None,
+    "kv-int8": None,
+    "kv-fp8": None,
     "int8/row": {"kind": "int8", "group_size": -1},
     "int8/g64": {"kind": "int8", "group_size": 64},
     "fp8/row": {"kind": "fp8", "group_size": -1},
@@ -41,10 +43,11 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "int4/g64": {"kind": "int4", "group_size": 64},
     "int4/g64/nearest": {"kind": "int4", "group_size": 64, "search": False},
 }
+SETTINGS = {"kv-int8": {"kv_cache_dtype": "int8"}, "kv-fp8": {"kv_cache_dtype": "fp8"}}
 
 
-def score(path: Path, text: str, num_tokens: int) -> TextScore:
-    llm = LLM(path)
+def score(path: Path, text: str, num_tokens: int, settings: dict[str, Any]) -> TextScore:
+    llm = LLM(path, **settings)
     found = score_text(llm, llm.encode(text)[:num_tokens], WINDOW, WINDOW // 2)
     del llm
     gc.collect()
@@ -74,7 +77,7 @@ def main() -> None:
         with open_checkpoint(resolve_model(args.model)) as source:
             write_nanoinfer2(source, exact, dtype="float32")
         for name, options in FORMS.items():
-            if options is not None and args.only not in name:
+            if first is not None and args.only not in name:
                 continue
             more: dict[str, Any] = {}
             if options is not None:
@@ -83,7 +86,7 @@ def main() -> None:
                     write_nanoinfer2(view, path)
                     more["rounding_error"] = round(rounding_error(view), 6)
             file = exact if options is None else path
-            found = score(file, text, args.tokens)
+            found = score(file, text, args.tokens, SETTINGS.get(name, {}))
             first = first or found
             more |= {
                 "bytes": file.stat().st_size,

@@ -90,7 +90,8 @@ class _Placed:
     """An array with an address."""
 
     def __init__(self, array: np.ndarray, ptr: int) -> None:
-        self.array, self.data, self.shape, self.dtype = array, _Pointer(ptr), array.shape, "f2"
+        self.array, self.data, self.dtype = array, _Pointer(ptr), "f2"
+        self.shape, self.strides = array.shape, array.strides
 
     def reshape(self, *shape: int) -> np.ndarray:
         return self.array.reshape(*shape)
