@@ -311,6 +311,9 @@ CASES = {
     "head size 80": SimpleNamespace(
         shape=DecodeStepShape(64, 64, 64, 4, 2, 80), kv_lens=[50, 7], qk_norm=True
     ),
+    "four of head size 80, several parts": SimpleNamespace(
+        shape=DecodeStepShape(64, 64, 64, 16, 4, 80), kv_lens=[500, 3, 40, 300], parts=4
+    ),
 }
 
 
