@@ -29,6 +29,7 @@
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
 #include "decode_step_merge.cuh"
+#include "decode_step_products.cuh"
 #include "decode_step_weights.cuh"
 #include "hopper.cuh"
 
