@@ -42,9 +42,9 @@ __device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
 }
 
 // N spans of words of one moment: span i is number_of(i) of `words`. Where there is none, the number is that
-// of another of the same thread: one that all threads ask for would keep its part of L2 busy for
-// microseconds. While some are missing, one of them alone is asked for again: all that all blocks wait for
-// would leave L2 no time for anything else.
+// of another of the same thread or, in a tile's last warp, of its last span: one that all threads ask for
+// would keep its part of L2 busy for microseconds. While some are missing, one of them alone is asked for
+// again: all that all blocks wait for would leave L2 no time for anything else.
 template <int N, typename NumberOf>
 __device__ __forceinline__ void wait_for_spans(
     const uint64_t* words, const NumberOf& number_of, Moment moment, InputSpan (&spans)[N]) {
