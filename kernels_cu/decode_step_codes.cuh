@@ -37,8 +37,8 @@ __device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) 
 constexpr bool HAS_GROUP_SUMS = WEIGHT_KIND == 1;
 constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4, SUM_PAIRS = (SUM_TOKENS + 1) / 2;
 
-// They are made of sums of SPAN inputs a lane, those of a warp's lanes side by side: a chunk.
-constexpr int SPAN = CHUNK / WARP_SIZE, GROUP_LANES = GROUP / SPAN;
+// They are made of sums of CHUNK / 32 inputs a lane, those of a warp's lanes side by side: a chunk.
+constexpr int GROUP_LANES = GROUP * WARP_SIZE / CHUNK;
 
 // Of N sums of every lane, 1, 2 or 4, one over the lanes of its group: that of number own_sum<N>(), which
 // the first of some lanes with the same number stores. Lanes hand each other half of what they have, so

@@ -14,6 +14,8 @@
 #include "decode_step_sums.cuh"
 #endif
 
+constexpr int SPAN = 4;  // inputs that a lane takes at a time, as they come
+
 constexpr int SEQUENCES_POWER = SEQUENCES <= 2 ? SEQUENCES : 4;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
 constexpr int ROW_SPANS = 32;                              // of a warp's lanes, side by side
@@ -49,6 +51,7 @@ template <int N, typename NumberOf>
 __device__ __forceinline__ void wait_for_spans(
     const uint64_t* words, const NumberOf& number_of, Moment moment, InputSpan (&spans)[N]) {
     constexpr int WORDS = SPAN / 2;
+    static_assert(SPAN == 4, "two words");
 #pragma unroll 1
     while (true) {
         uint64_t found[N][WORDS];
@@ -124,6 +127,7 @@ __device__ __forceinline__ void put_inputs(
             float sums[TOGETHER];
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
+                static_assert(SPAN == 4, "two words");
                 const Vec<scalar_t, SPAN>& values = spans[first + i].values;
                 const float sum = (to_float(values.data[0]) + to_float(values.data[1])) +
                                   (to_float(values.data[2]) + to_float(values.data[3]));
@@ -141,7 +145,7 @@ __device__ __forceinline__ void put_inputs(
 }
 
 __device__ __forceinline__ int first_norm_input() {
-    return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
+    return (warp_id() % TOKEN_WARPS * ROW_SPANS + lane_id()) * SPAN;
 }
 // A norm's weights are asked for early, as they wait for nobody. All threads that compute come, and
 // meet between their copies' end and the norm.
