@@ -108,6 +108,35 @@ struct SpanPlace {
     }
 };
 
+#if HAS_CODES
+// With int4, sums of groups are made of those of SPAN inputs a lane, of a warp's lanes side by side: a chunk.
+constexpr int GROUP_LANES = GROUP / SPAN;
+
+// Of N sums of every lane, 1, 2 or 4, one over the lanes of its group: that of number own_sum<N>(), which
+// the first of some lanes with the same number stores. Lanes hand each other half of what they have, so
+// that N sums take hardly more shuffles than one.
+template <int N>
+__device__ __forceinline__ float sum_groups(float (&sums)[N]) {
+#pragma unroll
+    for (int left = N / 2, lanes = GROUP_LANES / 2; left > 0; left /= 2, lanes /= 2) {
+        const bool is_upper = lane_id() & lanes;
+#pragma unroll
+        for (int i = 0; i < left; ++i) {
+            const float lower = sums[2 * i], upper = sums[2 * i + 1];
+            sums[i] = (is_upper ? upper : lower) + shuffle_xor(is_upper ? lower : upper, lanes);
+        }
+    }
+    return warp_sum<GROUP_LANES / N>(sums[0]);
+}
+template <int N>
+__device__ __forceinline__ int own_sum() {
+    const int part = lane_id() % GROUP_LANES / (GROUP_LANES / N);
+    return N == 4 ? part / 2 + part % 2 * 2 : part;
+}
+template <int N>
+__device__ __forceinline__ bool stores_sum() { return lane_id() % (GROUP_LANES / N) == 0; }
+#endif
+
 // N spans to the rows of a tile of `count` inputs, with int4 also the sums of their groups. place_of(i):
 // of span i of this lane; the warp's lanes have ROW_SPANS side by side. Whole warps come.
 template <int N, typename PlaceOf>
