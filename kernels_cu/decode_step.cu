@@ -29,6 +29,7 @@
 #define HAS_DECODE_STEP 1
 #include "decode_step_attention.cuh"
 #include "decode_step_merge.cuh"
+#include "decode_step_products.cuh"
 #include "decode_step_weights.cuh"
 #include "hopper.cuh"
 
@@ -38,7 +39,9 @@ __device__ __forceinline__ void load_batch(
     const float* rope, const int32_t* kv_lens, const int32_t* slots) {
     StepMemory& memory = step_memory();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < SEQUENCES * HEAD_SIZE; i += USERS) memory.rope[0][i] = rope[i];
+    for (int i = threadIdx.x; i < SEQUENCES * HEAD_SIZE; i += USERS) {
+        memory.rope[i / HEAD_SIZE][i % HEAD_SIZE] = rope[i];
+    }
     if (threadIdx.x == 0) {
         memory.attention = attention;
         memory.words = words;

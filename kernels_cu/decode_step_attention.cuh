@@ -7,7 +7,8 @@
 // costs it a few loads, and saves blocks from waiting for each other once more.
 #pragma once
 
-#include "decode_step_products.cuh"
+#include "decode_step_words.cuh"
+#include "reduce.cuh"
 #include "rope.cuh"
 
 // Which part of what an item is: parts of a context lie far from each other in the order of items, so

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "decode_step_memory.cuh"
-#include "reduce.cuh"
 
 // Chunk c of a stage is that of warp c % GROUP_WARPS of a group of warps. A warp takes some of its
 // chunks at once, so that their sums wait for each other less.
@@ -36,33 +35,6 @@ __device__ __forceinline__ uint4 inputs_of_group(const uint4& inputs, int half) 
 // With int4, the sums of a tile's inputs by group lie behind its rows: [groups, SUM_TOKENS].
 constexpr bool HAS_GROUP_SUMS = WEIGHT_KIND == 1;
 constexpr int SUM_TOKENS = SEQUENCES <= 2 ? SEQUENCES : 4, SUM_PAIRS = (SUM_TOKENS + 1) / 2;
-
-// They are made of sums of SPAN inputs a lane, those of a warp's lanes side by side: a chunk.
-constexpr int SPAN = CHUNK / WARP_SIZE, GROUP_LANES = GROUP / SPAN;
-
-// Of N sums of every lane, 1, 2 or 4, one over the lanes of its group: that of number own_sum<N>(), which
-// the first of some lanes with the same number stores. Lanes hand each other half of what they have, so
-// that N sums take hardly more shuffles than one.
-template <int N>
-__device__ __forceinline__ float sum_groups(float (&sums)[N]) {
-#pragma unroll
-    for (int left = N / 2, lanes = GROUP_LANES / 2; left > 0; left /= 2, lanes /= 2) {
-        const bool is_upper = lane_id() & lanes;
-#pragma unroll
-        for (int i = 0; i < left; ++i) {
-            const float lower = sums[2 * i], upper = sums[2 * i + 1];
-            sums[i] = (is_upper ? upper : lower) + shuffle_xor(is_upper ? lower : upper, lanes);
-        }
-    }
-    return warp_sum<GROUP_LANES / N>(sums[0]);
-}
-template <int N>
-__device__ __forceinline__ int own_sum() {
-    const int part = lane_id() % GROUP_LANES / (GROUP_LANES / N);
-    return N == 4 ? part / 2 + part % 2 * 2 : part;
-}
-template <int N>
-__device__ __forceinline__ bool stores_sum() { return lane_id() % (GROUP_LANES / N) == 0; }
 
 // What lane 4 g + t has of some chunks of weights: its vectors of codes, and the scales, with int4 scales
 // and offsets, of rows g and g + 8 for every group.

@@ -14,6 +14,8 @@
 #include "decode_step_sums.cuh"
 #endif
 
+constexpr int SPAN = 4;  // inputs that a lane takes at a time, as they come
+
 constexpr int SEQUENCES_POWER = SEQUENCES <= 2 ? SEQUENCES : 4;
 constexpr int TOKEN_WARPS = USER_WARPS / SEQUENCES_POWER;  // that normalise a token
 constexpr int ROW_SPANS = 32;                              // of a warp's lanes, side by side
@@ -42,13 +44,14 @@ __device__ __forceinline__ void put_span(scalar_t* p, const InputSpan& span) {
 }
 
 // N spans of words of one moment: span i is number_of(i) of `words`. Where there is none, the number is that
-// of another of the same thread: one that all threads ask for would keep its part of L2 busy for
-// microseconds. While some are missing, one of them alone is asked for again: all that all blocks wait for
-// would leave L2 no time for anything else.
+// of another of the same thread or, in a tile's last warp, of its last span: one that all threads ask for
+// would keep its part of L2 busy for microseconds. While some are missing, one of them alone is asked for
+// again: all that all blocks wait for would leave L2 no time for anything else.
 template <int N, typename NumberOf>
 __device__ __forceinline__ void wait_for_spans(
     const uint64_t* words, const NumberOf& number_of, Moment moment, InputSpan (&spans)[N]) {
     constexpr int WORDS = SPAN / 2;
+    static_assert(SPAN == 4, "two words");
 #pragma unroll 1
     while (true) {
         uint64_t found[N][WORDS];
@@ -105,6 +108,35 @@ struct SpanPlace {
     }
 };
 
+#if HAS_CODES
+// With int4, sums of groups are made of those of SPAN inputs a lane, of a warp's lanes side by side: a chunk.
+constexpr int GROUP_LANES = GROUP / SPAN;
+
+// Of N sums of every lane, 1, 2 or 4, one over the lanes of its group: that of number own_sum<N>(), which
+// the first of some lanes with the same number stores. Lanes hand each other half of what they have, so
+// that N sums take hardly more shuffles than one.
+template <int N>
+__device__ __forceinline__ float sum_groups(float (&sums)[N]) {
+#pragma unroll
+    for (int left = N / 2, lanes = GROUP_LANES / 2; left > 0; left /= 2, lanes /= 2) {
+        const bool is_upper = lane_id() & lanes;
+#pragma unroll
+        for (int i = 0; i < left; ++i) {
+            const float lower = sums[2 * i], upper = sums[2 * i + 1];
+            sums[i] = (is_upper ? upper : lower) + shuffle_xor(is_upper ? lower : upper, lanes);
+        }
+    }
+    return warp_sum<GROUP_LANES / N>(sums[0]);
+}
+template <int N>
+__device__ __forceinline__ int own_sum() {
+    const int part = lane_id() % GROUP_LANES / (GROUP_LANES / N);
+    return N == 4 ? part / 2 + part % 2 * 2 : part;
+}
+template <int N>
+__device__ __forceinline__ bool stores_sum() { return lane_id() % (GROUP_LANES / N) == 0; }
+#endif
+
 // N spans to the rows of a tile of `count` inputs, with int4 also the sums of their groups. place_of(i):
 // of span i of this lane; the warp's lanes have ROW_SPANS side by side. Whole warps come.
 template <int N, typename PlaceOf>
@@ -124,6 +156,7 @@ __device__ __forceinline__ void put_inputs(
             float sums[TOGETHER];
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
+                static_assert(SPAN == 4, "two words");
                 const Vec<scalar_t, SPAN>& values = spans[first + i].values;
                 const float sum = (to_float(values.data[0]) + to_float(values.data[1])) +
                                   (to_float(values.data[2]) + to_float(values.data[3]));
@@ -141,7 +174,7 @@ __device__ __forceinline__ void put_inputs(
 }
 
 __device__ __forceinline__ int first_norm_input() {
-    return (warp_id() % TOKEN_WARPS * 32 + lane_id()) * SPAN;
+    return (warp_id() % TOKEN_WARPS * ROW_SPANS + lane_id()) * SPAN;
 }
 // A norm's weights are asked for early, as they wait for nobody. All threads that compute come, and
 // meet between their copies' end and the norm.

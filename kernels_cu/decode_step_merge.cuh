@@ -112,9 +112,10 @@ __device__ __forceinline__ void merge_parts(
                 for (int i = 1; i < MERGED_SPANS; ++i) {
                     if (read[i].apart(moment) != 0) missing = heads[i];
                 }
-                uint32_t state[2];  // which is one place for all that need something of its head
+                // Of the turn's first part: one place for all that need something of this part of its head.
+                uint32_t state[2];
                 wait_for_words(states + static_cast<int64_t>(missing + part) * 2, moment, state);
-                spin_wait();  // it may be there before the values
+                spin_wait();  // it may be there before the values, and before the turn's other parts
             }
 #pragma unroll
             for (int i = 0; i < MERGED_SPANS; ++i) merged[i].add(read[i], parts - part);

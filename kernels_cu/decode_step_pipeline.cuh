@@ -118,7 +118,7 @@ struct RingPlace {
             phase ^= 1;
         }
     }
-    // Twice, as a group of warps does; of an even ring, where that never ends beyond its first place.
+    // Twice, as a group of warps does: past the end at most once, so the phase turns once.
     __device__ __forceinline__ void next_two() {
         const bool is_last = stage >= RING_STAGES - 2;
         stage += is_last ? 2 - RING_STAGES : 2;

@@ -5,7 +5,6 @@
 
 constexpr int WARP_INPUTS = STAGE_INPUTS / GROUP_WARPS;
 constexpr int CHUNKS = WARP_INPUTS / 32;  // of a warp in a stage
-constexpr int SPAN = 4;                   // inputs that a lane takes at a time, as they come
 
 // What a warp has of a stage: chunks of 32 inputs. Lane 4 g + t has, of row g of the weights and of a
 // token, the inputs 8 t … 8 t + 7 of a chunk: pairs 0 to 3. Which input a lane calls first is the same

@@ -55,14 +55,6 @@ __device__ __forceinline__ void wait_for_words(
     const uint64_t* words, Moment moment, uint32_t (&data)[N]) {
     while (!try_words(words, moment, data)) spin_wait();
 }
-__device__ __forceinline__ uint32_t wait_for_word(const uint64_t* word, Moment moment) {
-    uint64_t found = load_word(word);
-    while (!is_of(found, moment)) {
-        spin_wait();
-        found = load_word(word);
-    }
-    return static_cast<uint32_t>(found);
-}
 // The two values of a pair's data.
 __device__ __forceinline__ void unpack_pair(uint32_t data, float (&out)[2]) {
     union {
@@ -71,10 +63,4 @@ __device__ __forceinline__ void unpack_pair(uint32_t data, float (&out)[2]) {
     } pair = {data};
     out[0] = to_float(pair.values.data[0]);
     out[1] = to_float(pair.values.data[1]);
-}
-
-// Where words are long in coming, one lane asks for its first one before the whole warp asks for many
-// again and again: all blocks together would leave memory no time for anything else.
-__device__ __forceinline__ void wait_for_first(const uint64_t* own_first, Moment moment) {
-    if (lane_id() == 0) wait_for_word(own_first, moment);
 }

@@ -15,25 +15,25 @@ from nanocupy.bench.shapes import SHAPES
 from nanocupy.ops.launch_decode_step import (
     BEST_SEQUENCES,
     MAX_SEQUENCES,
-    STAGE_INPUTS,
     DecodeStepShape,
     DecodeStepTuning,
     decode_step_launch,
-    input_bytes,
-    memory_bytes,
     num_words,
     stage_bytes,
     table_words,
 )
 from nanocupy.ops.launch_quantized import PackedFormat, packed_format
-from tests.kernels.test_decode_step import (
+from tests.kernels.decode_step_runs import (
+    LARGE_CASES,
     MAX_SHARED,
     SMALL,
     ShimStep,
     check,
+    check_large,
     make,
-    step_backend,
+    tiled_room,
 )
+from tests.kernels.test_decode_step import step_backend
 from tests.shim import build
 
 __all__ = ["step_backend"]  # a fixture
@@ -59,7 +59,9 @@ CASES = {
         shape=DecodeStepShape(64, 64, 64, 4, 2, 80), kv_lens=[50, 7], qk_norm=True
     ),
 }
-TILED = SimpleNamespace(shape=DecodeStepShape(64, 14432, 64, 4, 2, 16), kv_lens=[9, 3, 1, 30])
+TILED = SimpleNamespace(
+    shape=DecodeStepShape(64, 14432, 64, 4, 2, 16), kv_lens=[9, 3, 1, 30], tiled=True
+)
 # kind, inputs of a group (None: a row), type
 STORAGES = [
     ("int4", 32, "bfloat16"), ("int4", 16, "float16"), ("int4", None, "bfloat16"),
@@ -76,20 +78,17 @@ def test_a_step_is_its_ops(step_backend, name, storage) -> None:
     check(model, model.launch(step_backend, tuning))
 
 
+@pytest.mark.parametrize("name", LARGE_CASES)
+def test_a_step_of_many_inputs_is_its_ops(step_backend, name) -> None:
+    check_large(step_backend, name, ("int4", 32))
+
+
 @pytest.mark.parametrize("storage", [("int4", 128), ("int4", 64), ("int8", 128), ("int8", 64)],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("layers", [1, 3])
 def test_large_groups(step_backend, storage, layers) -> None:
     model, _ = make(CASES["whole chunks"], "bfloat16", storage=storage, layers=layers)
     check(model, model.launch(step_backend))
-
-
-def tiled_room(model) -> int:
-    """Shared memory in which a good ring leaves room for the smallest tile alone."""
-    is_int4 = model.form is not None and model.form.kind == "int4"
-    tile = STAGE_INPUTS * -(-model.shape.hidden_size // STAGE_INPUTS)
-    ring = memory_bytes(model.shape, model.count, 12 if is_int4 else 6, 1, model.form)
-    return ring + input_bytes(model.count, tile, model.form) + (4 << 10)
 
 
 @pytest.mark.parametrize("storage", [("int4", 32), ("int8", 32), None], ids=str)

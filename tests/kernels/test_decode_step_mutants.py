@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 import pytest
 
-from tests.kernels.test_decode_step import CASES, ShimStep, check, make
+from tests.kernels.decode_step_mutants import Mutant, assert_is_found
 from tests.shim import build
-from tests.shim.build import KERNELS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` becomes `new` in the sources, where it is `times` times; found by the case of that name
-    in test_decode_step."""
-
-    name: str
-    old: str
-    new: str
-    case: str = "two, norms of q and k"
-    times: int = 1
-
 
 MUTANTS = [
     Mutant(
@@ -120,37 +103,6 @@ MUTANTS = [
 ]
 
 
-def sources(old: str = "", new: str = "", times: int = 1) -> str:
-    """The kernel's text with its own headers in place, changed."""
-    seen = set()
-
-    def include(match: re.Match[str]) -> str:
-        name = match[1]
-        if name in seen:
-            return ""
-        seen.add(name)
-        return text_of(name).replace("#pragma once", "")
-
-    def text_of(name: str) -> str:
-        return re.sub(r'#include "(decode_step_\w+\.cuh)"', include, (KERNELS / name).read_text())
-
-    text = text_of("decode_step.cu")
-    if old:
-        assert text.count(old) == times, f"{old!r} is {text.count(old)} times in the sources"
-    return text.replace(old, new) if old else text
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_planted_bugs_are_found(mutant: Mutant) -> None:
-    from tests.shim.driver import KernelFault
-
-    model, tuning = make(CASES[mutant.case], "bfloat16")
-    found = []
-    for order in (0, 1):
-        check(model, model.launch(ShimStep(order, sources()), tuning))
-        planted = ShimStep(order, sources(mutant.old, mutant.new, mutant.times))
-        try:
-            check(model, model.launch(planted, tuning))
-        except (KernelFault, AssertionError) as exc:
-            found.append(str(exc).splitlines()[0])
-    assert found, "no step noticed it"
+    assert_is_found(mutant)
