@@ -38,7 +38,7 @@ class DraftBudget:
             self.debt = max(0.0, self.debt - self.FORGIVEN)
 
     def lost(self, num_steps: float) -> None:
-        """Something took so much longer than without drafts; less than 0: shorter."""
+        """Something took so much longer than without drafts."""
         self.debt = max(-self.MOST_CREDIT, self.debt + num_steps)
 
     def gained(self, num_steps: float) -> None:

@@ -102,8 +102,9 @@ class AdaptiveDrafts(DraftPolicy):
     # kind does was disturbed, or was the first of its form; so is one after drafts. And about what
     # it takes to read a step at once, beside a caller who takes long.
     MOST_LONGER, MOST_RESUMED, WAITING = 1.5, 1.0, 0.8
-    # So seldom steps without drafts are made, so that their time stays known, and so many.
-    REFRESH_STEPS, REFRESH_LENGTH = 512, 5
+    # So seldom steps without drafts are made, so that their time stays known, and so many; sooner
+    # where that time is of one step alone.
+    REFRESH_STEPS, UNSURE_STEPS, REFRESH_LENGTH = 512, 16, 5
 
     def __init__(self, max_drafts: int, max_rows: int = _ROOMY) -> None:
         super().__init__(max_drafts)
@@ -117,6 +118,7 @@ class AdaptiveDrafts(DraftPolicy):
         self._rests_until = 0  # in such steps
         self._closed: dict[int, int] = {}  # by bucket: until when
         self._num_drafted = 0  # steps with drafts since the last refresh
+        self._num_refreshed = 0  # steps of the refresh under way
         self._num_tried = 0  # requests that tries have had
         self._num_seqs = 1  # of the step that was read last
 
@@ -124,11 +126,11 @@ class AdaptiveDrafts(DraftPolicy):
         self._num_asked += 1
         if self._num_asked < self._rests_until or not self.budget.is_open:
             return False
-        if self._num_drafted >= self.REFRESH_STEPS:
-            self._num_drafted += 1
-            if self._num_drafted <= self.REFRESH_STEPS + self.REFRESH_LENGTH:
+        if self._num_refreshed or self._num_drafted >= self._refresh_steps(num_running):
+            self._num_refreshed += 1
+            if self._num_refreshed <= self.REFRESH_LENGTH:
                 return False
-            self._num_drafted = 0
+            self._num_refreshed = self._num_drafted = 0
         until = self._closed.get(bucket(num_running))
         if until is not None:
             if self._num_asked < until:
@@ -149,7 +151,7 @@ class AdaptiveDrafts(DraftPolicy):
         best = self._best(Counter(levels), num_running, plain, room)
         if best is not None:
             wanted = {r: best[n] for r, n in zip(requests, levels, strict=True) if best[n]}
-        elif self._is_hopeless(len(requests), num_running, plain, room):
+        elif self._is_hopeless(num_running, plain, room):
             self._closed[bucket(num_running)] = self._num_asked + self.CLOSED_STEPS
             return {}
         else:
@@ -159,9 +161,8 @@ class AdaptiveDrafts(DraftPolicy):
         if not self.budget.allows(seconds / plain - 1):
             self._rests_until = self._num_asked + self.REST_STEPS
             return {}
-        if best is not None:
-            self._num_drafted += 1
-        else:
+        self._num_drafted += 1
+        if best is None:
             self._num_tried += len(wanted)
             self.budget.halve_credit()
         return wanted
@@ -174,7 +175,7 @@ class AdaptiveDrafts(DraftPolicy):
         if num_drafts and plain is not None:
             usual = self.costs.estimate(num_seqs, num_drafts) or self.MOST_LONGER * plain
             took = min(seconds or usual, self.MOST_LONGER * usual)
-            self.budget.lost(took / plain - 1)
+            self.budget.lost(max(0.0, took / plain - 1))
 
     def resumed(self, num_seqs: int, seconds: float) -> None:
         plain = self.costs.seconds(num_seqs, 0)
@@ -182,8 +183,10 @@ class AdaptiveDrafts(DraftPolicy):
             self.budget.lost(min(max(0.0, seconds / plain - 1), self.MOST_RESUMED))
 
     def may_wait(self, num_seqs: int, num_drafts: int) -> bool:
-        if self.costs.has_seen(num_seqs, num_drafts) or not self.budget.allows(self.WAITING):
-            return False
+        is_unsure = not num_drafts and not self.costs.is_sure(num_seqs)
+        if not (self._num_refreshed and is_unsure):
+            if self.costs.has_seen(num_seqs, num_drafts) or not self.budget.allows(self.WAITING):
+                return False
         self.budget.lost(self.WAITING)
         return True
 
@@ -194,6 +197,9 @@ class AdaptiveDrafts(DraftPolicy):
         record.add(num_tried, num_right, self._left(request, record))
         record.num_tokens = request.num_tokens
         self._of_all.add(num_tried, num_right, self.FADE)
+
+    def _refresh_steps(self, num_seqs: int) -> int:
+        return self.REFRESH_STEPS if self.costs.is_sure(num_seqs) else self.UNSURE_STEPS
 
     def forget(self, request: Request) -> None:
         self._records.pop(request, None)
@@ -242,9 +248,10 @@ class AdaptiveDrafts(DraftPolicy):
             chance *= share
         return count
 
-    def _is_hopeless(self, num_requests: int, num_running: int, plain_s: float, room: int) -> bool:
-        """Whether drafts would cost too much even if they were the best there are."""
-        best = {int(self.LEVELS * self.BEST): num_requests}
+    def _is_hopeless(self, num_running: int, plain_s: float, room: int) -> bool:
+        """Whether drafts would cost too much even if they were the best there are, and all had some:
+        how many have some now says nothing of the steps to come."""
+        best = {int(self.LEVELS * self.BEST): num_running}
         return (
             self.costs.knows_drafts(num_running)
             and self._best(best, num_running, plain_s, room) is None

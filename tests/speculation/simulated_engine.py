@@ -96,15 +96,17 @@ class SimulatedRunner(Runner):
 
 
 class SimulatedProposer(Proposer):
-    """Guesses zeros for everyone, in the time that the machine takes to find them."""
+    """Guesses zeros, in the time that the machine takes to find them. promising: how likely there
+    is something for a request in a step."""
 
     name = "simulated"
 
-    def __init__(self, machine: Machine, clock: Clock) -> None:
+    def __init__(self, machine: Machine, clock: Clock, promising: float = 1.0) -> None:
         self._machine, self._clock = machine, clock
+        self._promising, self._rng = promising, random.Random(5)
 
     def is_promising(self, request: Request) -> bool:
-        return True
+        return self._rng.random() < self._promising
 
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
         self._clock.now += self._machine.find(len(wanted), max(wanted.values()))
@@ -142,11 +144,12 @@ def simulate(
     seed: int = 0,
     length: int | None = None,
     disturbed: bool = False,
+    promising: float = 1.0,
 ) -> Course:
     """Decode with forced acceptance until all have num_tokens each on average. policy: None =
     without drafts. share: how likely a draft is right once a request has so many tokens; length: of
     an answer, behind which another request comes; disturbed: steps take 2 % more or less, and now
-    and then three times as long."""
+    and then three times as long; promising: see `SimulatedProposer`."""
     clock, rng, noise = Clock(), random.Random(seed), random.Random(seed + 1)
 
     def disturb() -> float:
@@ -167,7 +170,8 @@ def simulate(
 
     speculator = None
     if policy is not None:
-        speculator = Speculator(SimulatedProposer(machine, clock), policy, count_right)
+        proposer = SimulatedProposer(machine, clock, promising)
+        speculator = Speculator(proposer, policy, count_right)
     engine = LLMEngine(
         runner.config, runner, run_ahead=machine.run_ahead, speculator=speculator, clock=clock,
         prefix_cache=False,

@@ -171,6 +171,54 @@ def test_nor_beside_a_caller_who_takes_long(name, caller, share):
         assert rate(machine, run, 1, 1000) > 1.8
 
 
+@pytest.mark.parametrize(
+    ("name", "caller", "gains"),
+    [("small", 0.6, (2.0, 2.5)), ("small", 1.5, (2.5, 3.5)), ("large", 6.0, (2.5, 3.7))],
+)
+def test_what_drafts_bring_beside_such_a_caller_is_had_early(name, caller, gains):
+    """A step without drafts that was read at once suffices to try some: by 100 and 256 tokens."""
+    machine = replace(MACHINES[name], caller=caller)
+    runs = [course(machine, "0.95", 1, 256, adaptive(1), seed) for seed in range(7)]
+    for num_tokens, gain in zip(RUNS, gains, strict=False):
+        found = [rate(machine, run, 1, num_tokens) for run in runs]
+        assert min(found) >= LEAST
+        assert statistics.median(found) > gain
+
+
+@pytest.mark.parametrize("caller", [0.6, 6.0])
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_one_that_was_disturbed_is_not_believed_for_long(name, caller):
+    """The only step without drafts that was timed: beside it drafts seem to cost nothing."""
+    machine = replace(MACHINES[name], caller=caller)
+    policy = adaptive(1)
+    add, disturbed = policy.costs.add, []
+
+    def add_disturbed(num_seqs, num_drafts, seconds):
+        if not num_drafts and seconds is not None and not disturbed:
+            disturbed.append(seconds)
+            seconds *= 3.0
+        add(num_seqs, num_drafts, seconds)
+
+    policy.costs.add = add_disturbed
+    run = course(machine, "0.0", 1, 1000, policy)
+    assert disturbed
+    assert rate(machine, run, 1, 1000) > 0.97  # 0.58 if it were
+
+
+@pytest.mark.parametrize("part", [0.6, 0.3, 0.1])
+@pytest.mark.parametrize("num_seqs", [16, 64])
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_drafts_that_only_some_have_do_not_end_those_of_all(name, num_seqs, part):
+    """A proposer finds something for a part of the requests in each step: what pays is taken."""
+    machine, found = MACHINES[name], []
+    for policy in (adaptive(num_seqs), DraftPolicy(MAX_DRAFTS)):
+        run = simulate(machine, lambda at: 0.9, num_seqs, 256, policy, seed=1, promising=part)
+        found.append(rate(machine, run, num_seqs, 256))
+    assert found[0] >= LEAST
+    if found[1] >= 1.25:
+        assert found[0] >= 0.9 * found[1]
+
+
 @pytest.mark.parametrize("share", ["0.0", "0.4", "0.8"])
 @pytest.mark.parametrize("name", MACHINES)
 def test_nor_where_steps_do_not_run_ahead(name, share):
