@@ -84,7 +84,9 @@ class _Record:
 
 
 class AdaptiveDrafts(DraftPolicy):
-    """See the module. max_drafts: of a request in a step; max_rows: of all together."""
+    """See the module. max_drafts: of a request in a step; max_rows: of all together; try_all_alone:
+    whether tries of a request that runs alone are of all its drafts: where these cost little more
+    than a few, and each form of step is captured when it first comes, fewer forms are met."""
 
     beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
@@ -106,9 +108,12 @@ class AdaptiveDrafts(DraftPolicy):
     # where that time is of one step alone.
     REFRESH_STEPS, UNSURE_STEPS, REFRESH_LENGTH = 512, 16, 5
 
-    def __init__(self, max_drafts: int, max_rows: int = _ROOMY) -> None:
+    def __init__(
+        self, max_drafts: int, max_rows: int = _ROOMY, *, try_all_alone: bool = False
+    ) -> None:
         super().__init__(max_drafts)
         self._max_rows = max_rows
+        self._try_alone = max_drafts if try_all_alone else min(self.TRY_DRAFTS, max_drafts)
         self.costs = StepCosts()
         self.budget = DraftBudget()
         self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
@@ -173,9 +178,7 @@ class AdaptiveDrafts(DraftPolicy):
         self.budget.passed()
         plain = self.costs.seconds(num_seqs, 0)
         if num_drafts and plain is not None:
-            usual = self.costs.estimate(num_seqs, num_drafts) or self.MOST_LONGER * plain
-            took = min(seconds or usual, self.MOST_LONGER * usual)
-            self.budget.lost(max(0.0, took / plain - 1))
+            self._charge(num_seqs, num_drafts, seconds, plain)
 
     def resumed(self, num_seqs: int, seconds: float) -> None:
         plain = self.costs.seconds(num_seqs, 0)
@@ -183,10 +186,10 @@ class AdaptiveDrafts(DraftPolicy):
             self.budget.lost(min(max(0.0, seconds / plain - 1), self.MOST_RESUMED))
 
     def may_wait(self, num_seqs: int, num_drafts: int) -> bool:
-        is_unsure = not num_drafts and not self.costs.is_sure(num_seqs)
-        if not (self._num_refreshed and is_unsure):
-            if self.costs.has_seen(num_seqs, num_drafts) or not self.budget.allows(self.WAITING):
-                return False
+        costs, is_refresh = self.costs, self._num_refreshed > 0 and not num_drafts
+        is_wanted = not costs.has_seen(num_seqs, num_drafts) and self.budget.allows(self.WAITING)
+        if not is_wanted and not (is_refresh and not costs.is_sure(num_seqs)):
+            return False
         self.budget.lost(self.WAITING)
         return True
 
@@ -197,6 +200,15 @@ class AdaptiveDrafts(DraftPolicy):
         record.add(num_tried, num_right, self._left(request, record))
         record.num_tokens = request.num_tokens
         self._of_all.add(num_tried, num_right, self.FADE)
+
+    def _charge(self, num_seqs: int, num_drafts: int, seconds: float | None, plain: float) -> None:
+        """What a step with drafts lost."""
+        costs = self.costs
+        known, usual = costs.seconds(num_seqs, num_drafts), costs.estimate(num_seqs, num_drafts)
+        most = self.MOST_LONGER * (usual or self.MOST_LONGER * plain)
+        if known is None and usual is not None and seconds is not None and seconds > most:
+            seconds = usual  # it was captured
+        self.budget.lost(max(0.0, min(seconds or usual or most, most) / plain - 1))
 
     def _refresh_steps(self, num_seqs: int) -> int:
         return self.REFRESH_STEPS if self.costs.is_sure(num_seqs) else self.UNSURE_STEPS
@@ -249,8 +261,8 @@ class AdaptiveDrafts(DraftPolicy):
         return count
 
     def _is_hopeless(self, num_running: int, plain_s: float, room: int) -> bool:
-        """Whether drafts would cost too much even if they were the best there are, and all had some:
-        how many have some now says nothing of the steps to come."""
+        """Whether drafts would cost too much even if they were the best there are, and of all: how
+        many have some now says nothing of the steps to come."""
         best = {int(self.LEVELS * self.BEST): num_running}
         return (
             self.costs.knows_drafts(num_running)
@@ -261,7 +273,7 @@ class AdaptiveDrafts(DraftPolicy):
         self, requests: Sequence[Request], num_running: int, plain_s: float, room: int
     ) -> dict[Request, int]:
         """A few drafts of those that had none for longest: their turn comes one after the other."""
-        size = min(self.TRY_DRAFTS, self.max_drafts)
+        size = self._try_alone if num_running == 1 else min(self.TRY_DRAFTS, self.max_drafts)
         count = min(len(requests), max(1, min(room, self.TRY_ROWS) // size))
         start = self._num_tried % len(requests)
         tried = [*requests[start:], *requests[:start]][:count]
