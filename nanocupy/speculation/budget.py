@@ -18,10 +18,12 @@ class DraftBudget:
     MOST_DEBT = 0.7  # with which anything may be lost
     # What was brought long ago is not lost again; but drafts that pay in the long run are right by
     # chance, and may be wrong a few times in a row.
-    MOST_CREDIT = 5.0
+    MOST_CREDIT = 5.0  # of one sequence; the more there are, the less is chance
+    LEAST_CREDIT = 1.0
 
     def __init__(self) -> None:
         self.debt = 0.0
+        self._most_credit = self.MOST_CREDIT
 
     @property
     def is_open(self) -> bool:
@@ -32,6 +34,10 @@ class DraftBudget:
         """Whether so much may be lost now."""
         return self.debt <= 0.0 or self.debt + num_steps <= self.MOST_DEBT
 
+    def limit_credit(self, num_seqs: int) -> None:
+        """So many sequences run now."""
+        self._most_credit = max(self.LEAST_CREDIT, self.MOST_CREDIT / num_seqs**0.5)
+
     def passed(self) -> None:
         """A step has passed, whatever it was."""
         if self.debt > 0.0:
@@ -39,11 +45,11 @@ class DraftBudget:
 
     def lost(self, num_steps: float) -> None:
         """Something took so much longer than without drafts."""
-        self.debt = max(-self.MOST_CREDIT, self.debt + num_steps)
+        self.debt = max(-self._most_credit, self.debt + num_steps)
 
     def gained(self, num_steps: float) -> None:
         """Drafts have made so many steps needless."""
-        self.debt = max(-self.MOST_CREDIT, self.debt - num_steps)
+        self.debt = max(-self._most_credit, self.debt - num_steps)
 
     def halve_credit(self) -> None:
         """Drafts are no longer expected to pay: what they brought is not for tries that fail."""

@@ -175,6 +175,7 @@ class AdaptiveDrafts(DraftPolicy):
     def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
         self.costs.add(num_seqs, num_drafts, seconds)
         self._num_seqs = num_seqs
+        self.budget.limit_credit(num_seqs)
         self.budget.passed()
         plain = self.costs.seconds(num_seqs, 0)
         if num_drafts and plain is not None:

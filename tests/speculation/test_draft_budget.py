@@ -149,16 +149,18 @@ def test_a_text_that_begins_to_repeat_late_is_found(name, num_seqs):
     assert sum(runs[0]) < 1.02 * sum(runs[1])
 
 
-@pytest.mark.parametrize("num_seqs", [1, 16, 64])
+@pytest.mark.parametrize("share", ["0.0", "0.4"])
+@pytest.mark.parametrize("num_seqs", [1, 4, 16, 64])
 @pytest.mark.parametrize("name", MACHINES)
-def test_drafts_that_brought_much_are_soon_given_up(name, num_seqs):
-    """In the next answer, where none is right; in a large batch two such steps cost as much as a
-    few without drafts."""
+def test_drafts_that_brought_much_are_soon_given_up(name, num_seqs, share):
+    """In the next answer, where few are right: what was brought before may be lost, once, so that
+    no more than in a fresh engine is lost of 256 tokens, but of 100 it may be."""
     machine = MACHINES[name]
     policy = adaptive(num_seqs, machine)
     course(machine, "0.95", num_seqs, 256, policy)
-    after = course(machine, "0.0", num_seqs, 256, policy)
-    assert rate(machine, after, num_seqs, 256) >= (LEAST if num_seqs == 1 else 0.97)
+    after = course(machine, share, num_seqs, 256, policy, 9)
+    assert rate(machine, after, num_seqs, 100) >= 0.955
+    assert rate(machine, after, num_seqs, 256) >= LEAST - 0.002
 
 
 @pytest.mark.parametrize("share", ["0.0", "0.4", "0.95"])
@@ -304,6 +306,13 @@ def test_a_budget():
     budget.lost(0.5)
     budget.halve_credit()
     assert budget.debt == 0.5
+    budget.limit_credit(4)
+    budget.gained(1000.0)
+    assert budget.debt == -budget.MOST_CREDIT / 2
+    budget.limit_credit(10**4)
+    budget.passed()
+    budget.gained(1000.0)
+    assert budget.debt == -budget.LEAST_CREDIT
 
 
 def main() -> None:
