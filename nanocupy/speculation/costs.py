@@ -10,6 +10,7 @@ _KEPT = 7  # measurements of a kind; their median counts, the lower of two
 _NOT_COUNTED = 2
 _LONG = 2.5  # beside a step without drafts: one that took longer may have loaded or captured
 _LEAST = 2  # measurements without which a kind is unknown; one where most are not to be had
+_OTHER = 1 / 4  # of the sequences of a batch: with so many more or fewer it is another
 
 
 def bucket(count: int) -> int:
@@ -25,6 +26,7 @@ class StepCosts:
         self._left_out: dict[tuple[int, int], int] = {}
         self._untimed: set[tuple[int, int]] = set()  # beside a caller who takes long
         self._num_drafts: dict[tuple[int, int], int] = {}  # of the last step of a kind
+        self._plain_seqs: dict[int, int] = {}  # by bucket: of the last plain step that was counted
         self._least: dict[tuple[int, int], float] = {}  # that a step of a kind has taken
 
     def add(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
@@ -41,6 +43,8 @@ class StepCosts:
             self._left_out[kind] = left_out + 1
         elif seconds is not None:
             self._kinds.setdefault(kind, deque(maxlen=_KEPT)).append(seconds)
+            if not num_drafts:
+                self._plain_seqs[kind[0]] = num_seqs
         else:
             self._untimed.add(kind)
 
@@ -49,6 +53,16 @@ class StepCosts:
         plain = self.seconds(num_seqs, 0)
         kind = bucket(num_seqs), bucket(num_drafts)
         return plain is not None and (not num_drafts or self._seen(kind, plain) is not None)
+
+    def moved(self, num_seqs: int) -> None:
+        """So many sequences run now: what their steps take is measured anew where it is known of so
+        many more or fewer that it differs, though their bucket is the same."""
+        batch = bucket(num_seqs)
+        before = self._plain_seqs.get(batch, num_seqs)
+        if abs(num_seqs - before) > _OTHER * before:
+            del self._plain_seqs[batch]
+            del self._kinds[batch, 0]
+            self.forget_drafts(num_seqs)
 
     def is_sure(self, num_seqs: int) -> bool:
         """Whether more than one step without drafts was measured, which may have been disturbed."""

@@ -129,6 +129,7 @@ class AdaptiveDrafts(DraftPolicy):
 
     def is_open(self, num_running: int) -> bool:
         self._num_asked += 1
+        self.costs.moved(num_running)
         if self._num_asked < self._rests_until or not self.budget.is_open:
             return False
         if self._num_refreshed or self._num_drafted >= self._refresh_steps(num_running):

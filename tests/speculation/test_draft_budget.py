@@ -163,6 +163,30 @@ def test_drafts_that_brought_much_are_soon_given_up(name, num_seqs, share):
     assert rate(machine, after, num_seqs, 256) >= LEAST - 0.002
 
 
+@pytest.mark.parametrize("share", ["0.0", "0.5"])
+@pytest.mark.parametrize(("before", "num_seqs"), [(64, 33), (32, 17)])
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_half_of_a_batch_is_another_batch(name, before, num_seqs, share):
+    """Steps of 33 sequences are not judged by what those of 64 take."""
+    machine = MACHINES[name]
+    for seed in range(3):
+        policy = adaptive(before, machine)
+        course(machine, "0.95", before, 256, policy, seed)
+        run = simulate(machine, lambda at: float(share), num_seqs, 256, policy, seed=seed + 9)
+        assert rate(machine, run, num_seqs, 100) >= 0.965
+        assert rate(machine, run, num_seqs, 256) >= LEAST
+
+
+@pytest.mark.parametrize("num_seqs", [33, 64])
+def test_what_pays_for_half_of_a_batch_pays_for_all(num_seqs):
+    machine = MACHINES["small"]
+    policy = adaptive(64, machine)
+    course(machine, "0.95", 97 - num_seqs, 256, policy)
+    run = course(machine, "0.95", num_seqs, 256, policy)
+    always = course(machine, "0.95", num_seqs, 256, DraftPolicy(MAX_DRAFTS))
+    assert run.times[-1] < always.times[-1] / 0.95
+
+
 @pytest.mark.parametrize("share", ["0.0", "0.4", "0.95"])
 @pytest.mark.parametrize("caller", [0.05, 0.6, 1.5, 6.0])
 @pytest.mark.parametrize("name", ["small", "large"])

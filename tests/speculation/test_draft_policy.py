@@ -274,6 +274,34 @@ def test_a_step_of_which_nobody_knows_what_it_took_is_the_first_of_its_kind_all_
     assert costs.seconds(1, 0) == 1.0
 
 
+def test_a_batch_that_grew_or_shrank_by_much_is_measured_anew():
+    costs = StepCosts()
+    for _ in range(4):
+        costs.add(40, 0, 1.0)
+        costs.add(40, 80, 2.0)
+    for num_seqs in (40, 33, 50, 20, 128):
+        costs.moved(num_seqs)
+        assert costs.seconds(40, 0) == 1.0
+        assert costs.seconds(40, 80) == 2.0
+    costs.moved(51)
+    assert costs.seconds(40, 0) is None
+    assert costs.seconds(40, 80) is None
+    for _ in range(2):  # no form of step is new
+        costs.add(51, 0, 1.2)
+    assert costs.seconds(51, 0) == 1.2
+    costs.moved(40)
+    assert costs.seconds(51, 0) == 1.2
+    costs.moved(38)
+    assert costs.seconds(51, 0) is None
+
+
+def test_a_time_of_nothing_is_none():
+    costs = StepCosts()
+    for _ in range(4):
+        costs.add(1, 0, 0.0)
+    assert costs.seconds(1, 0) is None
+
+
 def test_buckets_rise_and_are_few():
     found = [bucket(n) for n in range(513)]
     assert found == sorted(found)
