@@ -48,9 +48,11 @@ class DraftPolicy:
         step for drafts of all together; what is beyond it is cut off."""
         return dict.fromkeys(requests, self.max_drafts)
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
-        """A step of decodes alone took so long, finding its drafts included; None: nobody knows, or
-        it is not what such steps take."""
+    def stepped(
+        self, num_seqs: int, num_drafts: int, seconds: float | None, *, is_usual: bool = True
+    ) -> None:
+        """A step of decodes alone took so long, finding its drafts included; None: nobody knows.
+        is_usual: whether that is what such steps take."""
 
     def resumed(self, num_seqs: int, seconds: float) -> None:
         """That step had none, and took so long because drafts were looked for in vain, or were in
@@ -124,7 +126,6 @@ class AdaptiveDrafts(DraftPolicy):
         self._closed: dict[int, int] = {}  # by bucket: until when
         self._num_drafted = 0  # steps with drafts since the last refresh
         self._num_refreshed = 0  # steps of the refresh under way
-        self._num_tried = 0  # requests that tries have had
         self._num_seqs = 1  # of the step that was read last
 
     def is_open(self, num_running: int) -> bool:
@@ -169,12 +170,13 @@ class AdaptiveDrafts(DraftPolicy):
             return {}
         self._num_drafted += 1
         if best is None:
-            self._num_tried += len(wanted)
             self.budget.halve_credit()
         return wanted
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
-        self.costs.add(num_seqs, num_drafts, seconds)
+    def stepped(
+        self, num_seqs: int, num_drafts: int, seconds: float | None, *, is_usual: bool = True
+    ) -> None:
+        self.costs.add(num_seqs, num_drafts, seconds if is_usual else None)
         self._num_seqs = num_seqs
         self.budget.limit_credit(num_seqs)
         self.budget.passed()
@@ -274,11 +276,9 @@ class AdaptiveDrafts(DraftPolicy):
     def _try(
         self, requests: Sequence[Request], num_running: int, plain_s: float, room: int
     ) -> dict[Request, int]:
-        """A few drafts of those that had none for longest: their turn comes one after the other."""
+        """A few drafts of the first: who has had some is sorted in behind the others."""
         size = self._try_alone if num_running == 1 else min(self.TRY_DRAFTS, self.max_drafts)
         count = min(len(requests), max(1, min(room, self.TRY_ROWS) // size))
-        start = self._num_tried % len(requests)
-        tried = [*requests[start:], *requests[:start]][:count]
         few_s = self.costs.estimate(num_running, size * count)
         if few_s is not None:
             most_s = plain_s + self.TRY_LOSS * (few_s - plain_s)
@@ -286,4 +286,4 @@ class AdaptiveDrafts(DraftPolicy):
             for number in fitting:
                 if (self.costs.estimate(num_running, number * count) or few_s) <= most_s:
                     size = number
-        return dict.fromkeys(tried, size)
+        return dict.fromkeys(requests[:count], size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -127,18 +128,23 @@ def test_what_is_known_of_a_request_is_forgotten_in_time():
     assert set(policy.choose([good, bad], 2)) == {good, bad}
 
 
-def test_tries_have_those_who_had_none_for_longest():
-    """One after the other, where a try is for fewer than there are."""
-    policy = policy_of(2, lambda seqs, drafts: 1.0 + 2.0 * (drafts > 0))
-    policy.costs.knows_drafts = lambda seqs: False
-    requests = [request(str(number)) for number in range(40)]
-    seen = []
-    for _ in range(5):
-        policy.budget.debt = 0.0
-        tried = policy.choose(requests, 40)
-        assert len(tried) == policy.TRY_ROWS // 2
-        seen += tried
-    assert seen == (requests * 2)[: len(seen)]
+@pytest.mark.parametrize("num_seqs", [20, 40, 64])
+def test_tries_have_those_who_had_none_for_longest(num_seqs):
+    """One after the other, where a try is for fewer than there are: the engine sorts them so."""
+    policy, tried = AdaptiveDrafts(7), []
+    choose = policy.choose
+
+    def choosing(requests, num_running, room):
+        wanted = choose(requests, num_running, room)
+        tried.extend(wanted)
+        return wanted
+
+    policy.choose = choosing
+    simulate(MACHINES["jump"], lambda at: 0.0, num_seqs, 2000, policy)
+    counts = Counter(tried)
+    assert len(tried) > num_seqs
+    assert len(counts) == num_seqs
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_a_hopeless_batch_is_measured_anew_after_a_while():
