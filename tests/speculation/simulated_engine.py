@@ -39,13 +39,14 @@ class Clock:
 class Machine:
     """Times in any one unit. step: the device's, of so many sequences and drafts of all together;
     launch: the host's of a step like the one before, and `other_launch` of another; find: the
-    host's for drafts, of so many requests and of the one that has most; caller: between two calls
-    of `step`. run_ahead: whether the device runs beside the host."""
+    host's for drafts, of so many requests and of the one that has most, and `catch_up` more where one has
+    tokens that were not seen; caller: between two calls of `step`. run_ahead: whether the device runs beside the host."""
 
     step: Callable[[int, int], float]
     launch: float = 0.0
     other_launch: float = 0.0
     find: Callable[[int, int], float] = lambda num_requests, most: 0.0
+    catch_up: float = 0.0
     caller: float = 0.0
     run_ahead: bool = True
 
@@ -104,12 +105,20 @@ class SimulatedProposer(Proposer):
     def __init__(self, machine: Machine, clock: Clock, promising: float = 1.0) -> None:
         self._machine, self._clock = machine, clock
         self._promising, self._rng = promising, random.Random(5)
+        self._num_seen: dict[Request, int] = {}
 
     def is_promising(self, request: Request) -> bool:
         return self._rng.random() < self._promising
 
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
-        self._clock.now += self._machine.find(len(wanted), max(wanted.values()))
+        machine, seen = self._machine, self._num_seen
+        self.was_reading = machine.catch_up > 0 and any(
+            request.num_tokens - seen.get(request, 0) > 2 for request in wanted
+        )
+        self._clock.now += machine.catch_up * self.was_reading
+        self._clock.now += machine.find(len(wanted), max(wanted.values()))
+        for request, count in wanted.items():
+            seen[request] = request.num_tokens + count - 1
         return {request: [0] * count for request, count in wanted.items()}
 
     def forget(self, request: Request) -> None:

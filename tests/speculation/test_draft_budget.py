@@ -256,6 +256,18 @@ def test_nor_where_steps_do_not_run_ahead(name, share):
     assert share != "0.8" or rate(machine, run, 1, 1000) > 1.5
 
 
+@pytest.mark.parametrize("num_seqs", [1, 4, 16])
+@pytest.mark.parametrize("share", ["0.0", "0.2", "0.4", "0.8"])
+def test_nor_where_a_draft_model_reads_first(num_seqs, share):
+    """What came since its last try, in all tries that come alone: that is charged, and not taken
+    for what steps with drafts take."""
+    machine = replace(MACHINES["large with a draft model"], catch_up=0.7)
+    run = course(machine, share, num_seqs, 1000, adaptive(num_seqs, machine))
+    rates = [rate(machine, run, num_seqs, num_tokens) for num_tokens in RUNS]
+    assert min(rates) >= LEAST
+    assert share != "0.8" or rates[-1] > 1.7
+
+
 def captured(machine: Machine, capture_ms: float) -> tuple[Machine, Counter[int]]:
     """One that takes so much longer for the first two steps of each form with drafts: by tokens of
     a sequence, rounded up to a power of two; and how many of each there were."""

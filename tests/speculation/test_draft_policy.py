@@ -182,6 +182,28 @@ def test_a_batch_too_large_for_drafts_is_left_alone():
     assert 1 <= sum(n > 0 for n in drafts) < 20
 
 
+def test_what_is_charged():
+    """What a step with drafts took longer, also where that is not usual, up to some; one that took
+    far longer than its like do was captured, and is charged what they take."""
+    policy = AdaptiveDrafts(7)
+    for _ in range(4):
+        policy.stepped(1, 0, 1.0)
+    charges = []
+    for num_drafts, seconds, is_usual in [
+        (2, 1.9, False), (2, 1.4, True), (2, 1.2, True), (5, 50.0, True), (2, None, True),
+    ]:  # fmt: skip
+        policy.budget.debt = 0.0
+        policy.stepped(1, num_drafts, seconds, is_usual=is_usual)
+        charges.append(policy.budget.debt)
+        if not is_usual:
+            assert policy.costs.estimate(1, 2) is None
+    # Of 5 drafts half of what 2 take longer, and as much in proportion.
+    assert charges == pytest.approx([0.9, 0.4, 0.2, 0.2 * (0.5 + 0.5 * 5 / 2), 0.2], abs=0.01)
+    policy.budget.debt = -2.0
+    policy.stepped(1, 2, 0.5)
+    assert policy.budget.debt == -2.0
+
+
 def test_steps_without_drafts_stay_measured():
     drafts = run("ngram", 0.95, 1, 10000).num_drafts
     assert 10 <= drafts[100:].count(0) <= 40
