@@ -3,9 +3,11 @@
 Counted in steps without drafts of the batch that runs, as seconds of different batches do not
 compare: a step with drafts loses what it takes longer, and gains a B-th of a step of B sequences
 for each draft that is right. Where more was lost than gained there is a debt, and as time passes it
-is forgiven, slowly. With a debt no more than a little may be lost; without one, anything that is
-worth a try. So in N steps no more is lost than the share of N that is forgiven, and what one try
-loses, or that little. Pure Python.
+is forgiven, slowly; where more was gained there is a credit, up to a most. With a debt no more than
+a little may be lost; without one, anything that is worth a try. So in N steps no more is lost than
+the share of N that is forgiven, what one try loses, or that little, and the credit that there was.
+What is told is what was lost: the policy leaves out what it takes for a capture or a disturbance.
+Pure Python.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ class DraftBudget:
     """debt: in steps without drafts; below zero it is a credit, what drafts have brought lately."""
 
     FORGIVEN = 0.0075  # of the time that passes
-    MOST_DEBT = 0.7  # with which anything may be lost
+    MOST_DEBT = 0.7  # up to which a try may go
     # What was brought long ago is not lost again; but drafts that pay in the long run are right by
     # chance, and may be wrong a few times in a row.
     MOST_CREDIT = 5.0  # of one sequence; the more there are, the less is chance
@@ -27,7 +29,7 @@ class DraftBudget:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything may be lost."""
+        """Whether any try may be made."""
         return self.debt < self.MOST_DEBT
 
     def allows(self, num_steps: float) -> bool:
@@ -39,7 +41,7 @@ class DraftBudget:
         self._most_credit = max(self.LEAST_CREDIT, self.MOST_CREDIT / num_seqs**0.5)
 
     def passed(self) -> None:
-        """A step has passed, whatever it was."""
+        """A step of decodes has passed, with drafts or without."""
         if self.debt > 0.0:
             self.debt = max(0.0, self.debt - self.FORGIVEN)
 

@@ -6,7 +6,7 @@ for all together, which is what is expected of one of which nothing is known, or
 Drafts are taken in the number that gives the most tokens a second, if that is more than without.
 
 Where none are expected to pay, a few are tried all the same: else nobody would know when they do.
-What drafts cost and bring is kept account of (`budget`): while more was lost than may be, there are
+What drafts cost and bring is accounted for (`budget`): while more was lost than may be, there are
 none, whatever is expected of them. So tries that fail are far apart, and one that is right is soon
 followed by others. A batch for which even the best drafts would cost too much is left alone for
 long. Pure Python: no clock, no arrays.
@@ -107,7 +107,7 @@ class AdaptiveDrafts(DraftPolicy):
     # it takes to read a step at once, beside a caller who takes long.
     MOST_LONGER, MOST_RESUMED, WAITING = 1.5, 1.0, 0.8
     # So seldom steps without drafts are made, so that their time stays known, and so many; sooner
-    # where that time is of one step alone.
+    # where that time is of one step alone, which may have been disturbed.
     REFRESH_STEPS, UNSURE_STEPS, REFRESH_LENGTH = 512, 16, 5
 
     def __init__(
@@ -207,8 +207,8 @@ class AdaptiveDrafts(DraftPolicy):
 
     def _charge(self, num_seqs: int, num_drafts: int, seconds: float | None, plain: float) -> None:
         """What a step with drafts lost."""
-        costs = self.costs
-        known, usual = costs.seconds(num_seqs, num_drafts), costs.estimate(num_seqs, num_drafts)
+        known = self.costs.seconds(num_seqs, num_drafts)
+        usual = self.costs.estimate(num_seqs, num_drafts)
         most = self.MOST_LONGER * (usual or self.MOST_LONGER * plain)
         if known is None and usual is not None and seconds is not None and seconds > most:
             seconds = usual  # it was captured

@@ -39,8 +39,9 @@ class Clock:
 class Machine:
     """Times in any one unit. step: the device's, of so many sequences and drafts of all together;
     launch: the host's of a step like the one before, and `other_launch` of another; find: the
-    host's for drafts, of so many requests and of the one that has most, and `catch_up` more where one has
-    tokens that were not seen; caller: between two calls of `step`. run_ahead: whether the device runs beside the host."""
+    host's for drafts, of so many requests and of the one that has most, and `catch_up` more where
+    one has tokens that were not seen; caller: between two calls of `step`. run_ahead: whether the
+    device runs beside the host."""
 
     step: Callable[[int, int], float]
     launch: float = 0.0
