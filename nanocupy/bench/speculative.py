@@ -31,12 +31,13 @@ from nanocupy.bench.measure import (
     weight_counts,
 )
 from nanocupy.cuda.step_stamps import DECODE, DRAFTS, IdleTime, idle_share
+from nanocupy.engine.draft_backend import make_policy
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.request import Request
 from nanocupy.profiling.step_parts import PARTS, StepParts
 from nanocupy.sampling_params import SamplingParams
 from nanocupy.speculation.acceptance import count_right
-from nanocupy.speculation.policy import AdaptiveDrafts, DraftPolicy
+from nanocupy.speculation.policy import DraftPolicy
 from nanocupy.speculation.proposer import Proposer
 from nanocupy.speculation.speculator import Speculator
 
@@ -187,7 +188,7 @@ def speculative(
         for share in acceptances:
             policy = DraftPolicy(num_drafts)
             if adaptive:
-                policy = AdaptiveDrafts(num_drafts, engine.runner.limits.max_draft_rows)
+                policy = make_policy(inner, num_drafts, engine.runner)
             timed = TimedProposer(inner)
             coin = ForcedAcceptance(share)
             on_device = engine.runner.force_acceptance(coin)

@@ -34,8 +34,14 @@ def make_speculator(
         assert draft is not None, "a draft model is named, and was not opened"
         draft_runner = make_draft_runner(draft, config, runner, progress=progress)
         proposer = DraftModelProposer(draft_runner, runner.config.vocab_size)
-    policy = AdaptiveDrafts(config.draft_tokens, runner.limits.max_draft_rows)
-    return Speculator(proposer, policy)
+    return Speculator(proposer, make_policy(proposer, config.draft_tokens, runner))
+
+
+def make_policy(proposer: Proposer, max_drafts: int, runner: Runner) -> AdaptiveDrafts:
+    """How many of a proposer's drafts an engine on `runner` asks for."""
+    # On a GPU a step of several drafts takes about as long as one of few; a draft model does not.
+    is_free = runner.can_run_ahead and proposer.name != DraftModelProposer.name
+    return AdaptiveDrafts(max_drafts, runner.limits.max_draft_rows, try_all_alone=is_free)
 
 
 def make_draft_runner(

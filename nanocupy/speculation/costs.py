@@ -9,7 +9,8 @@ _KEPT = 7  # measurements of a kind; their median counts, the lower of two
 # A device loads what a step needs when its shape comes first, and captures it when it comes again.
 _NOT_COUNTED = 2
 _LONG = 2.5  # beside a step without drafts: one that took longer may have loaded or captured
-_LEAST = 2  # measurements without which a kind is unknown
+_LEAST = 2  # measurements without which a kind is unknown; one where most are not to be had
+_OTHER = 1 / 4  # of the sequences of a batch: with so many more or fewer it is another
 
 
 def bucket(count: int) -> int:
@@ -23,12 +24,16 @@ class StepCosts:
     def __init__(self) -> None:
         self._kinds: dict[tuple[int, int], deque[float]] = {}
         self._left_out: dict[tuple[int, int], int] = {}
+        self._untimed: set[tuple[int, int]] = set()  # beside a caller who takes long
         self._num_drafts: dict[tuple[int, int], int] = {}  # of the last step of a kind
+        self._plain_seqs: dict[int, int] = {}  # by bucket: of the last plain step that was counted
         self._least: dict[tuple[int, int], float] = {}  # that a step of a kind has taken
 
     def add(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
         """A step of so many sequences, one token each, and drafts of all of them together; None:
         nobody knows how long it took."""
+        if seconds is not None and seconds <= 0.0:
+            seconds = None  # of a clock that does not tell them apart
         kind = bucket(num_seqs), bucket(num_drafts)
         self._num_drafts[kind] = num_drafts
         if seconds is not None:
@@ -38,12 +43,30 @@ class StepCosts:
             self._left_out[kind] = left_out + 1
         elif seconds is not None:
             self._kinds.setdefault(kind, deque(maxlen=_KEPT)).append(seconds)
+            if not num_drafts:
+                self._plain_seqs[kind[0]] = num_seqs
+        else:
+            self._untimed.add(kind)
 
     def has_seen(self, num_seqs: int, num_drafts: int) -> bool:
-        """Whether the time of such a step is known, with drafts: of one, if it was not long."""
+        """Plain: whether its median is known; with drafts: whether one was timed, and not long."""
         plain = self.seconds(num_seqs, 0)
         kind = bucket(num_seqs), bucket(num_drafts)
         return plain is not None and (not num_drafts or self._seen(kind, plain) is not None)
+
+    def moved(self, num_seqs: int) -> None:
+        """So many sequences run now: what their steps take is measured anew where it is known of so
+        many more or fewer that it differs, though their bucket is the same."""
+        batch = bucket(num_seqs)
+        before = self._plain_seqs.get(batch, num_seqs)
+        if abs(num_seqs - before) > _OTHER * before:
+            del self._plain_seqs[batch]
+            del self._kinds[batch, 0]
+            self.forget_drafts(num_seqs)
+
+    def is_sure(self, num_seqs: int) -> bool:
+        """Whether more than one step without drafts was measured, which may have been disturbed."""
+        return len(self._kinds.get((bucket(num_seqs), 0), ())) >= _LEAST
 
     def seconds(self, num_seqs: int, num_drafts: int) -> float | None:
         """Of a step of this kind; None where it is not known."""
@@ -83,7 +106,7 @@ class StepCosts:
 
     def _median(self, kind: tuple[int, int]) -> float | None:
         found = self._kinds.get(kind)
-        if found is None or len(found) < _LEAST:
+        if found is None or len(found) < (1 if kind in self._untimed else _LEAST):
             return None
         return statistics.median_low(found)  # what disturbs a step makes it longer
 

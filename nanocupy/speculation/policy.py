@@ -6,7 +6,7 @@ for all together, which is what is expected of one of which nothing is known, or
 Drafts are taken in the number that gives the most tokens a second, if that is more than without.
 
 Where none are expected to pay, a few are tried all the same: else nobody would know when they do.
-What drafts cost and bring is kept account of (`budget`): while more was lost than may be, there are
+What drafts cost and bring is accounted for (`budget`): while more was lost than may be, there are
 none, whatever is expected of them. So tries that fail are far apart, and one that is right is soon
 followed by others. A batch for which even the best drafts would cost too much is left alone for
 long. Pure Python: no clock, no arrays.
@@ -48,9 +48,11 @@ class DraftPolicy:
         step for drafts of all together; what is beyond it is cut off."""
         return dict.fromkeys(requests, self.max_drafts)
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
-        """A step of decodes alone took so long, finding its drafts included; None: nobody knows, or
-        it is not what such steps take."""
+    def stepped(
+        self, num_seqs: int, num_drafts: int, seconds: float | None, *, is_usual: bool = True
+    ) -> None:
+        """A step of decodes alone took so long, finding its drafts included; None: nobody knows.
+        is_usual: whether that is what such steps take."""
 
     def resumed(self, num_seqs: int, seconds: float) -> None:
         """That step had none, and took so long because drafts were looked for in vain, or were in
@@ -84,7 +86,9 @@ class _Record:
 
 
 class AdaptiveDrafts(DraftPolicy):
-    """See the module. max_drafts: of a request in a step; max_rows: of all together."""
+    """See the module. max_drafts: of a request in a step; max_rows: of all together; try_all_alone:
+    whether tries of a request that runs alone are of all its drafts: where these cost little more
+    than a few, and each form of step is captured when it first comes, fewer forms are met."""
 
     beside_prompts = False  # what they cost there is not measured
     MARGIN = 1.02  # drafts must be better by this
@@ -102,12 +106,16 @@ class AdaptiveDrafts(DraftPolicy):
     # kind does was disturbed, or was the first of its form; so is one after drafts. And about what
     # it takes to read a step at once, beside a caller who takes long.
     MOST_LONGER, MOST_RESUMED, WAITING = 1.5, 1.0, 0.8
-    # So seldom steps without drafts are made, so that their time stays known, and so many.
-    REFRESH_STEPS, REFRESH_LENGTH = 512, 5
+    # So seldom steps without drafts are made, so that their time stays known, and so many; sooner
+    # where that time is of one step alone, which may have been disturbed.
+    REFRESH_STEPS, UNSURE_STEPS, REFRESH_LENGTH = 512, 16, 5
 
-    def __init__(self, max_drafts: int, max_rows: int = _ROOMY) -> None:
+    def __init__(
+        self, max_drafts: int, max_rows: int = _ROOMY, *, try_all_alone: bool = False
+    ) -> None:
         super().__init__(max_drafts)
         self._max_rows = max_rows
+        self._try_alone = max_drafts if try_all_alone else min(self.TRY_DRAFTS, max_drafts)
         self.costs = StepCosts()
         self.budget = DraftBudget()
         self._sizes = sorted({n for n in (1, 2, 3, 5, 7) if n < max_drafts} | {max_drafts})
@@ -117,18 +125,19 @@ class AdaptiveDrafts(DraftPolicy):
         self._rests_until = 0  # in such steps
         self._closed: dict[int, int] = {}  # by bucket: until when
         self._num_drafted = 0  # steps with drafts since the last refresh
-        self._num_tried = 0  # requests that tries have had
+        self._num_refreshed = 0  # steps of the refresh under way
         self._num_seqs = 1  # of the step that was read last
 
     def is_open(self, num_running: int) -> bool:
         self._num_asked += 1
+        self.costs.moved(num_running)
         if self._num_asked < self._rests_until or not self.budget.is_open:
             return False
-        if self._num_drafted >= self.REFRESH_STEPS:
-            self._num_drafted += 1
-            if self._num_drafted <= self.REFRESH_STEPS + self.REFRESH_LENGTH:
+        if self._num_refreshed or self._num_drafted >= self._refresh_steps(num_running):
+            self._num_refreshed += 1
+            if self._num_refreshed <= self.REFRESH_LENGTH:
                 return False
-            self._num_drafted = 0
+            self._num_refreshed = self._num_drafted = 0
         until = self._closed.get(bucket(num_running))
         if until is not None:
             if self._num_asked < until:
@@ -149,7 +158,7 @@ class AdaptiveDrafts(DraftPolicy):
         best = self._best(Counter(levels), num_running, plain, room)
         if best is not None:
             wanted = {r: best[n] for r, n in zip(requests, levels, strict=True) if best[n]}
-        elif self._is_hopeless(len(requests), num_running, plain, room):
+        elif self._is_hopeless(num_running, plain, room):
             self._closed[bucket(num_running)] = self._num_asked + self.CLOSED_STEPS
             return {}
         else:
@@ -159,22 +168,21 @@ class AdaptiveDrafts(DraftPolicy):
         if not self.budget.allows(seconds / plain - 1):
             self._rests_until = self._num_asked + self.REST_STEPS
             return {}
-        if best is not None:
-            self._num_drafted += 1
-        else:
-            self._num_tried += len(wanted)
+        self._num_drafted += 1
+        if best is None:
             self.budget.halve_credit()
         return wanted
 
-    def stepped(self, num_seqs: int, num_drafts: int, seconds: float | None) -> None:
-        self.costs.add(num_seqs, num_drafts, seconds)
+    def stepped(
+        self, num_seqs: int, num_drafts: int, seconds: float | None, *, is_usual: bool = True
+    ) -> None:
+        self.costs.add(num_seqs, num_drafts, seconds if is_usual else None)
         self._num_seqs = num_seqs
+        self.budget.limit_credit(num_seqs)
         self.budget.passed()
         plain = self.costs.seconds(num_seqs, 0)
         if num_drafts and plain is not None:
-            usual = self.costs.estimate(num_seqs, num_drafts) or self.MOST_LONGER * plain
-            took = min(seconds or usual, self.MOST_LONGER * usual)
-            self.budget.lost(took / plain - 1)
+            self._charge(num_seqs, num_drafts, seconds, plain)
 
     def resumed(self, num_seqs: int, seconds: float) -> None:
         plain = self.costs.seconds(num_seqs, 0)
@@ -182,7 +190,9 @@ class AdaptiveDrafts(DraftPolicy):
             self.budget.lost(min(max(0.0, seconds / plain - 1), self.MOST_RESUMED))
 
     def may_wait(self, num_seqs: int, num_drafts: int) -> bool:
-        if self.costs.has_seen(num_seqs, num_drafts) or not self.budget.allows(self.WAITING):
+        costs, is_refresh = self.costs, self._num_refreshed > 0 and not num_drafts
+        is_wanted = not costs.has_seen(num_seqs, num_drafts) and self.budget.allows(self.WAITING)
+        if not is_wanted and not (is_refresh and not costs.is_sure(num_seqs)):
             return False
         self.budget.lost(self.WAITING)
         return True
@@ -194,6 +204,18 @@ class AdaptiveDrafts(DraftPolicy):
         record.add(num_tried, num_right, self._left(request, record))
         record.num_tokens = request.num_tokens
         self._of_all.add(num_tried, num_right, self.FADE)
+
+    def _charge(self, num_seqs: int, num_drafts: int, seconds: float | None, plain: float) -> None:
+        """What a step with drafts lost."""
+        known = self.costs.seconds(num_seqs, num_drafts)
+        usual = self.costs.estimate(num_seqs, num_drafts)
+        most = self.MOST_LONGER * (usual or self.MOST_LONGER * plain)
+        if known is None and usual is not None and seconds is not None and seconds > most:
+            seconds = usual  # it was captured
+        self.budget.lost(max(0.0, min(seconds or usual or most, most) / plain - 1))
+
+    def _refresh_steps(self, num_seqs: int) -> int:
+        return self.REFRESH_STEPS if self.costs.is_sure(num_seqs) else self.UNSURE_STEPS
 
     def forget(self, request: Request) -> None:
         self._records.pop(request, None)
@@ -242,9 +264,10 @@ class AdaptiveDrafts(DraftPolicy):
             chance *= share
         return count
 
-    def _is_hopeless(self, num_requests: int, num_running: int, plain_s: float, room: int) -> bool:
-        """Whether drafts would cost too much even if they were the best there are."""
-        best = {int(self.LEVELS * self.BEST): num_requests}
+    def _is_hopeless(self, num_running: int, plain_s: float, room: int) -> bool:
+        """Whether drafts would cost too much even if they were the best there are, and of all: how
+        many have some now says nothing of the steps to come."""
+        best = {int(self.LEVELS * self.BEST): num_running}
         return (
             self.costs.knows_drafts(num_running)
             and self._best(best, num_running, plain_s, room) is None
@@ -253,11 +276,9 @@ class AdaptiveDrafts(DraftPolicy):
     def _try(
         self, requests: Sequence[Request], num_running: int, plain_s: float, room: int
     ) -> dict[Request, int]:
-        """A few drafts of those that had none for longest: their turn comes one after the other."""
-        size = min(self.TRY_DRAFTS, self.max_drafts)
+        """A few drafts of the first: who has had some is sorted in behind the others."""
+        size = self._try_alone if num_running == 1 else min(self.TRY_DRAFTS, self.max_drafts)
         count = min(len(requests), max(1, min(room, self.TRY_ROWS) // size))
-        start = self._num_tried % len(requests)
-        tried = [*requests[start:], *requests[:start]][:count]
         few_s = self.costs.estimate(num_running, size * count)
         if few_s is not None:
             most_s = plain_s + self.TRY_LOSS * (few_s - plain_s)
@@ -265,4 +286,4 @@ class AdaptiveDrafts(DraftPolicy):
             for number in fitting:
                 if (self.costs.estimate(num_running, number * count) or few_s) <= most_s:
                     size = number
-        return dict.fromkeys(tried, size)
+        return dict.fromkeys(requests[:count], size)

@@ -108,8 +108,9 @@ class Speculator:
     def asking(self, counts: Mapping[Request, int]) -> WantedDrafts:
         """What the scheduler is told of those of `wanted` that still decode, all ids being read."""
         self._was_plain, self._has_waited = False, True
-        self.reads_at_once = self._is_untimed and self.policy.may_wait(
-            self._num_running, sum(counts.values())
+        # What is to be read at once already was paid for.
+        self.reads_at_once = self._is_untimed and (
+            self.reads_at_once or self.policy.may_wait(self._num_running, sum(counts.values()))
         )
         return WantedDrafts(counts, self.propose, self.policy.beside_prompts)
 
@@ -156,15 +157,17 @@ class Speculator:
         num_seqs = len(schedule.requests)
         self.counters.num_steps += num_drafts > 0
         is_known = seconds is not None
-        if self._was_reading and num_drafts:  # which is seldom, and took longer
-            seconds = None
-        self._was_reading = False
         is_swap = bool(schedule.swap_out or schedule.swap_in)
-        is_decode = schedule.num_tokens - num_drafts == num_seqs and not is_swap
-        # After a step that was waited for, the next one did not run beside the host's work.
-        is_usual = num_drafts > 0 or self._was_plain
+        is_decode = schedule.num_tokens - num_drafts == num_seqs
+        if is_decode and is_swap and num_drafts:  # drafts lose what they are expected to
+            self.policy.stepped(num_seqs, num_drafts, None)
+        is_decode = is_decode and not is_swap
+        # After a step that was waited for, the next one did not run beside the host's work; and a
+        # proposer that had to read first took longer.
+        is_usual = not self._was_reading if num_drafts else self._was_plain
+        self._was_reading = False
         if is_decode:
-            self.policy.stepped(num_seqs, num_drafts, seconds if is_usual else None)
+            self.policy.stepped(num_seqs, num_drafts, seconds, is_usual=is_usual)
         if is_decode and not num_drafts and self._has_waited and seconds is not None:
             self.policy.resumed(num_seqs, seconds)
         self._has_waited = num_drafts > 0

@@ -72,7 +72,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_the_same_text_and_a_line_that_tells(models, capsys, monkeypatch):
     # A tiny model's step takes as long with guesses as without, so that they pay by any measure.
-    monkeypatch.setattr(draft_backend, "AdaptiveDrafts", lambda most, rows: DraftPolicy(most))
+    monkeypatch.setattr(draft_backend, "make_policy", lambda _, most, runner: DraftPolicy(most))
     argv = ["-m", str(models / "model.nano"), "--max-tokens", "60", PROMPT]
     wanted, err = generate(capsys, *argv)
     assert "guesses" not in err
@@ -100,7 +100,7 @@ def test_the_flags_are_in_the_help(command, capsys):
 
 @pytest.mark.parametrize("stop", ["e", "wo", "xyz"])
 def test_stop_strings_and_samples(models, stop, monkeypatch):
-    monkeypatch.setattr(draft_backend, "AdaptiveDrafts", lambda most, rows: DraftPolicy(most))
+    monkeypatch.setattr(draft_backend, "make_policy", lambda _, most, runner: DraftPolicy(most))
     path = models / "model.nano"
     plain = LLM(path, device="cpu")
     text = plain.generate(PROMPT, PARAMS).text

@@ -174,13 +174,16 @@ def test_what_takes_longer_to_read_is_not_measured(monkeypatch):
         return found
 
     monkeypatch.setattr(proposer, "propose", propose)
-    monkeypatch.setattr(engine.speculator.policy, "stepped", lambda *step: told.append(step))
+    monkeypatch.setattr(
+        engine.speculator.policy, "stepped",
+        lambda seqs, drafts, seconds, *, is_usual: told.append((drafts, seconds, is_usual)),
+    )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     engine.add_request("a", [(7 * i) % 48 for i in range(60)], params)
     while engine.has_unfinished:
         engine.step()
     assert reading.count(True) == 4  # 60 tokens of the prompt and one more, but for two, by 16
-    timed = [drafts for _, drafts, seconds in told if seconds is not None]
+    timed = [drafts for drafts, seconds, is_usual in told if is_usual and seconds is not None]
     assert reading.count(False) == sum(drafts > 0 for drafts in timed) > 2
 
 

@@ -125,7 +125,7 @@ def test_the_adaptive_policy(alone) -> None:
     speculator = guessing(alone[0], 0.8, policy=AdaptiveDrafts(5))
     costs = speculator.policy.costs
     costs.add = lambda *step: None  # this machine's times decide nothing here
-    costs.estimate = lambda batch, drafts, **_: 1.0 + 0.02 * drafts
+    costs.estimate = lambda batch, drafts: 1.0 + 0.02 * drafts
     costs.seconds = lambda batch, drafts: 1.0
     same_tokens(run(make_runner(), speculator), alone)
     assert 10 < speculator.counters.num_accepted < speculator.counters.num_proposed

@@ -9,8 +9,9 @@ import pytest
 
 from nanocupy.engine.engine import LLMEngine
 from nanocupy.engine.numpy_runner import NumpyRunner
-from nanocupy.engine.request import RequestPriority
+from nanocupy.engine.request import Request, RequestPriority
 from nanocupy.engine.runner import RunnerLimits
+from nanocupy.engine.schedule import Schedule, ScheduledRequest
 from nanocupy.engine.scheduler import SchedulerSettings
 from nanocupy.errors import ConfigError
 from nanocupy.sampling_params import SamplingParams
@@ -80,6 +81,64 @@ def test_preempted(kind, policy, mode, run_ahead):
     counters = engine.scheduler.counters
     assert (counters.num_swapped_out if mode == "swap" else counters.num_recomputed) >= 2
     assert speculator.counters.num_accepted > 5
+
+
+class Recording(DraftPolicy):
+    """beside_prompts: not, as the adaptive policy."""
+
+    beside_prompts = False
+
+    def __init__(self, max_drafts: int) -> None:
+        super().__init__(max_drafts)
+        self.steps: list[tuple[int, float | None]] = []  # those with drafts: how many, seconds
+        self.num_drafts: list[int] = []  # that were verified in each of them
+
+    def stepped(self, num_seqs, num_drafts, seconds, *, is_usual=True):
+        if num_drafts:
+            assert 0 < num_seqs <= 6
+            self.steps.append((num_drafts, seconds))
+            self.num_drafts.append(0)
+
+    def verified(self, request, num_drafts, num_right):
+        if num_drafts:
+            self.num_drafts[-1] += num_drafts
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["sync", "ahead"])
+def test_the_policy_is_told_of_steps_with_drafts_that_copy_blocks_too(run_ahead):
+    """Drafts that gain there must lose there; what the step took is not told."""
+    speculator = guessing("plain", "greedy", 0.7)
+    policy = speculator.policy = Recording(MAX_DRAFTS)
+    engine = make_engine("plain", speculator, num_blocks=TIGHT, run_ahead=run_ahead)
+    stepped, num_copying = speculator.stepped, []
+
+    def copying(schedule, seconds):
+        is_copying = bool(schedule.swap_in or schedule.swap_out)
+        stepped(schedule, seconds)
+        if schedule.has_drafts and is_copying:
+            num_copying.append(1)
+            assert policy.steps[-1][1] is None
+
+    speculator.stepped = copying
+    assert run(engine, requests()) == alone("plain")
+    assert num_copying
+    assert policy.num_drafts == [num_drafts for num_drafts, _ in policy.steps]
+    assert sum(policy.num_drafts) > 20
+
+
+def test_a_step_that_is_to_be_read_at_once_stays_so():
+    """The policy has paid for it when one without drafts was expected."""
+    speculator = guessing("plain", "greedy", 0.7)
+    speculator.policy.may_wait = lambda num_seqs, num_drafts: not num_drafts
+    make_engine("plain", speculator)
+    request = Request("0", [1], SamplingParams(), 0, 10)
+    schedule = Schedule((ScheduledRequest(request, 1, True),))
+    speculator.stepped(schedule, None)
+    assert speculator.reads_at_once
+    speculator.asking({request: 2})
+    assert speculator.reads_at_once
+    speculator.stepped(schedule, 1.0)
+    assert not speculator.reads_at_once
 
 
 @pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
@@ -345,7 +404,7 @@ def test_the_adaptive_policy_changes_no_token():
     proposer = GuessingProposer(lambda request: outputs[int(request.request_id)], 0.8, 48)
     speculator = Speculator(proposer, AdaptiveDrafts(5))
     speculator.policy.costs.add = lambda *step: None  # this machine's times decide nothing here
-    speculator.policy.costs.estimate = lambda batch, drafts, **_: 1.0 + 0.02 * drafts
+    speculator.policy.costs.estimate = lambda batch, drafts: 1.0 + 0.02 * drafts
     speculator.policy.costs.seconds = lambda batch, drafts: 1.0
     engine = make_engine("plain", speculator)
     assert run(engine, requests()) == outputs

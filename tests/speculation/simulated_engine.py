@@ -39,13 +39,15 @@ class Clock:
 class Machine:
     """Times in any one unit. step: the device's, of so many sequences and drafts of all together;
     launch: the host's of a step like the one before, and `other_launch` of another; find: the
-    host's for drafts, of so many requests and of the one that has most; caller: between two calls
-    of `step`. run_ahead: whether the device runs beside the host."""
+    host's for drafts, of so many requests and of the one that has most, and `catch_up` more where
+    one has tokens that were not seen; caller: between two calls of `step`. run_ahead: whether the
+    device runs beside the host."""
 
     step: Callable[[int, int], float]
     launch: float = 0.0
     other_launch: float = 0.0
     find: Callable[[int, int], float] = lambda num_requests, most: 0.0
+    catch_up: float = 0.0
     caller: float = 0.0
     run_ahead: bool = True
 
@@ -96,18 +98,28 @@ class SimulatedRunner(Runner):
 
 
 class SimulatedProposer(Proposer):
-    """Guesses zeros for everyone, in the time that the machine takes to find them."""
+    """Guesses zeros, in the time that the machine takes to find them. promising: how likely there
+    is something for a request in a step."""
 
     name = "simulated"
 
-    def __init__(self, machine: Machine, clock: Clock) -> None:
+    def __init__(self, machine: Machine, clock: Clock, promising: float = 1.0) -> None:
         self._machine, self._clock = machine, clock
+        self._promising, self._rng = promising, random.Random(5)
+        self._num_seen: dict[Request, int] = {}
 
     def is_promising(self, request: Request) -> bool:
-        return True
+        return self._rng.random() < self._promising
 
     def propose(self, wanted: Mapping[Request, int]) -> dict[Request, Sequence[int]]:
-        self._clock.now += self._machine.find(len(wanted), max(wanted.values()))
+        machine, seen = self._machine, self._num_seen
+        self.was_reading = machine.catch_up > 0 and any(
+            request.num_tokens - seen.get(request, 0) > 2 for request in wanted
+        )
+        self._clock.now += machine.catch_up * self.was_reading
+        self._clock.now += machine.find(len(wanted), max(wanted.values()))
+        for request, count in wanted.items():
+            seen[request] = request.num_tokens + count - 1
         return {request: [0] * count for request, count in wanted.items()}
 
     def forget(self, request: Request) -> None:
@@ -142,11 +154,12 @@ def simulate(
     seed: int = 0,
     length: int | None = None,
     disturbed: bool = False,
+    promising: float = 1.0,
 ) -> Course:
     """Decode with forced acceptance until all have num_tokens each on average. policy: None =
     without drafts. share: how likely a draft is right once a request has so many tokens; length: of
     an answer, behind which another request comes; disturbed: steps take 2 % more or less, and now
-    and then three times as long."""
+    and then three times as long; promising: see `SimulatedProposer`."""
     clock, rng, noise = Clock(), random.Random(seed), random.Random(seed + 1)
 
     def disturb() -> float:
@@ -167,7 +180,8 @@ def simulate(
 
     speculator = None
     if policy is not None:
-        speculator = Speculator(SimulatedProposer(machine, clock), policy, count_right)
+        proposer = SimulatedProposer(machine, clock, promising)
+        speculator = Speculator(proposer, policy, count_right)
     engine = LLMEngine(
         runner.config, runner, run_ahead=machine.run_ahead, speculator=speculator, clock=clock,
         prefix_cache=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -127,18 +128,23 @@ def test_what_is_known_of_a_request_is_forgotten_in_time():
     assert set(policy.choose([good, bad], 2)) == {good, bad}
 
 
-def test_tries_have_those_who_had_none_for_longest():
-    """One after the other, where a try is for fewer than there are."""
-    policy = policy_of(2, lambda seqs, drafts: 1.0 + 2.0 * (drafts > 0))
-    policy.costs.knows_drafts = lambda seqs: False
-    requests = [request(str(number)) for number in range(40)]
-    seen = []
-    for _ in range(5):
-        policy.budget.debt = 0.0
-        tried = policy.choose(requests, 40)
-        assert len(tried) == policy.TRY_ROWS // 2
-        seen += tried
-    assert seen == (requests * 2)[: len(seen)]
+@pytest.mark.parametrize("num_seqs", [20, 40, 64])
+def test_tries_have_those_who_had_none_for_longest(num_seqs):
+    """One after the other, where a try is for fewer than there are: the engine sorts them so."""
+    policy, tried = AdaptiveDrafts(7), []
+    choose = policy.choose
+
+    def choosing(requests, num_running, room):
+        wanted = choose(requests, num_running, room)
+        tried.extend(wanted)
+        return wanted
+
+    policy.choose = choosing
+    simulate(MACHINES["jump"], lambda at: 0.0, num_seqs, 2000, policy)
+    counts = Counter(tried)
+    assert len(tried) > num_seqs
+    assert len(counts) == num_seqs
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_a_hopeless_batch_is_measured_anew_after_a_while():
@@ -174,6 +180,28 @@ def test_off_where_it_does_not_pay_and_back_when_it_does():
 def test_a_batch_too_large_for_drafts_is_left_alone():
     drafts = run("busy", 0.9, 64, 1000).num_drafts
     assert 1 <= sum(n > 0 for n in drafts) < 20
+
+
+def test_what_is_charged():
+    """What a step with drafts took longer, also where that is not usual, up to some; one that took
+    far longer than its like do was captured, and is charged what they take."""
+    policy = AdaptiveDrafts(7)
+    for _ in range(4):
+        policy.stepped(1, 0, 1.0)
+    charges = []
+    for num_drafts, seconds, is_usual in [
+        (2, 1.9, False), (2, 1.4, True), (2, 1.2, True), (5, 50.0, True), (2, None, True),
+    ]:  # fmt: skip
+        policy.budget.debt = 0.0
+        policy.stepped(1, num_drafts, seconds, is_usual=is_usual)
+        charges.append(policy.budget.debt)
+        if not is_usual:
+            assert policy.costs.estimate(1, 2) is None
+    # Of 5 drafts half of what 2 take longer, and as much in proportion.
+    assert charges == pytest.approx([0.9, 0.4, 0.2, 0.2 * (0.5 + 0.5 * 5 / 2), 0.2], abs=0.01)
+    policy.budget.debt = -2.0
+    policy.stepped(1, 2, 0.5)
+    assert policy.budget.debt == -2.0
 
 
 def test_steps_without_drafts_stay_measured():
@@ -272,6 +300,34 @@ def test_a_step_of_which_nobody_knows_what_it_took_is_the_first_of_its_kind_all_
     for seconds in (None, None, 1.0, None, 1.1):
         costs.add(1, 0, seconds)
     assert costs.seconds(1, 0) == 1.0
+
+
+def test_a_batch_that_grew_or_shrank_by_much_is_measured_anew():
+    costs = StepCosts()
+    for _ in range(4):
+        costs.add(40, 0, 1.0)
+        costs.add(40, 80, 2.0)
+    for num_seqs in (40, 33, 50, 20, 128):
+        costs.moved(num_seqs)
+        assert costs.seconds(40, 0) == 1.0
+        assert costs.seconds(40, 80) == 2.0
+    costs.moved(51)
+    assert costs.seconds(40, 0) is None
+    assert costs.seconds(40, 80) is None
+    for _ in range(2):  # no form of step is new
+        costs.add(51, 0, 1.2)
+    assert costs.seconds(51, 0) == 1.2
+    costs.moved(40)
+    assert costs.seconds(51, 0) == 1.2
+    costs.moved(38)
+    assert costs.seconds(51, 0) is None
+
+
+def test_a_time_of_nothing_is_none():
+    costs = StepCosts()
+    for _ in range(4):
+        costs.add(1, 0, 0.0)
+    assert costs.seconds(1, 0) is None
 
 
 def test_buckets_rise_and_are_few():
