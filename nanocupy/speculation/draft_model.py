@@ -95,10 +95,8 @@ class DraftModelProposer(Proposer):
         """The request's mirror, with all tokens that there are and no others; None where the draft
         model cannot read them."""
         mirror = self._mirrors.pop(request, None)
-        if mirror is not None:
-            self._mirrors[request] = (
-                mirror  # the last that was asked for, and nobody's for no moment
-            )
+        if mirror is not None:  # now the last that was asked for
+            self._mirrors[request] = mirror
         else:
             if max(request.prompt_ids) >= self.runner.config.vocab_size:
                 self._unfit.add(request)
