@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,8 +43,8 @@ class _Form:
     words      int32, what is sent: query_starts [B + 1], place and draft of each row [2, T]; the
                drafts are still to be put in, those of each request at `draft_at`; then, where some
                are forced, which ones [T]
-    on_device  where that goes, behind the `offset` bytes of inputs that are laid out there
-    rows_at    of the ids that are fetched, those of the schedule's rows, in its order
+    staged     the pinned memory that the step's graph copies to the device
+    rows_at    of the ids that come back, those of the schedule's rows, in its order
     """
 
     shape: StepShape
@@ -54,8 +53,7 @@ class _Form:
     places: list[int]
     words: np.ndarray
     draft_at: list[slice]
-    on_device: Any
-    offset: int
+    staged: np.ndarray
     query_starts: np.ndarray
     rows_of: np.ndarray  # int32 [B]
     rows_at: slice | np.ndarray
@@ -83,7 +81,12 @@ class DraftSteps:
         # A step has no more rows; what is sent beside it comes behind the inputs of any step.
         self._max_rows = min(limits.max_step_tokens, limits.max_rows)
         largest = StepShape(self._max_rows, limits.max_num_seqs, 1, self._max_rows, 1)
-        self._front_bytes = largest.num_bytes + 12 * (self._max_rows + limits.max_num_seqs + 8)
+        max_words = 3 * self._max_rows + limits.max_num_seqs + 8
+        self._front_bytes = largest.num_bytes + 4 * max_words
+        # Graphs copy from here and to here. One of each is enough: a step with drafts is read
+        # before the next one is launched.
+        self._staged = lane.device.pinned(4 * max_words).view(np.int32)
+        self._chosen = lane.device.pinned(4 * self._max_rows).view(np.int32)
         self._forms: dict[Hashable, _Form] = {}
         # For benches: how many of a request's drafts are made right.
         self.force: Callable[[Sequence[int]], int] | None = None
@@ -108,25 +111,22 @@ class DraftSteps:
         penalizes = schedule.changes_logits
         self._bring_batch([item.request for item in items], penalizes, row_of)
         form = self._form(items, penalizes)
+        words = form.staged
+        words[:] = form.words
         for at, item in zip(form.draft_at, items, strict=True):
-            form.words[at] = item.drafts
+            words[at] = item.drafts
             if self.force is not None:
                 first = at.start + form.shape.num_tokens
-                form.words[first : first + len(item.drafts)] = 0
-                form.words[first : first + self.force(item.drafts)] = 1
-        lane.inputs.rewind(form.offset)
-        lane.inputs.copy_to(form.on_device, form.words)
+                words[first : first + self.force(item.drafts)] = 1
         kv_lens = form.rows_of
         if lane.observer is not None:  # who else asks
             state = self._decoding.state
             positions = state.view(state.words, "positions", form.shape.num_seqs)
             kv_lens = np.where(kv_lens, positions + kv_lens, 0)
         lane.step(form.key, form.body, DRAFTS, form.dims, form.query_starts, kv_lens)
-        lane.fetch(int(form.query_starts[-1]))
-        staging = lane.inputs.staging
 
         def collect() -> list[int]:
-            token_ids = staging.sampled[form.rows_at].tolist()
+            token_ids = self._chosen[form.rows_at].tolist()
             moved, row = [], 0
             for item in items:
                 chosen, row = token_ids[row : row + item.num_rows], row + item.num_rows
@@ -183,7 +183,7 @@ class DraftSteps:
         return next((bound for bound in bounds if bound >= longest), 0)
 
     def _new_form(self, places: list[int], counts: list[int], kind: _Kind) -> _Form:
-        lane, limits = self._lane, self._limits
+        limits = self._limits
         num_places = decode_bucket(self._decoding.state.num_places, limits.max_num_seqs)
         rows_of = np.zeros(num_places, np.int32)
         rows_of[places] = counts
@@ -200,11 +200,13 @@ class DraftSteps:
         first_draft = num_places + 1 + num_tokens
         for place, own in zip(places, rows, strict=True):
             row_places[own.start : own.stop] = place
+            if is_forced:
+                first = first_draft + num_tokens
+                words[first + own.start + 1 : first + own.stop] = 0
         order = [row for own in rows for row in own]
         in_order = order == list(range(len(order)))
         dims = shape.dims | {"L": bound}
-        # What the graph fills comes first; behind it comes what is sent.
-        on_device = lane.inputs.array_at(shape.num_bytes, words.dtype, words.shape)
+        staged = self._staged[: len(words)]
         return _Form(
             shape,
             dims,
@@ -212,21 +214,22 @@ class DraftSteps:
             places,
             words,
             [slice(first_draft + own.start + 1, first_draft + own.stop) for own in rows],
-            on_device,
-            shape.num_bytes,
+            staged,
             query_starts,
             rows_of,
             slice(0, len(order)) if in_order else np.array(order),
-            self._body(shape, dims, on_device, kind),
+            self._body(shape, dims, staged, kind),
         )
 
     def _body(
-        self, shape: StepShape, dims: Mapping[str, int], words: Any, kind: _Kind
+        self, shape: StepShape, dims: Mapping[str, int], staged: np.ndarray, kind: _Kind
     ) -> Callable[[], None]:
-        """What the graph of a form holds. words: what was sent."""
+        """What the graph of a form holds, the copies to the device and back included."""
         lane = self._lane
         _, greedy, penalizes, _ = kind
         num_places, num_tokens = shape.num_seqs, shape.num_tokens
+        # What the graph fills comes first; behind it comes what is sent.
+        words = lane.inputs.array_at(shape.num_bytes, staged.dtype, staged.shape)
         starts = words[: num_places + 1]
         row_places, drafts, *forced = words[num_places + 1 :].reshape(-1, num_tokens)
         fields = self._decoding.inputs(num_places)
@@ -237,6 +240,7 @@ class DraftSteps:
         inputs = rows | {"query_starts": starts, "block_tables": fields["block_tables"]}
 
         def body() -> None:
+            lane.device.to_device(words, staged)
             lane.ops.lay_out_drafts(row_places, drafts, starts, places, params, rows)
             lane.run(self._forward, inputs, dims, lane.observer)
             if penalizes:
@@ -247,5 +251,6 @@ class DraftSteps:
             if penalizes:
                 lane.count_accepted(drafts, starts, fields["penalty_slots"])
             lane.ops.accept_drafts(lane.sampled(num_tokens), drafts, starts, places)
+            lane.device.to_host(self._chosen[:num_tokens], lane.sampled(num_tokens))
 
         return body

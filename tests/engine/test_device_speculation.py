@@ -303,8 +303,9 @@ def test_a_draft_model_has_no_kernels_that_check_drafts():
     assert of_model - of_draft == {"drafts.cu"}
 
 
-def test_a_steady_step_sends_its_drafts_alone():
-    """One copy a step while no block comes: the batch and its places are on the device."""
+def test_a_steady_step_is_its_graph_alone():
+    """The batch is on the device, and drafts are sent by the graph: while no block comes, nothing
+    else is copied."""
     params = GREEDY.with_(max_tokens=80)
     wanted = plain("llama", {"0": (0, [3, 4], params)})
     device = ShimDevice()
@@ -336,7 +337,7 @@ def test_a_steady_step_sends_its_drafts_alone():
         if before[0] and after[0] and before[1] == after[1]
     ]
     assert len(steady) > 10
-    assert set(steady) == {1}
+    assert set(steady[2:]) == {0}, steady  # the first ones are run eagerly, and captured
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
