@@ -63,7 +63,7 @@ LARGE_CASES = {
         shape=DecodeStepShape(64, 64, 64, 32, 8, 80), kv_lens=[500, 200], parts=5
     ),
     "attention in tiles, several parts": SimpleNamespace(
-        shape=DecodeStepShape(64, 2080, 64, 12, 3, 192), kv_lens=[300, 20], parts=3, tiled=True
+        shape=DecodeStepShape(64, 2080, 64, 18, 3, 128), kv_lens=[300, 20], parts=3, tiled=True
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.ops.cases import DTYPES
 from tests.shim import build
-from tests.shim.driver import HostKernel, KernelFault, host_kernel
+from tests.shim.driver import MAX_SHARED_BYTES, HostKernel, KernelFault, host_kernel
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -144,6 +144,12 @@ def test_writes_just_beside_an_array_are_found() -> None:
         probe("out[5] = 1;")(1, 32, np.zeros(1, np.int32), out, 0)
     with pytest.raises(KernelFault, match="argument 1: written outside"):
         probe("out[-1] = 1;")(1, 32, np.zeros(1, np.int32), out, 0)
+
+
+def test_more_shared_memory_than_any_card_has_is_refused() -> None:
+    run_probe("out[i] = 1;", shared_bytes=MAX_SHARED_BYTES)
+    with pytest.raises(KernelFault, match="232464 bytes of dynamic shared memory"):
+        run_probe("out[i] = 1;", shared_bytes=MAX_SHARED_BYTES + 16)
 
 
 def test_shared_memory_starts_poisoned_in_every_block() -> None:

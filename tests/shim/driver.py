@@ -24,6 +24,7 @@ _PAGE = mmap.PAGESIZE
 _PATTERN = 0xFF  # reads as NaN
 _NO_ACCESS = 0  # PROT_NONE, which `mmap` does not name
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
+MAX_SHARED_BYTES = 227 << 10  # that a block of any card can ask for
 _STACK_BYTES = 128 << 10  # as in host_fibers.h
 _ADDRESS = re.compile(r"at address (0x[0-9a-f]+)")
 
@@ -179,6 +180,11 @@ class HostKernel:
         if len(args) != len(self.parameters):
             raise TypeError(
                 f"{self.entry} takes {len(self.parameters)} arguments, {len(args)} were given"
+            )
+        if shared_bytes > MAX_SHARED_BYTES:
+            raise KernelFault(
+                f"{self.entry}: {shared_bytes} bytes of dynamic shared memory; no card gives a "
+                f"block more than {MAX_SHARED_BYTES}"
             )
         dims = (grid,) if isinstance(grid, int) else tuple(grid)
         dims = tuple(int(n) for n in dims) + (1,) * (3 - len(dims))
