@@ -21,6 +21,9 @@ _CARDS: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {
     (10, 0): (227, (148,)),
     (12, 0): (99, (36, 70, 84, 170, 188)),
 }
+# (compute capability, multiprocessors) -> DeviceTraits.memory_bytes_per_cycle of those cards that
+# get other builds by it: H200, B200.
+_QUICK_MEMORIES = {((9, 0), 132): 2483.0, ((10, 0), 148): 4071.0}
 
 
 def capability_of(arch: str) -> tuple[int, int]:
@@ -37,6 +40,10 @@ def common_cards(capability: tuple[int, int]) -> list[DeviceTraits]:
     """The traits of cards of a capability that `capability_of` gives."""
     shared_kib, counts = _CARDS[capability]
     return [
-        DeviceTraits(capability, count, shared_kib << 10, wgmma=capability == (9, 0))
+        DeviceTraits(
+            capability, count, shared_kib << 10, wgmma=capability == (9, 0),
+            memory_bytes_per_cycle=bytes_per_cycle,
+        )
         for count in counts
-    ]
+        for bytes_per_cycle in sorted({0.0, _QUICK_MEMORIES.get((capability, count), 0.0)})
+    ]  # fmt: skip

@@ -148,6 +148,7 @@ class CudaDevice:
             force_plain,
             wgmma=self.kernels.arch == "sm_90a" and not force_plain,
             whole_steps=whole_steps,
+            memory_bytes_per_cycle=self.kernels.memory_bytes_per_cycle,
         )
         self.stream = new_stream()
         self.graphs = GraphCache(self.stream, enabled=use_graphs, log=self.log)

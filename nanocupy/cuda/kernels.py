@@ -207,6 +207,11 @@ class KernelLoader:
             self.max_shared_bytes: int = runtime.deviceGetAttribute(
                 runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device
             )
+            clock_khz = runtime.deviceGetAttribute(runtime.cudaDevAttrClockRate, device)
+            memory_khz = runtime.deviceGetAttribute(runtime.cudaDevAttrMemoryClockRate, device)
+            bus_bits = runtime.deviceGetAttribute(runtime.cudaDevAttrGlobalMemoryBusWidth, device)
+        # Two transfers in a cycle of the memory. Some drivers know no clocks and say 0.
+        self.memory_bytes_per_cycle = 2 * memory_khz * bus_bits / 8 / clock_khz if clock_khz else 0
         self.compiler = compiler or Compiler()
         self.arch = arch or arch_for(self.compute_capability)
         self.check_each_launch = check_each_launch

@@ -20,7 +20,10 @@ ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class DeviceTraits:
-    """What the ops must know of a card; bytes of shared memory are those a block can have."""
+    """What the ops must know of a card; bytes of shared memory are those a block can have.
+
+    memory_bytes_per_cycle: what the memory gives in a cycle of the multiprocessors, both at their
+    highest clocks; 0 where nobody knows."""
 
     compute_capability: tuple[int, int]
     num_multiprocessors: int
@@ -28,6 +31,7 @@ class DeviceTraits:
     force_plain: bool = False  # run the paths of cards below 8.0, for tests
     wgmma: bool = False  # has, and gets builds for, what only compute capability 9.0a has
     whole_steps: bool = True  # a decode step of few sequences may be one launch
+    memory_bytes_per_cycle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def step_launch(
         step_shape(sizes), num_seqs, num_multiprocessors=traits.num_multiprocessors,
         max_shared_bytes=traits.max_shared_bytes, weights=sizes.layer_format,
         has_head=step_has_head(sizes),
+        pace=whole.pace_cycles(traits.num_multiprocessors, traits.memory_bytes_per_cycle),
     )  # fmt: skip
 
 

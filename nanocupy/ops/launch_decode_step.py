@@ -29,9 +29,14 @@ _USER_WARPS = 8
 # Of 16 KB, about: of half the size there are twice as many.
 _MAX_STAGES = 10
 _GOOD_STAGES, _MIN_STAGES = 6, 4  # with fewer, reading stops where blocks wait
-# Cycles for 16 KB of codes, instead of the kernel's 1200: 8 layers of Llama-3.1-8B took 0.866 ms a
-# step at 850, 0.872 at 1000 and 0.873 at 1200.
-_INT4_PACE = 850
+# Cycles from 16 KB of a block's weights to the next: the kernel's own, PACE of
+# decode_step_weights.cuh; and with int4 at most, where 8 layers of Llama-3.1-8B took 0.866 ms a
+# step at 850, 0.872 at 1000 and 0.873 at 1200 on an H100.
+_PACE, _MOST_INT4_PACE = 1200, 850
+# What a pace is of the cycles in which the memory gives every multiprocessor 16 KB, both at their
+# highest clocks, by these cycles: of an H200 and an H100, and in proportion between them. On an
+# H200 Llama-3.1-8B took 5.21 ms a step at 1200, 4.23 at 900, 3.83 at 750 and 3.91 at 600.
+_PACE_SHARES = (871, 0.861), (1277, 0.94)
 _MAX_HEADS_PER_GROUP = 8
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
@@ -81,6 +86,18 @@ class DecodeStepLaunch:
     part_tokens: int
 
 
+def pace_cycles(num_multiprocessors: int, memory_bytes_per_cycle: float) -> int:
+    """The pace for a card whose memory gives so many bytes in a cycle of its multiprocessors, 0
+    where nobody knows. No card gets a slower one than the H100, for which it was found."""
+    if memory_bytes_per_cycle <= 0:
+        return _PACE
+    cycles = num_multiprocessors * (16 << 10) / memory_bytes_per_cycle
+    (low, low_share), (high, high_share) = _PACE_SHARES
+    part = min(1.0, max(0.0, (cycles - low) / (high - low)))
+    pace = cycles * (low_share + part * (high_share - low_share))
+    return min(_PACE, 50 * max(1, round(pace / 50)))
+
+
 def decode_step_launch(
     shape: DecodeStepShape,
     num_sequences: int,
@@ -89,12 +106,13 @@ def decode_step_launch(
     max_shared_bytes: int,
     weights: PackedFormat | None = None,
     has_head: bool = True,
+    pace: int = _PACE,
     tuning: DecodeStepTuning | None = None,
 ) -> DecodeStepLaunch | None:
     """The launch for `num_sequences` sequences of one token each, None where the kernel cannot do
     the model. max_shared_bytes: what a block can have; weights: the form of every layer's
     matrices, None where they are of 16 bits; has_head: the launch goes on to the logits, as only
-    one of 16 bits can, with a head of 16 bits.
+    one of 16 bits can, with a head of 16 bits; pace: `pace_cycles` of the card.
 
     Types and compute capability are the caller's to look at: 16 bits all of them, and 9.0.
     """
@@ -128,6 +146,8 @@ def decode_step_launch(
     if best is None or best[1] < (tuning.ring_stages or scale * _MIN_STAGES):
         return None
     tile_inputs, stages = best
+    if weights and weights.kind == "int4":
+        pace = min(pace, _MOST_INT4_PACE)
     items = num_sequences * shape.num_kv_heads
     max_parts = tuning.max_parts or max(1, min(MAX_PARTS, num_multiprocessors // items))
     return DecodeStepLaunch(
@@ -137,7 +157,7 @@ def decode_step_launch(
             "STAGES": tuning.attend_stages,
             "MAX_NORM_INPUTS": shape.hidden_size,
             **(weights.macros if weights else {} if has_head else {"HAS_HEAD": 0}),
-            **({"PACE": _INT4_PACE} if weights and weights.kind == "int4" else {}),
+            **({"PACE": pace} if pace != _PACE else {}),
         },
         grid=(num_multiprocessors,),
         block=BLOCK_THREADS,

@@ -188,6 +188,18 @@ def test_dynamic_shared_memory_up_to_what_the_device_has(loader: Any) -> None:
         kernel.launch((1,), (256,), (x, np.int32(1)), too_much)
 
 
+def test_what_the_memory_gives_in_a_cycle(loader: Any) -> None:
+    import cupy
+
+    card = cupy.cuda.Device(loader.device).attributes
+    bits_per_ms = 2 * card["MemoryClockRate"] * card["GlobalMemoryBusWidth"]
+    assert loader.memory_bytes_per_cycle == pytest.approx(bits_per_ms / card["ClockRate"] / 8)
+    names = {"NVIDIA H100 80GB HBM3": 1693, "NVIDIA H200": 2483}
+    name = cupy.cuda.runtime.getDeviceProperties(loader.device)["name"].decode()
+    if name in names:
+        assert loader.memory_bytes_per_cycle == pytest.approx(names[name], abs=1)
+
+
 def test_launches_that_cannot_be_name_the_kernel(loader: Any) -> None:
     import cupy
 

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from nanocupy.bench.shapes import SHAPES
+from nanocupy.engine.device_plan import DeviceSettings, op_sizes
+from nanocupy.engine.runner import RunnerLimits
+from nanocupy.ops.cuda_sizes import DeviceTraits, step_launch
 from nanocupy.ops.launch_decode_step import (
     MAX_SEQUENCES,
     DecodeStepShape,
     DecodeStepTuning,
     decode_step_launch,
     num_words,
+    pace_cycles,
 )
+from nanocupy.ops.launch_quantized import packed_format
 from tests.kernels.decode_step_runs import (
     LARGE_CASES,
     MAX_SHARED,
@@ -169,6 +174,36 @@ def test_public_shapes_fit_an_h100(name) -> None:
         assert launch.shared_bytes < MAX_SHARED
         assert launch.macros["RING_STAGES"] >= 4
         assert launch.macros["RING_STAGES"] % 2 == 0
+
+
+def test_weights_come_as_quickly_as_the_card_has_them() -> None:
+    h100, h200 = (2 * khz * bits / 8 / 1980e3 for khz, bits in ((2619e3, 5120), (3201e3, 6144)))
+    assert [pace_cycles(132, rate) for rate in (h100, h200, 0.0, h100 / 3)] == [
+        1200, 750, 1200, 1200,
+    ]  # fmt: skip
+    paces = [pace_cycles(132, rate) for rate in np.linspace(h100, 3 * h100)]
+    assert paces == sorted(paces, reverse=True)
+    assert min(paces) > 0
+    limits = {"num_multiprocessors": 132, "max_shared_bytes": MAX_SHARED}
+    # That of an H100 is the kernel's own, and one build the less.
+    assert "PACE" not in decode_step_launch(SMALL, 1, **limits).macros
+    assert decode_step_launch(SMALL, 1, pace=750, **limits).macros["PACE"] == 750
+    for pace, wanted in ((1200, 850), (750, 750)):
+        codes = packed_format("int4", 64, 32)
+        launch = decode_step_launch(SMALL, 1, weights=codes, has_head=False, pace=pace, **limits)
+        assert launch.macros["PACE"] == wanted
+    source = (build.KERNELS / "decode_step_weights.cuh").read_text(encoding="utf-8")
+    assert "#define PACE 1200\n" in source
+
+
+def test_a_card_is_asked_how_quick_its_memory_is() -> None:
+    config = SHAPES["llama-3.1-8b"]
+    sizes = op_sizes(config, DeviceSettings("bfloat16", "bfloat16", "bfloat16"),
+                     RunnerLimits(400, 16, 384, 512, 2))  # fmt: skip
+    card = DeviceTraits((9, 0), 132, MAX_SHARED, wgmma=True, memory_bytes_per_cycle=2483.2)
+    launch = step_launch(sizes, card, 1)
+    assert launch is not None
+    assert launch.macros["PACE"] == 750
 
 
 def test_what_the_kernel_cannot_do() -> None:
