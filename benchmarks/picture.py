@@ -1,4 +1,4 @@
-"""Draws docs/performance.svg from the newest records: each result beside its floor.
+"""Draws docs/performance.svg from the newest records of one card: each result beside its floor.
 
     python -m benchmarks.picture
 
@@ -20,6 +20,7 @@ GROUPS = {
     "milliseconds a decode step, context 128 to 384": "decode",
     "milliseconds from a prompt to its first token": "prefill",
 }
+CARD = "H100"
 WIDTH, ROW, BAR, LEFT, RIGHT = 760, 24, 13, 190, 120
 COLOR, FLOOR_COLOR, TEXT = "#3b82c4", "#9fb3c8", "#7a8699"
 
@@ -34,9 +35,9 @@ class Bar:
 
 
 def newest(file: Path) -> dict[str, dict[str, object]]:
-    """The last record of each name in a .jsonl file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return {record["name"]: record for record in map(json.loads, lines)}
+    """The last record of each name in a .jsonl file, of those that CARD gave."""
+    records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {record["name"]: record for record in records if CARD in record["device"]}
 
 
 def bars_of(records: Iterable[dict]) -> list[Bar]:

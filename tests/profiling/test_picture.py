@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 
 from benchmarks import picture
@@ -18,6 +19,19 @@ def test_bars_are_the_records_that_have_a_floor():
         {"name": "prefill/x<y/bfloat16/t64", "value": 3.0, "ceiling": 6.0},
     ]
     assert bars_of(records) == [Bar("a-1b, batch 8", 2.0, 0.5), Bar("x<y, tokens 64", 3.0, 6.0)]
+
+
+def test_the_newest_records_of_the_card_are_drawn(tmp_path):
+    file = tmp_path / "decode.jsonl"
+    records = [
+        {"name": name, "value": value, "device": device}
+        for name, value, device in [
+            ("a", 1.0, "NVIDIA H100 80GB HBM3"), ("b", 2.0, "NVIDIA H100 80GB HBM3"),
+            ("a", 3.0, "NVIDIA H100 80GB HBM3"), ("b", 4.0, "NVIDIA H200"),
+        ]
+    ]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, records)))
+    assert {n: r["value"] for n, r in picture.newest(file).items()} == {"a": 3.0, "b": 2.0}
 
 
 def test_lengths_and_numbers():
