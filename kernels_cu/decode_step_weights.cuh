@@ -1,7 +1,7 @@
 // The warp of a persistent decode step that brings weights, and nothing else.
 //
-// PACE   cycles from a stage to the next, at least, of 16 KB: more than the memory needs for a block's
-//        share, so that copies are never the slower for it. Stages of codes have theirs by their size.
+// PACE   cycles from a stage to the next, at least, of 16 KB: about what the memory needs for a block's
+//        share, so that copies are hardly the slower for it. Stages of codes have theirs by their size.
 //        Without a pace all blocks would ask for many stages at once whenever they have used some, and
 //        what they then write, read and wait for would have to queue behind these.
 #pragma once

@@ -125,7 +125,8 @@ class SpeculativeResult:
     each draft in turn; tokens_per_forward: of sequences with drafts; x_off, x_step: rate and step
     beside those without drafts. device_ms, idle_ms: medians of what a step takes on the device, by
     its own clock, and of its wait before one, None where it has no clock; of steps that decode or
-    that check drafts. x_device: device_ms beside that without drafts. parts_us: the host's time.
+    that check drafts, the copies to the device and back included in the latter alone. x_device:
+    device_ms beside that without drafts. parts_us: the host's time.
     """
 
     result: Measurement

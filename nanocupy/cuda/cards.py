@@ -21,9 +21,9 @@ _CARDS: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {
     (10, 0): (227, (148,)),
     (12, 0): (99, (36, 70, 84, 170, 188)),
 }
-# (compute capability, multiprocessors) -> DeviceTraits.memory_bytes_per_cycle of those cards that
-# get other builds by it: H200, B200.
-_QUICK_MEMORIES = {((9, 0), 132): 2483.0, ((10, 0), 148): 4071.0}
+# (compute capability, multiprocessors) -> DeviceTraits.memory_bytes_per_cycle of cards that get a
+# build of their own by it: GH200 and H100 NVL, H200; B200.
+_QUICK_MEMORIES = {((9, 0), 132): (2031.0, 2483.0), ((10, 0), 148): (3904.0,)}
 
 
 def capability_of(arch: str) -> tuple[int, int]:
@@ -45,5 +45,5 @@ def common_cards(capability: tuple[int, int]) -> list[DeviceTraits]:
             memory_bytes_per_cycle=bytes_per_cycle,
         )
         for count in counts
-        for bytes_per_cycle in sorted({0.0, _QUICK_MEMORIES.get((capability, count), 0.0)})
+        for bytes_per_cycle in (0.0, *_QUICK_MEMORIES.get((capability, count), ()))
     ]  # fmt: skip

@@ -191,7 +191,6 @@ class DecodeState:
             if (
                 place is None
                 or self._num_preemptions[place] != request.num_preemptions
-                or self._num_rewinds[place] != request.num_rewinds
                 or request.num_pending_tokens
             ):
                 return None
@@ -200,6 +199,8 @@ class DecodeState:
         for request in requests:
             place, position = self._place_of[id(request)], request.num_computed_tokens
             moved = words[offsets["positions"] + place] != position
+            if self._num_rewinds[place] != request.num_rewinds:
+                self._num_rewinds[place], moved = request.num_rewinds, True
             if not moved and self._num_blocks[place] == len(request.block_ids):
                 continue
             changed += self._table_updates(place, request)

@@ -59,11 +59,22 @@ class DecodeBatch:
     def start(self, requests: Sequence[Request], rows: Mapping[Request, int]) -> None:
         """Make these requests the batch. rows: where the step before sampled."""
         slots = self._penalties.slots_of(requests)
+        if slots is None and not self._penalizes and self.catch_up(requests):
+            self.places = self.state.places_of(requests)
+            return
         self._penalizes = slots is not None
         slot_of = None if slots is None else dict(zip(requests, slots.tolist(), strict=True))
         self.update(self.state.updates(requests, rows, slot_of))
         self._penalties.fill(self._lane, requests)
         self.places = self.state.places_of(requests)  # int32 [n]
+
+    def catch_up(self, requests: Sequence[Request]) -> bool:
+        """Make these requests the batch, where they are it already and the host knows all of their
+        tokens: it takes a fraction of `start`. False where they are not, and nothing is done."""
+        updates = self.state.caught_up(requests)
+        if updates is not None and len(updates):
+            self.update(updates)
+        return updates is not None
 
     def grow(self, requests: Sequence[Request]) -> None:
         """The batch is that of the step before, but these of it have one block more."""

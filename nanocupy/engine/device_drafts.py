@@ -143,15 +143,11 @@ class DraftSteps:
         row_of: Callable[[], Mapping[Request, int]],
     ) -> None:
         """See to it that the decode batch is these requests, as they are now."""
-        decoding, state = self._decoding, self._decoding.state
-        updates = None if penalizes else state.caught_up(requests)
-        if updates is not None:
-            if len(updates):
-                decoding.update(updates)
+        if not penalizes and self._decoding.catch_up(requests):
             return
         self._lane.inputs.rewind(self._front_bytes)
         self._penalties.assign(requests)
-        decoding.start(requests, row_of())
+        self._decoding.start(requests, row_of())
 
     def _form(self, items: Sequence[ScheduledRequest], penalizes: bool) -> _Form:
         """Of a step of these, whose requests are the batch."""

@@ -70,8 +70,8 @@ class Runner(ABC):
 
     def launch(self, schedule: Schedule) -> Callable[[], list[int] | StepResult]:
         """Start one step. Returns a function that waits for it and gives what `run` does; it is
-        called once, before the step after the next is launched, and with `wants_logprobs` before
-        the next: then no token of the next is pending."""
+        called once, before the step after the next is launched, and with `wants_logprobs` or
+        drafts before the next: then no token of the next is pending."""
         result = self.run(schedule)
         return lambda: result
 

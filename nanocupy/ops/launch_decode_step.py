@@ -37,6 +37,7 @@ _PACE, _MOST_INT4_PACE = 1200, 850
 # highest clocks, by these cycles: of an H200 and an H100, and in proportion between them. On an
 # H200 Llama-3.1-8B took 5.21 ms a step at 1200, 4.23 at 900, 3.83 at 750 and 3.91 at 600.
 _PACE_SHARES = (871, 0.861), (1277, 0.94)
+_PACE_STEP = 150  # few builds for all cards
 _MAX_HEADS_PER_GROUP = 8
 _STATIC_BYTES = 1 << 11  # of shared memory: the kernel's own, and what the driver takes
 
@@ -95,7 +96,7 @@ def pace_cycles(num_multiprocessors: int, memory_bytes_per_cycle: float) -> int:
     (low, low_share), (high, high_share) = _PACE_SHARES
     part = min(1.0, max(0.0, (cycles - low) / (high - low)))
     pace = cycles * (low_share + part * (high_share - low_share))
-    return min(_PACE, 50 * max(1, round(pace / 50)))
+    return min(_PACE, _PACE_STEP * max(2, round(pace / _PACE_STEP)))
 
 
 def decode_step_launch(

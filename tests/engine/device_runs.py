@@ -35,10 +35,12 @@ def runners(
     num_blocks: int = 40,
     chunk: int = 32,
     settings: DeviceSettings = FLOAT32,
+    max_drafts: int = 0,
 ):
     """The device's and the NumPy runner over the same weights."""
     checkpoint = TinyCheckpoint(CONFIGS[name], seed=3)
-    limits = RunnerLimits(num_blocks, 4, 96, chunk, 12)
+    drafts = {"max_drafts": max_drafts, "max_draft_rows": 12} if max_drafts else {}
+    limits = RunnerLimits(num_blocks, 4, 96, chunk, 12, **drafts)
     on_device = DeviceRunner(checkpoint.config, device, limits, settings)
     on_device.upload_weights(checkpoint)
     return on_device, NumpyRunner(checkpoint.config, load_numpy_weights(checkpoint), limits)

@@ -9,6 +9,8 @@ import pytest
 from nanocupy.engine import device_penalties
 from nanocupy.engine.decode_state import DecodeState
 from nanocupy.engine.engine import LLMEngine
+from nanocupy.speculation.policy import DraftPolicy
+from nanocupy.speculation.speculator import Speculator
 from tests.engine.device_runs import (
     FLOAT32,
     GREEDY,
@@ -17,6 +19,7 @@ from tests.engine.device_runs import (
     penalised,
     runners,
 )
+from tests.engine.drafts import GuessingProposer
 from tests.shim import build
 from tests.shim.device import ShimDevice
 
@@ -70,7 +73,21 @@ def test_an_interrupt_costs_no_token_of_who_has_penalties(two_streams, where, mo
     assert generate_interrupted(on_device, requests, where, turns, monkeypatch) == wanted
 
 
-def generate_interrupted(on_device, requests, where, turns, monkeypatch):
+@pytest.mark.parametrize("at", [(4,), (7,), (5, 6, 10)], ids=str)
+@pytest.mark.parametrize("where", ["wait", "graph", "catch up", "move on"])
+def test_an_interrupt_costs_no_token_of_steps_with_drafts(where, at, monkeypatch):
+    """Their graph copies from memory and to memory that the next one with drafts uses again."""
+    on_device, on_numpy = runners("llama", ShimDevice(), max_drafts=5)
+    requests = {str(i): (0, [i, 7, 3], GREEDY.with_(max_tokens=24)) for i in range(3)}
+    wanted = generate(on_numpy, requests)
+    proposer = GuessingProposer(lambda request: wanted[request.request_id], 0.6, 48)
+    speculator = Speculator(proposer, DraftPolicy(3))
+    found = generate_interrupted(on_device, requests, where, at, monkeypatch, speculator)
+    assert found == wanted
+    assert speculator.counters.num_accepted > 15
+
+
+def generate_interrupted(on_device, requests, where, turns, monkeypatch, speculator=None):
     """Tokens of requests that are all there at first, where the calls of these numbers are
     interrupted: before they begin or, each second one, when they are done."""
     calls = 0
@@ -87,11 +104,13 @@ def generate_interrupted(on_device, requests, where, turns, monkeypatch):
 
         return call
 
-    engine = LLMEngine(on_device.config, on_device, run_ahead=True)
+    engine = LLMEngine(on_device.config, on_device, run_ahead=True, speculator=speculator)
     owner, name = {
         "wait": (on_device._device, "wait"), "advance": (DecodeState, "advance"),
         "updates": (on_device._decoding, "update"), "fetch": (on_device._main, "fetch"),
         "fill": (on_device._penalties, "fill"), "penalize": (on_device._mixed, "_penalize"),
+        "graph": (on_device._device, "run"), "catch up": (DecodeState, "caught_up"),
+        "move on": (DecodeState, "move_on"),
     }[where]  # fmt: skip
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     outputs: dict[str, list[int]] = {}

@@ -192,10 +192,13 @@ class ShimDevice:
                 self._seen.add(key)
                 self.eager("first", body)
                 return
-            self._recording = []
-            with self.current():
-                body()
-            self._graphs[key], self._recording = self._recording, None
+            self._recording = recorded = []
+            try:
+                with self.current():
+                    body()
+            finally:
+                self._recording = None
+            self._graphs[key] = recorded
             self.counts["captured"] += 1
         self._queue.started += self._graphs[key]
         self.counts["replayed"] += 1
