@@ -23,7 +23,7 @@ _CARDS: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {
 }
 # (compute capability, multiprocessors) -> DeviceTraits.memory_bytes_per_cycle of cards that get a
 # build of their own by it: GH200 and H100 NVL, H200; B200.
-_QUICK_MEMORIES = {((9, 0), 132): (2031.0, 2483.0), ((10, 0), 148): (3904.0,)}
+_QUICK_MEMORIES = {((9, 0), 132): (2031.0, 2431.0), ((10, 0), 148): (3904.0,)}
 
 
 def capability_of(arch: str) -> tuple[int, int]:
