@@ -40,6 +40,15 @@ def go_on(request: Request, rng: np.random.Generator) -> None:
     request.num_computed_tokens = request.num_tokens - 1
 
 
+def decode(requests: list[Request], state: DecodeState, device: np.ndarray) -> None:
+    """What a decode step does to the device's words, which has drawn the tokens that stand last."""
+    state.advance()
+    device[:] = state.words
+    token_ids = state.view(device, "token_ids", PLACES)
+    for request in requests:
+        token_ids[state.place_of(request)] = request.output_ids[-1]
+
+
 def put(device: np.ndarray, updates: np.ndarray) -> None:
     device[updates[:, 0]] = updates[:, 1]
 
@@ -57,9 +66,16 @@ def test_catching_up_is_an_update_of_the_same_batch(seed):
         grow(request, blocks)
     for state, device in ((long, by_long), (short, by_short)):
         put(device, state.updates(requests))
-    for _ in range(8):
+    for _ in range(10):
+        if rng.random() < 0.5:
+            for request in requests:
+                request.append(int(rng.integers(0, 90)))
+                request.num_computed_tokens = request.num_tokens - 1
+                grow(request, blocks)
+            decode(requests, long, by_long)
+            decode(requests, short, by_short)
         for request in requests:
-            if rng.random() < 0.7:
+            if rng.random() < 0.5:
                 go_on(request, rng)
             grow(request, blocks)
         order = [requests[i] for i in rng.permutation(len(requests))]
